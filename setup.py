@@ -1,0 +1,29 @@
+"""Packaging. Recipes and DeepSpeed configs live at the top of the repository and travel inside the wheel."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+setup(
+    name="medusa-ds",
+    version="0.1.0",
+    description="Medusa heads trained with DeepSpeed ZeRO and Liger's fused linear cross-entropy",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=[
+        "medusa_ds", "medusa_ds.data", "medusa_ds.model", "medusa_ds.training", "medusa_ds.decoding",
+        "medusa_ds.recipes", "medusa_ds.ds_configs",
+    ],
+    package_dir={"medusa_ds": "medusa_ds", "medusa_ds.recipes": "recipes", "medusa_ds.ds_configs": "ds_configs"},
+    package_data={
+        "medusa_ds.recipes": ["*.yaml"], "medusa_ds.ds_configs": ["*.json"], "medusa_ds.data": ["sample/*"],
+    },
+    install_requires=[
+        "torch>=2.6", "deepspeed>=0.19.8", "transformers>=5.17", "liger-kernel>=0.8.5", "datasets>=4.0", "triton",
+        "pyyaml", "accelerate", "gguf",
+    ],
+    extras_require={"test": ["pytest", "hypothesis", "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML", "tensorboard"]},
+    entry_points={"console_scripts": ["medusa-ds=medusa_ds.cli:main"]},
+)  # fmt: skip
