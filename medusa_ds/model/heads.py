@@ -1,0 +1,236 @@
+"""Medusa heads (arXiv 2401.10774, section 2.1), their loss, and the files that hold them alone.
+
+    head(x) = projection(block_L(... block_1(x))),    block(x) = x + SiLU(W x + b)
+
+W and b start at zero, so a new head gives exactly what its projection gives: with a copy of the LM head, the LM head's
+own logits. Two decisions follow from ZeRO-3, which keeps a weight whole only while the module that owns it directly is
+called. A layer's weights are set in `reset_parameters`, since under `deepspeed.zero.Init` they are partitioned as soon
+as the layer's constructor returns. And a projection computes the loss in its own forward: heads call it, be it their own
+or the backbone's LM head handed to them, and nobody reads another module's weight. A shared projection is an argument
+and never a submodule, as ZeRO-3 would hang its hooks on it twice.
+
+Shapes: N rows, H hidden size, V vocabulary.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from medusa_ds.config_files import read_json
+from medusa_ds.errors import UserError
+from medusa_ds.model.loss import Impl, linear_cross_entropy
+
+FORMAT_VERSION = 1
+_TENSORS, _CONFIG = "heads.safetensors", "heads.json"
+_META = {"base_model": str, "revision": (str, type(None)), "num": int, "layers": int, "lm_head": str,
+         "hidden_size": int, "vocab_size": int, "recipe": str}  # fmt: skip
+
+
+class _ZeroLinear(nn.Linear):
+    def reset_parameters(self) -> None:
+        for parameter in self.parameters(recurse=False):
+            nn.init.zeros_(parameter)
+
+
+class ResBlock(_ZeroLinear):
+    """`x + SiLU(Wx + b)`, the identity at the start."""
+
+    def __init__(self, hidden_size: int, dtype: torch.dtype | None = None):
+        super().__init__(hidden_size, hidden_size, dtype=dtype)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Apply the block to [..., H]."""
+        return hidden + F.silu(super().forward(hidden))
+
+
+class VocabularyProjection(_ZeroLinear):
+    """A linear layer onto the vocabulary, without bias, that can give its loss in place of its logits."""
+
+    def __init__(self, hidden_size: int, vocab_size: int, dtype: torch.dtype | None = None, device: Any = None):
+        super().__init__(hidden_size, vocab_size, bias=False, dtype=dtype, device=device)
+
+    def forward(  # type: ignore[override]
+        self, hidden: Tensor, targets_N: Tensor | None = None, impl: Impl = "torch", chunk_mib: int = 1024
+    ) -> Any:
+        """Logits [..., V] of hidden states [..., H]; with targets `(loss_sum, predicted_N)` of rows [N, H]."""
+        if targets_N is None:
+            return super().forward(hidden)
+        return linear_cross_entropy(hidden, self.weight, targets_N, impl, chunk_mib)
+
+
+class MedusaHead(nn.Module):
+    """One head: residual blocks and a projection, its own or one that is handed to it with every call."""
+
+    def __init__(
+        self, layers: int, hidden_size: int, vocab_size: int, own_projection: bool, dtype: torch.dtype | None = None
+    ):
+        super().__init__()
+        self.blocks = nn.Sequential(*(ResBlock(hidden_size, dtype) for _ in range(layers)))
+        self.projection = VocabularyProjection(hidden_size, vocab_size, dtype) if own_projection else None
+
+    def forward(
+        self,
+        hidden_NH: Tensor,
+        targets_N: Tensor,
+        impl: Impl = "torch",
+        chunk_mib: int = 1024,
+        shared_projection: nn.Module | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Loss of supervised rows.
+
+        Args:
+            hidden_NH: the backbone's last hidden states at the head's rows.
+            targets_N: their token ids.
+            impl: see `loss.linear_cross_entropy`, as `chunk_mib`.
+            chunk_mib: memory that one chunk of logits may take, MiB.
+            shared_projection: the backbone's LM head; used by heads without a projection of their own.
+
+        Returns:
+            `(loss_sum, predicted_N)`.
+        """
+        rows_NH = self.blocks(hidden_NH)
+        if torch.is_grad_enabled() and not rows_NH.requires_grad:
+            rows_NH = rows_NH.detach().requires_grad_()  # ZeRO-3 frees weights when a module's input gets its gradient
+        return self._projection(shared_projection)(rows_NH, targets_N, impl, chunk_mib)
+
+    def logits(self, hidden: Tensor, shared_projection: nn.Module | None = None) -> Tensor:
+        """Logits [..., V] of hidden states [..., H]."""
+        return self._projection(shared_projection)(self.blocks(hidden))
+
+    def _projection(self, shared: nn.Module | None) -> nn.Module:
+        projection = self.projection if self.projection is not None else shared
+        assert projection is not None, "a head without a projection needs the backbone's LM head"
+        return projection
+
+
+class MedusaHeads(nn.ModuleList):
+    """All heads; head k of the paper is item k-1.
+
+    Args:
+        num: heads.
+        layers: residual blocks of each.
+        hidden_size: H.
+        vocab_size: V, the rows of the LM head's weight.
+        own_projection: whether each head has a projection; False uses the LM head handed to it.
+        dtype: of all parameters.
+    """
+
+    def __init__(
+        self,
+        num: int,
+        layers: int,
+        hidden_size: int,
+        vocab_size: int,
+        own_projection: bool = True,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(MedusaHead(layers, hidden_size, vocab_size, own_projection, dtype) for _ in range(num))
+
+    @torch.no_grad()
+    def initialize(self, lm_head_weight: Tensor) -> None:
+        """Copy the LM head's weight [V, H] into every own projection (under ZeRO-3 with all of them gathered)."""
+        for head in self:
+            if head.projection is not None:
+                head.projection.weight.copy_(lm_head_weight)
+
+
+def save_heads(directory: str | Path, state_dict: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    """Write `heads.safetensors` and `heads.json`, each under a temporary name that is renamed when complete.
+
+    Args:
+        directory: made if missing.
+        state_dict: of `MedusaHeads`, whole tensors.
+        meta: `base_model`, `revision` (or None), `num`, `layers`, `lm_head`, `hidden_size`, `vocab_size` and `recipe`
+            (YAML text). Format version, dtype and the checksum that ties the two files together are added.
+    """
+    assert set(meta) == set(_META), f"meta has {sorted(meta)}, not {sorted(_META)}"
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    temporary = directory / f".{_TENSORS}.tmp"
+    save_file(tensors, temporary)
+    config = {"format_version": FORMAT_VERSION, **meta, "dtype": dtype, "sha256": _sha256(temporary)}
+    (directory / f".{_CONFIG}.tmp").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for name in (_TENSORS, _CONFIG):
+        with open(directory / f".{name}.tmp", "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(directory / f".{name}.tmp", directory / name)
+
+
+def load_heads(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read what `save_heads` wrote.
+
+    Args:
+        directory: the heads' folder, or the output directory that has them in `heads/`.
+
+    Returns:
+        The config, and the state dict of the matching `MedusaHeads` on the CPU.
+
+    Raises:
+        UserError: missing, of another format, damaged, or with tensors that its own config does not describe.
+    """
+    directory = Path(directory)
+    if not (directory / _CONFIG).exists() and (directory / "heads" / _CONFIG).exists():
+        directory = directory / "heads"
+    config, path = read_json(directory / _CONFIG), directory / _TENSORS
+    _check_config(config, directory / _CONFIG)
+    try:
+        if _sha256(path) != config["sha256"]:
+            raise UserError(f"{path}: damaged, its SHA-256 is not the one in {_CONFIG}; save the heads again")
+        tensors = load_file(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); name the output of a finished run") from None
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a safetensors file ({error}); save the heads again") from None
+    with torch.device("meta"):
+        shape = (config[key] for key in ("num", "layers", "hidden_size", "vocab_size"))
+        expected = MedusaHeads(*shape, own_projection=config["lm_head"] == "own").state_dict()
+    problems = [f"missing {name}" for name in expected.keys() - tensors.keys()]
+    problems += [f"unknown {name}" for name in tensors.keys() - expected.keys()]
+    for name in expected.keys() & tensors.keys():
+        found, wanted = tensors[name], expected[name]
+        if found.shape != wanted.shape or str(found.dtype) != f"torch.{config['dtype']}":
+            problems.append(
+                f"{name} is {list(found.shape)} of {found.dtype}; {_CONFIG} says {list(wanted.shape)} of {config['dtype']}"
+            )
+    if problems:
+        raise UserError(*(f"{path}: {problem}" for problem in sorted(problems)))
+    return config, tensors
+
+
+def _check_config(config: Any, path: Path) -> None:
+    if not isinstance(config, dict) or config.get("format_version") != FORMAT_VERSION:
+        found = config.get("format_version") if isinstance(config, dict) else type(config).__name__
+        raise UserError(f"{path}: found format_version {found}; this version reads {FORMAT_VERSION}")
+    kinds: dict[str, Any] = {**_META, "dtype": str, "sha256": str}
+    problems = [
+        f"{path}: {key}: found {config.get(key)!r}; save the heads again"
+        for key, kind in kinds.items()
+        if key not in config or not isinstance(config[key], kind) or isinstance(config[key], bool)
+    ]
+    if not problems:
+        limits = {"num": 1, "layers": 0, "hidden_size": 1, "vocab_size": 1}
+        problems += [
+            f"{path}: {key}: found {config[key]}; at least {low}" for key, low in limits.items() if config[key] < low
+        ]
+        if config["lm_head"] not in ("own", "shared"):
+            problems.append(f"{path}: lm_head: found {config['lm_head']!r}; own or shared")
+    if problems:
+        raise UserError(*problems)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

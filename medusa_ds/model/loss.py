@@ -1,0 +1,146 @@
+"""Linear cross-entropy over rows: logits are made, used and dropped in chunks, and never exist as a whole.
+
+    logits_NV = rows_NH @ weight_VH.T
+    loss_sum  = sum_n (logsumexp(logits_n) - logits_n[targets_n])
+    d loss_sum / d logits_NV = softmax(logits_NV) - onehot(targets_N)
+
+Both chunked implementations compute the gradients in the forward pass, while a chunk's logits are there, and only scale
+them in the backward pass. The gradient of the weight is accumulated in fp32: adding chunks in bf16 loses the small ones.
+`liger` is Liger's Triton kernel, `torch` the same algorithm in plain PyTorch, `eager` the textbook form with fp32 logits.
+
+Shapes: N rows, H hidden size, V vocabulary.
+"""
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from medusa_ds.errors import UserError
+
+Impl = Literal["liger", "torch", "eager"]
+
+
+def resolve_impl(impl: str, device: torch.device | str) -> Impl:
+    """`loss.impl` for a device: `auto` is `liger` on a GPU and `torch` on a CPU.
+
+    Raises:
+        UserError: `liger` without a GPU.
+    """
+    on_gpu = torch.device(device).type == "cuda"
+    if impl == "liger" and not on_gpu:
+        raise UserError("loss.impl: found liger, whose kernels need a GPU; use auto, torch or eager")
+    return ("liger" if on_gpu else "torch") if impl == "auto" else impl  # type: ignore[return-value]
+
+
+def linear_cross_entropy(
+    rows_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, impl: Impl = "torch", chunk_mib: int = 1024
+) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy of a linear layer, and its predictions.
+
+    With no rows the loss is 0 and still connected to both inputs, so that every rank runs the same backward pass.
+
+    Args:
+        rows_NH: hidden states.
+        weight_VH: vocabulary projection, of the same dtype.
+        targets_N: token ids in [0, V).
+        impl: see the module's docstring. `liger` needs a GPU.
+        chunk_mib: memory that one chunk of logits may take, MiB; a chunk has at least one row.
+
+    Returns:
+        `loss_sum`, a scalar (float64 for float64 inputs, otherwise float32; always float32 with Liger), and
+        `predicted_N`, the argmax of the logits.
+    """
+    num_rows, (vocab, hidden) = rows_NH.shape[0], weight_VH.shape
+    accumulate = torch.float64 if rows_NH.dtype == torch.float64 else torch.float32
+    if impl == "eager":
+        logits_NV = (rows_NH @ weight_VH.T).to(accumulate)
+        return F.cross_entropy(logits_NV, targets_N, reduction="sum"), logits_NV.detach().argmax(-1)
+    if impl == "liger":
+        chunk_rows = max(1, (chunk_mib << 20) // (vocab * rows_NH.element_size()))
+        multiplier = liger_chunk_multiplier(num_rows, vocab, hidden, chunk_rows)
+        if multiplier is not None:
+            return _liger_linear_cross_entropy(rows_NH, weight_VH, targets_N, multiplier)
+    chunk_rows = max(1, (chunk_mib << 20) // (vocab * accumulate.itemsize))
+    return _ChunkedLinearCrossEntropy.apply(rows_NH, weight_VH, targets_N, chunk_rows, torch.is_grad_enabled())
+
+
+def liger_chunk_multiplier(num_rows: int, vocab: int, hidden: int, chunk_rows: int) -> int | None:
+    """Liger's `chunk_mem_const` for the largest chunk that keeps to `chunk_rows` rows.
+
+    Liger takes chunks of `min(N, next_power_of_2(ceil(N / ceil(V / (chunk_mem_const * H)))))` rows, so that they are
+    powers of two unless one chunk holds everything.
+
+    Returns:
+        The multiplier, or None where Liger cannot do it: no rows, or a budget below what 1 gives (plain PyTorch then).
+    """
+    largest_chunk = num_rows if num_rows <= chunk_rows else 1 << (chunk_rows.bit_length() - 1)
+    if largest_chunk == 0:
+        return None
+    num_chunks = -(-num_rows // largest_chunk)
+    if num_chunks == 1:
+        return -(-vocab // hidden)
+    # the greatest m with ceil(V / (m * H)) >= num_chunks
+    return (vocab - 1) // ((num_chunks - 1) * hidden) or None
+
+
+def _liger_linear_cross_entropy(
+    rows_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, multiplier: int
+) -> tuple[Tensor, Tensor]:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy  # needs Triton: not on a CPU
+
+    if weight_VH.requires_grad and torch.is_grad_enabled() and not rows_NH.requires_grad:
+        rows_NH = rows_NH.detach().requires_grad_()  # Liger gives no gradient to a weight whose input needs none
+    output = liger_fused_linear_cross_entropy(
+        rows_NH,
+        weight_VH,
+        targets_N,
+        reduction="sum",
+        accum_dtype=torch.float32,
+        return_predicted_tokens=True,
+        chunk_mem_const=multiplier,
+    )
+    return output.loss, output.predicted_tokens
+
+
+class _ChunkedLinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, chunk_rows: int, grad_enabled: bool
+    ) -> tuple[Tensor, Tensor]:
+        # needs_input_grad says nothing of no_grad, under which the gradients would be computed for nothing
+        rows_need, weight_needs = (grad_enabled and needs for needs in ctx.needs_input_grad[:2])
+        accumulate = torch.float64 if rows_NH.dtype == torch.float64 else torch.float32
+        loss_sum = rows_NH.new_zeros((), dtype=accumulate)
+        predicted_N = torch.empty_like(targets_N)
+        grad_rows_NH = torch.empty_like(rows_NH) if rows_need else None
+        grad_weight_VH = torch.zeros_like(weight_VH, dtype=accumulate) if weight_needs else None
+        for start in range(0, rows_NH.shape[0], chunk_rows):
+            chunk = slice(start, start + chunk_rows)
+            targets_C1 = targets_N[chunk, None]
+            logits_CV = (rows_NH[chunk] @ weight_VH.T).to(accumulate)
+            greatest_C1, argmax_C1 = logits_CV.max(dim=-1, keepdim=True)
+            predicted_N[chunk] = argmax_C1[:, 0]
+            target_logits_C1 = logits_CV.gather(1, targets_C1)
+            exp_CV = logits_CV.sub_(greatest_C1).exp_()
+            total_C1 = exp_CV.sum(dim=-1, keepdim=True)
+            loss_sum += (greatest_C1 + total_C1.log() - target_logits_C1).sum()
+            if grad_rows_NH is None and grad_weight_VH is None:
+                continue
+            grad_logits_CV = exp_CV.div_(total_C1)
+            grad_logits_CV.scatter_add_(1, targets_C1, torch.full_like(total_C1, -1.0))
+            if grad_rows_NH is not None:
+                grad_rows_NH[chunk] = grad_logits_CV.to(weight_VH.dtype) @ weight_VH
+            if grad_weight_VH is not None:
+                grad_weight_VH.addmm_(grad_logits_CV.T, rows_NH[chunk].to(accumulate))
+        ctx.save_for_backward(grad_rows_NH, None if grad_weight_VH is None else grad_weight_VH.to(weight_VH.dtype))
+        ctx.mark_non_differentiable(predicted_N)
+        return loss_sum, predicted_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = (None if grad is None else grad * grad_loss for grad in ctx.saved_tensors)
+        return (*scaled, None, None, None)

@@ -1,0 +1,149 @@
+"""MedusaModel: backbone and heads; one micro-batch becomes a loss sum per head.
+
+Losses are sums and counts stay beside them: the one division by a count is the engine's. Accuracies come from the
+argmax that the loss returns anyway, so that no logits are kept for them.
+
+Under ZeRO-3 a weight is whole only while the module that owns it is called. So every loss is computed inside the
+forward of the module whose weight it needs: heads own their projections, and the backbone's LM head, whose weight may
+be tied to the embeddings, is replaced by a `VocabularyProjection` that owns the same parameter. All ranks make the same
+calls in the same order, also with no rows.
+
+Shapes: B sequences of a micro-batch, S tokens of a sequence, H hidden size, N rows of a head, K = num heads.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from medusa_ds.model.backbone import use_vocabulary_projection
+from medusa_ds.model.heads import MedusaHeads
+from medusa_ds.model.loss import Impl
+from medusa_ds.model.rows import head_rows
+
+
+class HeadLoss(NamedTuple):
+    """What one head made of a micro-batch.
+
+    `loss_sum`: scalar with graph. `count`: its rows, a LongTensor scalar. `predicted`: argmax token ids [N].
+    `rows`: indices into the B*S positions [N].
+    """
+
+    loss_sum: Tensor
+    count: Tensor
+    predicted: Tensor
+    rows: Tensor
+
+
+class MedusaOutput(NamedTuple):
+    """`losses[0]` is the LM head's (stage 2, otherwise None), `losses[k]` head k's; `counters` as `COUNTERS` says."""
+
+    losses: list[HeadLoss | None]
+    counters: Tensor
+
+
+COUNTERS = ("loss_sum", "count", "correct", "full_correct", "full_count", "cond_correct", "cond_count")
+"""Columns of the counters, a float64 tensor [K+1, 7] of sums: add them over micro-batches and ranks, then `metrics`.
+
+Row 0 is the LM head (zeros in stage 1, and in the last four columns always), row k head k. `full_count`: positions
+where heads 1..k all have targets; `full_correct`: where all of them are right. `cond_count`: positions of `full_count`
+where heads 1..k-1 are right; `cond_correct`: where head k is right too, which is `full_correct`.
+"""
+
+
+def metrics(counters: Tensor) -> dict[str, float]:
+    """Losses and accuracies of summed counters.
+
+    Args:
+        counters: sums over any number of micro-batches and ranks, laid out as `COUNTERS` says.
+
+    Returns:
+        `head{k}_loss` (nats per row), `head{k}_acc`, `full_acc_{k}` (heads 1..k right), `cond_acc_{k}` (head k right
+        where heads 1..k-1 are) for every k, `acceptance_length = 1 + sum_k full_acc_k` (tokens per step; the 1 is the
+        LM head's own token), and `lm_loss`, `lm_acc` where the LM head was counted. A share of nothing is NaN, but 0
+        inside `acceptance_length`.
+    """
+    result: dict[str, float] = {"acceptance_length": 1.0}
+    for k, row in enumerate(counters.tolist()):
+        sums = dict(zip(COUNTERS, row, strict=True))
+        if k == 0:
+            if sums["count"]:
+                result |= {"lm_loss": sums["loss_sum"] / sums["count"], "lm_acc": sums["correct"] / sums["count"]}
+            continue
+        result[f"head{k}_loss"] = _share(sums["loss_sum"], sums["count"])
+        result[f"head{k}_acc"] = _share(sums["correct"], sums["count"])
+        result[f"full_acc_{k}"] = _share(sums["full_correct"], sums["full_count"])
+        result[f"cond_acc_{k}"] = _share(sums["cond_correct"], sums["cond_count"])
+        if sums["full_count"]:
+            result["acceptance_length"] += sums["full_correct"] / sums["full_count"]
+    return result
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else float("nan")
+
+
+class MedusaModel(nn.Module):
+    """Backbone under `backbone.`, heads under `heads.`.
+
+    Args:
+        backbone: causal language model of transformers; its LM head is replaced, its weights are shared.
+        heads: heads of the same hidden size, vocabulary and dtype.
+        stage: 1 freezes the backbone, runs it without a graph and skips the LM head; 2 trains everything.
+        loss_impl: `liger`, `torch` or `eager`.
+        chunk_mib: memory that one chunk of logits may take, MiB.
+    """
+
+    def __init__(self, backbone: PreTrainedModel, heads: MedusaHeads, stage: int, loss_impl: Impl, chunk_mib: int):
+        super().__init__()
+        use_vocabulary_projection(backbone)
+        self.backbone = backbone.requires_grad_(stage == 2)
+        self.heads = heads
+        self.stage, self.loss_impl, self.chunk_mib = stage, loss_impl, chunk_mib
+
+    def train(self, mode: bool = True) -> "MedusaModel":
+        """Switch to training; a frozen backbone stays in evaluation mode (no dropout)."""
+        super().train(mode)
+        if self.stage == 1:
+            self.backbone.eval()
+        return self
+
+    def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor) -> MedusaOutput:
+        """Loss sums and counters of one micro-batch.
+
+        Args:
+            input_ids: LongTensor [B, S].
+            labels: LongTensor [B, S], token ids or -100, not shifted.
+            position_ids: LongTensor [B, S]; restart at 0 with every document of a sequence.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.stage == 2):
+            # without mask and cache, transformers keeps documents apart by their position ids
+            hidden_BSH = self.backbone.base_model(
+                input_ids=input_ids, position_ids=position_ids, use_cache=False
+            ).last_hidden_state
+        hidden_RH = hidden_BSH.flatten(0, 1)
+        lm_head = self.backbone.get_output_embeddings()
+        losses: list[HeadLoss | None] = [None]
+        counters = hidden_RH.new_zeros(len(self.heads) + 1, len(COUNTERS), dtype=torch.float64)
+        all_present_R = hidden_RH.new_ones(hidden_RH.shape[0], dtype=torch.bool)
+        all_right_R = all_present_R.clone()
+        for k in range(0 if self.stage == 2 else 1, len(self.heads) + 1):
+            rows_N, targets_N = head_rows(labels, position_ids, k)
+            args = (hidden_RH[rows_N], targets_N, self.loss_impl, self.chunk_mib)
+            loss_sum, predicted_N = lm_head(*args) if k == 0 else self.heads[k - 1](*args, shared_projection=lm_head)
+            loss = HeadLoss(loss_sum, targets_N.new_tensor(rows_N.shape[0]), predicted_N, rows_N)
+            right_N = predicted_N == targets_N
+            counters[k, :3] = torch.stack([loss_sum.detach().double(), loss.count.double(), right_N.sum().double()])
+            if k == 0:
+                losses[0] = loss
+                continue
+            losses.append(loss)
+            present_R = torch.zeros_like(all_present_R).index_fill_(0, rows_N, True)
+            right_R = torch.zeros_like(all_present_R).index_put_((rows_N,), right_N)
+            all_present_R = all_present_R & present_R
+            cond_count = (all_present_R & all_right_R).sum()
+            all_right_R = all_right_R & right_R
+            full_correct = (all_present_R & all_right_R).sum()
+            counters[k, 3:] = torch.stack([full_correct, all_present_R.sum(), full_correct, cond_count]).double()
+        return MedusaOutput(losses, counters)

@@ -1,0 +1,44 @@
+"""Which positions a head may learn from, and their targets: the only place that shifts labels.
+
+Heads are counted as in the paper (arXiv 2401.10774, section 2.1): the LM head is offset 0 and predicts token t+1 from
+position t, head k predicts token t+k+1. Documents that share a sequence are told apart by their position ids alone.
+
+Shapes: B sequences of a micro-batch, S tokens of a sequence, N rows (supervised positions).
+"""
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+
+
+def _learnable(labels_BS: Tensor, position_ids_BS: Tensor, offset: int) -> Tensor:
+    shift = offset + 1
+    same_document = position_ids_BS[:, shift:] == position_ids_BS[:, :-shift] + shift
+    return same_document & (labels_BS[:, shift:] != IGNORED)
+
+
+def head_rows(labels_BS: Tensor, position_ids_BS: Tensor, offset: int) -> tuple[Tensor, Tensor]:
+    """Rows and targets of one head.
+
+    Position t is a row when `labels[t+offset+1]` is a label and `position_ids[t+offset+1]` equals
+    `position_ids[t]+offset+1`, which holds inside a document and never across a border: two documents of a sequence
+    start at different places.
+
+    Args:
+        labels_BS: token ids, or -100 where a token is not supervised; not shifted.
+        position_ids_BS: positions that restart at 0 with every document.
+        offset: 0 for the LM head, k for head k.
+
+    Returns:
+        `rows_N`, indices into the flattened B*S positions, ascending; `targets_N`, their token ids.
+    """
+    learnable = _learnable(labels_BS, position_ids_BS, offset)
+    sequence_N, position_N = learnable.nonzero(as_tuple=True)
+    rows_N = sequence_N * labels_BS.shape[1] + position_N
+    return rows_N, labels_BS[sequence_N, position_N + offset + 1]
+
+
+def count_targets(labels_BS: Tensor, position_ids_BS: Tensor, num: int) -> Tensor:
+    """How many rows the LM head (index 0) and each head k = 1..num have: LongTensor of num+1 counts."""
+    return torch.stack([_learnable(labels_BS, position_ids_BS, offset).sum() for offset in range(num + 1)])
