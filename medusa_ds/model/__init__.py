@@ -1,0 +1,1 @@
+"""Tokens become loss sums: backbone, heads, rows and loss."""

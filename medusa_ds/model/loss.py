@@ -4,9 +4,10 @@
     loss_sum  = sum_n (logsumexp(logits_n) - logits_n[targets_n])
     d loss_sum / d logits_NV = softmax(logits_NV) - onehot(targets_N)
 
-Both chunked implementations compute the gradients in the forward pass, while a chunk's logits are there, and only scale
-them in the backward pass. The gradient of the weight is accumulated in fp32: adding chunks in bf16 loses the small ones.
-`liger` is Liger's Triton kernel, `torch` the same algorithm in plain PyTorch, `eager` the textbook form with fp32 logits.
+Both chunked implementations compute the gradients in the forward pass, while a chunk's logits are there, and only
+scale them in the backward pass. The weight's gradient is accumulated in fp32: adding chunks in bf16 loses the small
+ones. `liger` is Liger's Triton kernel, `torch` the same algorithm in plain PyTorch, `eager` the textbook form with fp32
+logits.
 
 Shapes: N rows, H hidden size, V vocabulary.
 """
@@ -14,8 +15,7 @@ Shapes: N rows, H hidden size, V vocabulary.
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from medusa_ds.errors import UserError
@@ -57,7 +57,7 @@ def linear_cross_entropy(
     accumulate = torch.float64 if rows_NH.dtype == torch.float64 else torch.float32
     if impl == "eager":
         logits_NV = (rows_NH @ weight_VH.T).to(accumulate)
-        return F.cross_entropy(logits_NV, targets_N, reduction="sum"), logits_NV.detach().argmax(-1)
+        return nn.functional.cross_entropy(logits_NV, targets_N, reduction="sum"), logits_NV.detach().argmax(-1)
     if impl == "liger":
         chunk_rows = max(1, (chunk_mib << 20) // (vocab * rows_NH.element_size()))
         multiplier = liger_chunk_multiplier(num_rows, vocab, hidden, chunk_rows)

@@ -26,12 +26,12 @@ from medusa_ds.model.rows import head_rows
 class HeadLoss(NamedTuple):
     """What one head made of a micro-batch.
 
-    `loss_sum`: scalar with graph. `count`: its rows, a LongTensor scalar. `predicted`: argmax token ids [N].
+    `loss_sum`: scalar with graph. `count`: N, a LongTensor scalar. `predicted`: argmax token ids [N].
     `rows`: indices into the B*S positions [N].
     """
 
     loss_sum: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]
     predicted: Tensor
     rows: Tensor
 
@@ -134,7 +134,9 @@ class MedusaModel(nn.Module):
             loss_sum, predicted_N = lm_head(*args) if k == 0 else self.heads[k - 1](*args, shared_projection=lm_head)
             loss = HeadLoss(loss_sum, targets_N.new_tensor(rows_N.shape[0]), predicted_N, rows_N)
             right_N = predicted_N == targets_N
-            counters[k, :3] = torch.stack([loss_sum.detach().double(), loss.count.double(), right_N.sum().double()])
+            counters[k, :3] = torch.stack(
+                [loss_sum.detach().double(), loss_sum.new_tensor(rows_N.shape[0]).double(), right_N.sum().double()]
+            )
             if k == 0:
                 losses[0] = loss
                 continue
