@@ -18,6 +18,8 @@ class UserError(Exception):
         problems: one string or several, each `FILE:LINE or KEY: what was found; what is allowed`.
     """
 
+    one_rank = False  # set where only this rank knows of the problem, so that it is this rank that prints it
+
     def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))
         self.problems = problems
@@ -29,7 +31,7 @@ def exit_on_user_error() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if error.one_rank or os.environ.get("LOCAL_RANK", "0") == "0":
             sys.stdout.flush()
             for problem in error.problems:
                 print(f"error: {problem}", file=sys.stderr, flush=True)

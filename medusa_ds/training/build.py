@@ -1,0 +1,84 @@
+"""A recipe becomes a `MedusaModel`: backbone, heads that start from its LM head or from a finished run.
+
+Under ZeRO-3 nothing is ever whole on one rank: the caller hands over how to construct modules partitioned and how to
+gather parameters for a moment, so that this file need not know DeepSpeed.
+"""
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from medusa_ds.errors import UserError
+from medusa_ds.model.backbone import lm_head_weight, load_backbone, load_config
+from medusa_ds.model.heads import MedusaHeads, load_heads
+from medusa_ds.model.medusa import MedusaModel
+from medusa_ds.recipe import Recipe
+
+Partitioned = Callable[[], AbstractContextManager[Any]]  # zero.Init
+Gathered = Callable[[Iterable[nn.Parameter]], AbstractContextManager[Any]]  # zero.GatheredParameters
+
+
+def build_model(
+    recipe: Recipe, dtype: torch.dtype, device: torch.device, partitioned: Partitioned | None, gathered: Gathered
+) -> MedusaModel:
+    """Build backbone and heads.
+
+    Args:
+        recipe: what to build.
+        dtype: of all weights.
+        device: of all weights.
+        partitioned: context in which modules are constructed partitioned (ZeRO-3), where there is one.
+        gathered: context in which the given parameters are whole; what rank 0 leaves there is what all ranks get.
+
+    Raises:
+        UserError: the model or the heads cannot be loaded; shapes of `heads.init_from` are refused before the
+            backbone is loaded.
+    """
+    start = _start(Path(recipe.heads.init_from), _shape(recipe)) if recipe.heads.init_from else None
+    backbone = load_backbone(
+        recipe.model,
+        dtype,
+        device=None if partitioned else device,
+        activation_checkpointing=recipe.train.activation_checkpointing,
+        liger=recipe.model.liger_kernels,
+    )
+    weight = lm_head_weight(backbone)
+    vocab_size, hidden_size = getattr(weight, "ds_shape", weight.shape)
+    own = recipe.heads.lm_head == "own"
+    with partitioned() if partitioned else device:
+        heads = MedusaHeads(recipe.heads.num, recipe.heads.layers, hidden_size, vocab_size, own, dtype)
+    with gathered([weight, *heads.parameters()]):
+        if start is None:
+            heads.initialize(weight)
+        else:
+            heads.load_state_dict(start)
+    on_gpu = device.type == "cuda"
+    impl = recipe.loss.impl if recipe.loss.impl != "auto" else ("liger" if on_gpu else "torch")
+    return MedusaModel(backbone, heads, recipe.stage, impl, recipe.loss.chunk_mib)
+
+
+def heads_meta(recipe: Recipe) -> dict[str, Any]:
+    """What saved heads say of themselves, see `model.heads.save_heads`."""
+    origin = {"base_model": recipe.model.name, "revision": recipe.model.revision, "recipe": recipe.to_yaml()}
+    return origin | _shape(recipe)
+
+
+def _shape(recipe: Recipe) -> dict[str, Any]:
+    config = load_config(recipe.model).get_text_config()
+    shape = {"num": recipe.heads.num, "layers": recipe.heads.layers, "lm_head": recipe.heads.lm_head}
+    return shape | {"hidden_size": config.hidden_size, "vocab_size": config.vocab_size}
+
+
+def _start(directory: Path, shape: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Weights of a finished run's heads, of the wanted shape."""
+    config, tensors = load_heads(directory)
+    differ = [key for key, value in shape.items() if config[key] != value]
+    if differ:
+        found = ", ".join(f"{key} {config[key]}" for key in differ)
+        wanted = ", ".join(f"{key} {shape[key]}" for key in differ)
+        raise UserError(f"heads.init_from: {directory}: found {found}; this recipe has {wanted}: make them equal")
+    return tensors

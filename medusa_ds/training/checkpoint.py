@@ -1,0 +1,318 @@
+"""The checkpoint directory: written whole or not at all, checked before anything of it is used.
+
+    OUTPUT/checkpoints/step-000040/   rank00000-00000.safetensors ...   state.json   manifest.json
+    OUTPUT/checkpoints/best -> step-000040
+
+Tensors are logical ones (a whole parameter, in fp32), so that a checkpoint knows neither ranks nor ZeRO stages. A save
+goes to `.tmp-step-000040`; every file is flushed, the manifest with sizes and checksums comes last, and one rename
+makes the checkpoint. Reading takes the newest whole one; only safetensors and JSON are parsed, never a pickle, and no
+name in a manifest leads out of its directory. Unlike DeepSpeed's format there is no `latest` file that could point
+at something unfinished, and order is by step, never by a clock.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+
+from medusa_ds.errors import UserError
+
+FORMAT = 1
+MAX_FILE_BYTES = 1 << 29  # a file holds tensors up to here, or one larger tensor: bounds the memory of a save
+_MAX_JSON_BYTES = 1 << 24
+_STEP = re.compile(r"step-(\d{6,})")
+_FILE = re.compile(r"rank\d{5}-\d{5}\.safetensors|state\.json")
+
+
+def name_of(step: int) -> str:
+    """Directory name of a step's checkpoint."""
+    return f"step-{step:06d}"
+
+
+def completed(root: Path) -> list[Path]:
+    """Checkpoint directories that a rename has finished, newest step first."""
+    found = [path for path in root.glob("step-*") if _STEP.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: -int(path.name[5:]))
+
+
+def save(
+    root: Path, step: int, tensors: Iterable[tuple[str, torch.Tensor]], state: dict[str, Any], bytes_needed: int
+) -> Path:
+    """Write a checkpoint; every rank calls it.
+
+    Args:
+        root: `OUTPUT/checkpoints`, on a file system that all ranks share.
+        step: optimizer steps done.
+        tensors: names and full tensors, the same order on every rank; making one may be a collective call, so every
+            rank takes them all, and tensor i is written by rank i % ranks.
+        state: what else a resumed run needs; JSON.
+        bytes_needed: estimate of the checkpoint's size, for the check of free space.
+
+    Returns:
+        The finished directory.
+
+    Raises:
+        UserError: no room, read-only, quota or any other failed file operation on any rank, or a tensor that is not
+            finite (on all ranks, in one line); what was begun is removed, older checkpoints are untouched.
+    """
+    rank, final, temporary = dist.get_rank(), root / name_of(step), root / f".tmp-{name_of(step)}"
+    files: dict[str, Any] = {}
+    parts: list[dict[str, Any]] = []
+
+    def begin() -> None:
+        root.mkdir(parents=True, exist_ok=True)
+        if final.exists() and not check(final):
+            files["there"] = True
+            return
+        shutil.rmtree(temporary, ignore_errors=True)
+        free = shutil.disk_usage(root).free
+        if free < bytes_needed:
+            raise OSError(f"{free} bytes are free")
+        temporary.mkdir()
+
+    def finish() -> None:
+        entries = {name: entry for part in parts for name, entry in part.items()}
+        entries |= _write(temporary / "state.json", json.dumps(state).encode())
+        _write(temporary / "manifest.json", _manifest(step, entries))
+        _sync_directory(temporary)
+        if final.exists():  # a damaged one, which resuming has skipped
+            discard(final)
+        os.rename(temporary, final)
+        _sync_directory(root)
+
+    problem = _attempt(begin) if rank == 0 else None
+    if _agree(problem, files, root, temporary, bytes_needed)[0]:
+        return final
+    batch: dict[str, torch.Tensor] = {}
+
+    def flush() -> None:
+        files.update(_write(temporary / f"rank{rank:05d}-{len(files):05d}.safetensors", to_bytes(batch)))
+        batch.clear()
+
+    for index, (name, tensor) in enumerate(tensors):
+        if index % dist.get_world_size() != rank or problem is not None:
+            continue  # a failed rank goes on taking tensors: the others wait for it in collective calls
+        if batch and sum(held.nbytes for held in batch.values()) + tensor.nbytes > MAX_FILE_BYTES:
+            problem = _attempt(flush)
+        batch[name] = tensor.detach().cpu().contiguous()
+        if not batch[name].isfinite().all():
+            problem = f"{name} is not finite"
+    if problem is None and batch:
+        problem = _attempt(flush)
+    parts = _agree(problem, files, root, temporary, bytes_needed)
+    problem = _attempt(finish) if rank == 0 else None
+    _agree(problem, files, root, temporary, bytes_needed)
+    return final
+
+
+def newest(root: Path) -> "Reader | None":
+    """The newest whole checkpoint, or None when there is none at all; every rank calls it.
+
+    What an interrupted run has left is removed first, so no other run may be using `root`. A damaged checkpoint is
+    named on rank 0 and skipped.
+
+    Raises:
+        UserError: there are checkpoints and all of them are damaged; starting anew would overwrite them silently.
+    """
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    names: list[Any] = [[]]
+    if rank == 0:
+        remove_leftovers(root)
+        names = [[path.name for path in completed(root)]]
+    dist.broadcast_object_list(names)
+    problems: list[str] = []
+    for name in names[0]:
+        answers: list[list[str]] = [[]] * ranks
+        dist.all_gather_object(answers, check(root / name, rank, ranks))
+        found = list(dict.fromkeys(line for answer in answers for line in answer))
+        if not found:
+            if rank == 0 and problems:
+                print(*(f"warning: {line}; checkpoint skipped" for line in problems), sep="\n", flush=True)
+            return Reader(root / name)
+        problems += found
+    if problems:
+        raise UserError(
+            *(f"{line}; no whole checkpoint is left, remove the directory to start anew" for line in problems)
+        )
+    return None
+
+
+def check(path: Path, part: int = 0, parts: int = 1) -> list[str]:
+    """What is wrong with a checkpoint, empty when it is whole.
+
+    Args:
+        path: a checkpoint directory.
+        part: which files to read through: those whose index is `part` modulo `parts`; the manifest always.
+        parts: number of callers that share the work.
+
+    Returns:
+        A line a problem, each with file and reason.
+    """
+    try:
+        entries = read_manifest(path)
+    except (OSError, ValueError) as error:
+        return [f"{path / 'manifest.json'}: {error}"]
+    problems = []
+    for name in sorted(entries)[part::parts]:
+        try:
+            _check_file(path / name, entries[name])
+        except (OSError, ValueError, SafetensorError) as error:
+            problems.append(f"{path / name}: {error}")
+    return problems
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Files of a checkpoint with size and checksum.
+
+    Raises:
+        OSError: missing or unreadable.
+        ValueError: not a manifest, not this directory's, or damaged: what it says must be, byte for byte, what
+            `save` writes for it.
+    """
+    file = path / "manifest.json"
+    if file.is_symlink() or file.stat().st_size > _MAX_JSON_BYTES:
+        raise ValueError("is a link or larger than any manifest")
+    content = file.read_bytes()
+    try:
+        found = json.loads(content)
+        step, entries = found["step"], found["files"]
+        outside = [name for name in entries if not _FILE.fullmatch(name)]
+        damaged = _manifest(step, entries) != content
+    except (UnicodeDecodeError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise ValueError(f"not a manifest ({type(error).__name__})") from None
+    if outside:
+        raise ValueError(f"names {outside[0]!r}, which is no checkpoint file")
+    if damaged:
+        raise ValueError("its own checksum differs: damaged, or written by another version")
+    if name_of(step) != path.name or "state.json" not in entries:
+        raise ValueError(f"belongs to step {step} or lacks state.json")
+    return entries
+
+
+class Reader:
+    """The tensors and the state of a checkpoint that `check` found whole."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.state: dict[str, Any] = json.loads((path / "state.json").read_bytes())
+        names = [name for name in read_manifest(path) if name != "state.json"]
+        self._files = [safe_open(path / name, framework="pt") for name in names]
+        self._of = {key: file for file in self._files for key in file.keys()}  # noqa: SIM118 - not a mapping
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor."""
+        return {name: tuple(file.get_slice(name).get_shape()) for name, file in self._of.items()}
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor, on the CPU."""
+        return self._of[name].get_tensor(name)
+
+
+def mark_best(root: Path, step: int) -> None:
+    """Let `best` name a step's checkpoint; replaced in one move."""
+    link = root / ".tmp-best"
+    link.unlink(missing_ok=True)
+    link.symlink_to(name_of(step))
+    os.replace(link, root / "best")
+
+
+def prune(root: Path, keep_last: int) -> None:
+    """Remove all but the newest `keep_last` checkpoints and the best one."""
+    best = os.readlink(root / "best") if (root / "best").is_symlink() else None
+    for path in completed(root)[keep_last:]:
+        if path.name != best:
+            discard(path)
+
+
+def discard(path: Path) -> None:
+    """Remove a checkpoint: first out of sight in one move, so that no half of one is ever offered."""
+    hidden = path.with_name(f".tmp-old-{path.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.rename(path, hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def remove_leftovers(root: Path) -> None:
+    """Remove what an interrupted save or removal has left; only while no other run uses `root`."""
+    for path in root.glob(".tmp-*"):
+        if path.is_symlink() or path.is_file():
+            path.unlink()
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _check_file(file: Path, entry: dict[str, Any]) -> None:
+    if file.is_symlink() or not file.is_file():
+        raise ValueError("missing")
+    if file.stat().st_size != entry["bytes"]:
+        raise ValueError(f"found {file.stat().st_size} bytes; the manifest says {entry['bytes']}")
+    digest = hashlib.blake2b(digest_size=32)
+    with open(file, "rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    if digest.hexdigest() != entry["blake2b"]:
+        raise ValueError("its checksum differs from the manifest: damaged")
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="pt"):
+            pass
+    else:
+        if not isinstance(json.loads(file.read_bytes()), dict):
+            raise ValueError("not a JSON object")
+
+
+def _manifest(step: int, entries: dict[str, Any]) -> bytes:
+    body = {"format": FORMAT, "step": step, "files": entries}
+    text = json.dumps(body, sort_keys=True).encode()
+    return json.dumps(body | {"blake2b": hashlib.blake2b(text, digest_size=32).hexdigest()}, sort_keys=True).encode()
+
+
+def _write(file: Path, content: bytes) -> dict[str, Any]:
+    """Write and flush a file; returns its manifest entry."""
+    with open(file, "wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return {file.name: {"bytes": len(content), "blake2b": hashlib.blake2b(content, digest_size=32).hexdigest()}}
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _attempt(action: Any) -> str | None:
+    """Run a file action; returns what the system said when it failed."""
+    try:
+        action()
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
+def _agree(
+    problem: str | None, files: dict[str, Any], root: Path, temporary: Path, bytes_needed: int
+) -> list[dict[str, Any]]:
+    """Every rank's files, or one error on all of them when any has failed: no rank goes on alone."""
+    answers: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(answers, (problem, files))
+    failed = [(rank, answer[0]) for rank, answer in enumerate(answers) if answer[0] is not None]
+    if failed:
+        if dist.get_rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(
+            f"{root}: the checkpoint cannot be written ({failed[0][1]}, rank {failed[0][0]}); it needs {bytes_needed} "
+            "bytes in a writable directory; older checkpoints are whole"
+        )
+    return [answer[1] for answer in answers]

@@ -1,0 +1,351 @@
+"""MedusaEngine: loss sums become weights. The only user of deepspeed.
+
+One step is written out in `train_batch`: count, all-reduce the counts, forward and backward with sums over global
+counts, all-reduce what was measured, step. What DeepSpeed would do silently is an error here: a step that was skipped,
+a NaN on another rank, NaN gradients under ZeRO 0 (which would be written into the weights).
+
+Checkpoints hold logical tensors (the fp32 master of each trainable parameter and Adam's two moments), read and
+written through DeepSpeed's public accessors, so that a run resumes on another number of ranks, ZeRO stage or offload.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+from safetensors import SafetensorError
+from torch import nn
+from transformers.integrations import HfDeepSpeedConfig
+
+from medusa_ds import ds_config
+from medusa_ds.errors import UserError
+from medusa_ds.model.backbone import load_config
+from medusa_ds.model.heads import save_heads
+from medusa_ds.model.medusa import MedusaModel
+from medusa_ds.model.rows import count_targets
+from medusa_ds.recipe import Recipe
+from medusa_ds.training import checkpoint, optim
+from medusa_ds.training.build import Gathered, Partitioned, build_model, heads_meta
+from medusa_ds.training.step import (
+    NonFiniteError,
+    StepResult,
+    memory_hint,
+    non_finite,
+    norm_of,
+    sum_over_ranks,
+)
+from medusa_ds.training.tensors import LogicalTensors
+
+if TYPE_CHECKING:
+    from medusa_ds.data.packing import MicroBatch
+
+__all__ = ["MedusaEngine", "NonFiniteError", "StepResult"]
+
+BuildModel = Callable[[Recipe, torch.dtype, torch.device, Partitioned | None, Gathered], MedusaModel]
+
+
+class MedusaEngine:
+    """A model in training on this rank's device.
+
+    Args:
+        recipe: what to train and how.
+        total_steps: optimizer steps of the whole run, for the schedules.
+        build: makes the model.
+
+    Attributes:
+        rank, world_size, device: of this process.
+        accumulation: micro-batches of a step on one rank.
+        ds_config: what DeepSpeed was given.
+        model: in training.
+        monitor: DeepSpeed's (TensorBoard, Weights & Biases).
+
+    Raises:
+        UserError: batch sizes that do not multiply out, before anything is loaded; what `build` refuses.
+    """
+
+    def __init__(self, recipe: Recipe, total_steps: int, build: BuildModel = build_model) -> None:
+        self.recipe, self.total_steps = recipe, total_steps
+        on_gpu = torch.cuda.is_available()
+        config = recipe.ds_config(int(os.environ.get("WORLD_SIZE", "1")), on_gpu)
+        self.device = _start_process_group(on_gpu, recipe.train.hang_timeout)
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        config = _complete(config, recipe)
+        self.accumulation: int = config["gradient_accumulation_steps"]
+        self._zero = config.get("zero_optimization", {})
+        self._zero_stage: int = self._zero.get("stage", 0)
+        partitioned: Partitioned | None = None
+        if self._zero_stage == 3:
+            loading = HfDeepSpeedConfig(config)  # while it lives, transformers builds and loads partitioned
+            partitioned = lambda: deepspeed.zero.Init(config_dict_or_path=loading.config)  # noqa: E731
+        dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
+        model = build(recipe, dtype, self.device, partitioned, self._gathered)
+        if self._zero_stage == 3:
+            del loading, partitioned
+        groups = optim.parameter_groups(model, recipe.train)
+        optimizer, self.ds_config = self._optimizer(groups), config
+        self._engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+        parts = (self._engine, deepspeed.utils, self._gathered, self.rank, self.world_size)
+        self._tensors = LogicalTensors(*parts)
+        self._steps_taken, self._best = 0, -math.inf
+        self._has_states = False
+        self.model, self.monitor = model, self._engine.monitor
+
+    def train_batch(self, micro_batches: Sequence[MicroBatch], step: int, stop: bool = False) -> StepResult:
+        """One optimizer step.
+
+        `loss = sum_k weight_k * loss_sum_k / count_k` with sums and counts over all micro-batches of all ranks, so
+        that neither depends on how the global batch is cut. A head without any row contributes nothing.
+
+        Args:
+            micro_batches: this rank's, `accumulation` of them.
+            step: number of the step, from 0; learning rates, coefficient and random numbers follow from it.
+            stop: this rank was asked to stop; every rank learns it in the result.
+
+        Raises:
+            NonFiniteError: a loss or gradient is not finite on any rank; no weight was changed.
+            UserError: out of memory.
+        """
+        assert len(micro_batches) == self.accumulation, (len(micro_batches), self.accumulation)
+        recipe, num = self.recipe, self.recipe.heads.num
+        torch.manual_seed((recipe.train.seed * 1_000_003 + step) * 1_000_003 + self.rank)
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = recipe.train.lr * group["lr_scale"] * optim.lr_factor(step, self.total_steps, recipe.train)
+        with memory_hint(recipe):
+            self._engine.train()
+            counts = torch.zeros(num + 2, dtype=torch.int64, device=self.device)
+            counts[-1] = stop
+            for batch in micro_batches:
+                counts[:-1] += count_targets(batch.labels, batch.position_ids, num).to(self.device)
+            dist.all_reduce(counts)
+            weights = optim.loss_weights(step, self.total_steps, num, recipe.stage, recipe.loss)
+            scales = [w / max(1, count) for w, count in zip(weights, counts.tolist()[:-1], strict=True)]
+            loss_sum, counters = torch.zeros((), dtype=torch.float64, device=self.device), []
+            for batch in micro_batches:
+                output = self._engine(*self._on_device(batch))
+                pairs = zip(scales, output.losses, strict=True)
+                loss = torch.stack([scale * head.loss_sum for scale, head in pairs if head is not None]).sum()
+                # DeepSpeed divides by accumulation steps and averages over ranks; both are undone here
+                self._engine.backward(loss * (self.world_size * self.accumulation))
+                loss_sum += loss.detach()
+                counters.append(output.counters.double())
+                if len(counters) < self.accumulation:
+                    self._engine.step()
+            total_loss, total = sum_over_ranks(loss_sum, counters, micro_batches, step)
+            grad_norm = self._step(micro_batches, step)
+        rates = {group["name"]: group["lr"] for group in self._engine.optimizer.param_groups}
+        now = optim.coefficient(step, self.total_steps, recipe.loss)
+        return StepResult(total, total_loss, rates, grad_norm, now, bool(counts[-1]))
+
+    def eval_batch(self, micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
+        """Counters (float64, CPU) of micro-batches, summed over all ranks; as many on each rank.
+
+        Raises:
+            UserError: out of memory.
+        """
+        self._engine.eval()
+        with memory_hint(self.recipe), torch.no_grad():
+            total = sum(self._engine(*self._on_device(batch)).counters.double() for batch in micro_batches)
+        assert isinstance(total, torch.Tensor), "nothing to evaluate"
+        dist.all_reduce(total)
+        return total.cpu()
+
+    def save(self, state: dict[str, Any], acceptance_length: float | None = None) -> Path:
+        """Write a checkpoint of the steps taken so far, and remove those that are no longer kept.
+
+        Args:
+            state: what the loop needs to resume, with the data's fingerprint as `data`; JSON.
+            acceptance_length: of a validation at this step; the highest so far makes this checkpoint the best.
+
+        Raises:
+            NonFiniteError: a weight is not finite.
+            UserError: the checkpoint could not be written.
+        """
+        self._make_optimizer_states()
+        best = acceptance_length is not None and acceptance_length > self._best
+        if best:
+            self._best = float(acceptance_length or 0)
+        versions = {"torch": torch.__version__, "deepspeed": deepspeed.__version__}
+        own: dict[str, Any] = {"step": self._steps_taken, "best": self._best if math.isfinite(self._best) else None}
+        own |= {"world_size": self.world_size, "zero_stage": self._zero_stage, "versions": versions}
+        size = int(4.04 * sum(math.prod(shape) for shape in self._tensors.shapes.values())) + (1 << 20)
+        root = self._root()
+        path = checkpoint.save(root, self._steps_taken, self._tensors.read(), {"engine": own, "loop": state}, size)
+        if self.rank == 0:
+            if best:
+                checkpoint.mark_best(root, self._steps_taken)
+            checkpoint.prune(root, self.recipe.train.keep_last)
+        return path
+
+    def resume_newest(self, data_fingerprint: str) -> dict[str, Any]:
+        """Go on from the newest whole checkpoint.
+
+        Returns:
+            What `save` was given as its state, which names the data's fingerprint in `data`; empty at a start.
+
+        Raises:
+            UserError: every checkpoint is damaged, its data differs, or its tensors are not those of this model.
+        """
+        reader = checkpoint.newest(self._root())
+        if reader is None:
+            return {}
+        state: dict[str, Any] = reader.state["loop"]
+        if state.get("data") != data_fingerprint:
+            raise UserError(
+                f"{reader.path}: made with other training data (fingerprint {state.get('data')}, now "
+                f"{data_fingerprint}); bring the data back or choose another output"
+            )
+        self._load(reader)
+        return state
+
+    def _load(self, reader: checkpoint.Reader) -> None:
+        shapes, found = self._tensors.shapes, reader.shapes()
+        differ = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
+        if differ:
+            name = differ[0]
+            raise UserError(
+                f"{reader.path}: {name}: found {found.get(name)}, the recipe's model has {shapes.get(name)} "
+                f"({len(differ)} tensors differ); resume with the recipe of that run or choose another output"
+            )
+        self._make_optimizer_states()
+        self._tensors.write(reader.tensor)
+        state = reader.state["engine"]
+        self._steps_taken, self._best = state["step"], -math.inf if state["best"] is None else state["best"]
+        self._tensors.set_adam_step(self._steps_taken)
+        self._engine.global_steps = self._steps_taken
+        self._engine.global_samples = self._steps_taken * self.recipe.train.global_batch_size
+
+    def export(self, output: Path) -> None:
+        """Save what was trained: in stage 2 the backbone in `output/backbone`, then the heads in `output/heads`.
+
+        The backbone is an ordinary transformers directory, in the weights' own dtype.
+
+        Raises:
+            UserError: `output` cannot be written.
+        """
+        try:
+            if self.recipe.stage == 2:
+                weights = self.whole_state_dict(self.model.backbone)
+                if self.rank == 0:
+                    shutil.rmtree(output / ".tmp-backbone", ignore_errors=True)
+                    self.model.backbone.save_pretrained(output / ".tmp-backbone", state_dict=weights)
+                    shutil.rmtree(output / "backbone", ignore_errors=True)
+                    os.rename(output / ".tmp-backbone", output / "backbone")
+                del weights
+            weights = self.whole_state_dict(self.model.heads)
+            if self.rank == 0:
+                save_heads(output / "heads", weights, heads_meta(self.recipe))
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{output}: the heads cannot be written ({error}); checkpoints are whole") from None
+
+    def close(self) -> None:
+        """Wait for all ranks and end the process group."""
+        dist.barrier()
+        self._engine.destroy()
+        dist.destroy_process_group()
+
+    @property
+    def device_name(self) -> str:
+        """Name of the GPU, or `cpu`."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+
+    @property
+    def steps_taken(self) -> int:
+        """Optimizer steps behind the current weights."""
+        return self._steps_taken
+
+    def whole_state_dict(self, module: nn.Module) -> dict[str, torch.Tensor]:
+        """A module's state dict on the CPU of rank 0 (empty elsewhere), gathered one parameter at a time."""
+        copies: dict[int, torch.Tensor] = {}
+        result: dict[str, torch.Tensor] = {}
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            if id(tensor) not in copies:  # tied weights stay tied
+                with self._gathered([tensor], modifier_rank=None):
+                    copies[id(tensor)] = tensor.detach().to("cpu", copy=True) if self.rank == 0 else torch.empty(0)
+            result[name] = copies[id(tensor)]
+        return result if self.rank == 0 else {}
+
+    def _step(self, micro_batches: Sequence[MicroBatch], step: int) -> float:
+        """Let DeepSpeed change the weights; returns the gradient's norm."""
+        norm = math.nan
+        if self._zero_stage == 0:  # there DeepSpeed neither reports the norm nor stops at a NaN
+            norm = norm_of([p.grad for p in self._tensors.params.values() if p.grad is not None])
+            if not math.isfinite(norm):
+                raise non_finite("the gradient", step, [batch.sources for batch in micro_batches])
+        self._engine.step()
+        if self._zero_stage > 0:
+            norm = float(self._engine.get_global_grad_norm() or 0.0)
+        if not self._engine.was_step_applied() or not math.isfinite(norm):
+            raise non_finite("the gradient", step, [batch.sources for batch in micro_batches])
+        self._has_states = True
+        self._steps_taken = step + 1
+        return norm
+
+    def _on_device(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        parts = (batch.input_ids, batch.labels, batch.position_ids)
+        ids, labels, positions = (part.to(self.device, non_blocking=True) for part in parts)
+        return ids, labels, positions
+
+    def _gathered(self, params: Iterable[Any], modifier_rank: int | None = 0) -> AbstractContextManager[Any]:
+        if self._zero_stage < 3:
+            return nullcontext()
+        return deepspeed.zero.GatheredParameters(list(params), modifier_rank=modifier_rank)
+
+    def _optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        train = self.recipe.train
+        options: dict[str, Any] = {"lr": train.lr, "betas": tuple(train.betas), "eps": train.eps}
+        if self._zero.get("offload_optimizer", {}).get("device", "none") != "none":
+            return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
+        return torch.optim.AdamW(groups, fused=self.device.type == "cuda", **options)
+
+    def _make_optimizer_states(self) -> None:
+        """Adam's states exist from the first step on: take one without gradient at rate 0, which changes no weight."""
+        if self._has_states:
+            return
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = 0.0
+        length = self.recipe.heads.num + 2
+        empty = torch.zeros(self.recipe.train.micro_batch_size, length, dtype=torch.int64, device=self.device)
+        positions = torch.arange(length, device=self.device).expand_as(empty)
+        self._engine.train()
+        for _ in range(self.accumulation):
+            output = self._engine(empty, torch.full_like(empty, -100), positions)
+            self._engine.backward(torch.stack([head.loss_sum for head in output.losses if head is not None]).sum() * 0)
+            self._engine.step()
+        self._has_states = True
+        self._tensors.set_adam_step(0)
+
+    def _root(self) -> Path:
+        return Path(self.recipe.output) / "checkpoints"
+
+
+def _start_process_group(on_gpu: bool, timeout_s: int) -> torch.device:
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    if "RANK" not in os.environ:  # started without a launcher
+        os.environ.update(alone)
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    backend = "nccl" if on_gpu else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(seconds=timeout_s))
+    return device
+
+
+def _complete(config: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """What a DeepSpeed config still lacks: sizes that follow from the model, fp32 accumulation, places of monitors."""
+    config = ds_config.fill_sizes(config, load_config(recipe.model).get_text_config().hidden_size)
+    if config["bf16"]["enabled"] and config.get("zero_optimization", {}).get("stage", 0) > 0:
+        # DeepSpeed's default adds micro-batches up in bf16; ZeRO 0 knows nothing else
+        config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    if config["tensorboard"]["enabled"]:
+        config["tensorboard"].setdefault("output_path", recipe.output)
+    return config
