@@ -1,0 +1,1 @@
+"""Conversations become rows of tokens."""

@@ -1,0 +1,250 @@
+"""Tokenised conversations become sequences and micro-batches, in an order that is a pure function of (seed, step).
+
+An epoch shuffles the conversations and packs them best-fit: each goes into the open sequence with the least room that
+takes it. The numbers of sequences of two epochs can differ by a few, so a step finds its epoch by counting sequences
+and not by division; every conversation is used exactly once an epoch. Token rows stay in the memory-mapped Arrow file.
+"""
+
+import functools
+import hashlib
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+import torch
+from datasets import Dataset, Features, List, Value
+from filelock import FileLock
+from transformers import PreTrainedTokenizerBase
+
+from medusa_ds.data.dialogues import IGNORED, Encoded, UnusableRow, chat_template, check_template, encode
+from medusa_ds.data.sources import load_conversations, summary, usable_rows
+from medusa_ds.errors import UserError
+from medusa_ds.recipe import Recipe
+
+_FORMAT = 1  # of the tokenised rows; counted up when their meaning changes
+_MAP_ROWS_PER_PROCESS = 10_000
+_FEATURES = Features({
+    "input_ids": List(Value("int32")), "supervised": List(Value("bool")), "length": Value("int32"),
+    "cut": Value("bool"), "source": Value("large_string"), "reason": Value("large_string"),
+})  # fmt: skip
+
+
+class MicroBatch(NamedTuple):
+    """Sequences of one forward pass; LongTensors [B, S], documents told apart by positions that restart at 0."""
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    position_ids: torch.Tensor
+    sources: list[list[str]]
+
+
+class Sequences:
+    """Conversations of one split, shuffled and packed anew each epoch.
+
+    Args:
+        data: tokenised rows, columns as `_FEATURES`.
+        rows: the usable ones.
+        max_length: tokens of a sequence.
+        packing: several conversations a sequence, or one.
+        seed: of the order.
+        pad_id: input id of padding.
+    """
+
+    def __init__(
+        self, data: Dataset, rows: np.ndarray, *, max_length: int, packing: bool, seed: int, pad_id: int
+    ) -> None:
+        self.data, self.rows, self.max_length, self.packing, self.seed, self.pad_id = (
+            data.with_format("numpy"), rows, max_length, packing, seed, pad_id
+        )  # fmt: skip
+        self.lengths = np.asarray(self.data["length"][:])[rows] if len(data) else np.zeros(0, int)
+        self.epoch = functools.lru_cache(maxsize=2)(self._pack)
+        self._sizes: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        """Sequences of the first epoch."""
+        return self._size(0)
+
+    def example(self, number: int) -> Encoded:
+        """Conversation `number` of this split."""
+        row = self.data[int(self.rows[number])]
+        return Encoded(row["input_ids"].tolist(), np.where(row["supervised"], row["input_ids"], IGNORED).tolist())
+
+    def steps_per_epoch(self, global_batch_size: int) -> int:
+        """Steps of the first epoch; another one can have a few sequences more or less."""
+        return math.ceil(len(self) / global_batch_size)
+
+    def global_batch(self, step: int, global_batch_size: int) -> list[np.ndarray]:
+        """The sequences of a step (from 0), each the numbers of its conversations; empty ones fill an epoch's last."""
+        assert len(self) > 0
+        epoch = 0
+        while step >= (steps := math.ceil(self._size(epoch) / global_batch_size)):
+            epoch, step = epoch + 1, step - steps
+        batch = self.epoch(epoch)[step * global_batch_size : (step + 1) * global_batch_size]
+        return batch + [np.zeros(0, int)] * (global_batch_size - len(batch))
+
+    def micro_batches(
+        self, step: int, global_batch_size: int, micro_batch_size: int, rank: int, world_size: int
+    ) -> list[MicroBatch]:
+        """What one rank processes in a step: every `world_size`-th run of `micro_batch_size` sequences."""
+        assert global_batch_size % (micro_batch_size * world_size) == 0
+        batch = self.global_batch(step, global_batch_size)
+        starts = range(rank * micro_batch_size, global_batch_size, micro_batch_size * world_size)
+        return [self._collate(batch[start : start + micro_batch_size]) for start in starts]
+
+    def _size(self, epoch: int) -> int:
+        if not self.packing:
+            return len(self.rows)
+        if epoch not in self._sizes:
+            self._sizes[epoch] = len(self.epoch(epoch))
+        return self._sizes[epoch]
+
+    def _pack(self, epoch: int) -> list[np.ndarray]:
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
+        if not self.packing:
+            return list(order[:, None])
+        return best_fit(order, self.lengths, self.max_length)
+
+    def _collate(self, batch: list[np.ndarray]) -> MicroBatch:
+        documents = [[self.data[int(self.rows[number])] for number in sequence] for sequence in batch]
+        longest = max(sum(len(row["input_ids"]) for row in rows) for rows in documents)
+        size = self.max_length if self.packing else max(8 * math.ceil(longest / 8), 8)
+        ids, labels = np.full((len(batch), size), self.pad_id), np.full((len(batch), size), IGNORED)
+        positions = np.zeros((len(batch), size), dtype=np.int64)
+        for line, rows in enumerate(documents):
+            at = 0
+            for row in rows:
+                end = at + len(row["input_ids"])
+                ids[line, at:end] = row["input_ids"]
+                labels[line, at:end] = np.where(row["supervised"], row["input_ids"], IGNORED)
+                positions[line, at:end] = np.arange(end - at)
+                at = end
+            positions[line, at:] = np.arange(size - at)
+        sources = [[str(row["source"]) for row in rows] for rows in documents]
+        return MicroBatch(torch.from_numpy(ids), torch.from_numpy(labels), torch.from_numpy(positions), sources)
+
+
+def best_fit(order: Sequence[int] | np.ndarray, lengths: np.ndarray, capacity: int) -> list[np.ndarray]:
+    """Pack items into bins, each into the fullest bin that has room for it.
+
+    Args:
+        order: items in the order in which they come.
+        lengths: by item, each at most `capacity`.
+        capacity: of a bin.
+
+    Returns:
+        The items of each bin, in the order in which the bins were opened.
+    """
+    bins: list[list[int]] = []
+    by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
+    rooms = 0  # bit r is set when a bin with room r is open: the least room that is enough is the lowest bit from there
+    for item in np.asarray(order).tolist():
+        length = int(lengths[item])
+        fitting = rooms >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1
+            chosen = by_room[room].pop()
+            if not by_room[room]:
+                rooms ^= 1 << room
+            bins[chosen].append(item)
+        else:
+            room, chosen = capacity, len(bins)
+            bins.append([item])
+        by_room[room - length].append(chosen)
+        rooms |= 1 << (room - length)
+    return [np.array(members) for members in bins]
+
+
+@dataclass(frozen=True)
+class Data:
+    """The data of a run, the same in every process.
+
+    `report`: `rows` read, `used`, `rejected` (reason -> count and first source), `train_rows`, `validation_rows`,
+    `cut` (conversations that lost their end to max_length), `tokens` and `supervised_tokens` of the training rows,
+    `fingerprint`: sha256 over the tokenised training rows, by which a resumed run knows its data.
+    """
+
+    train: Sequences
+    validation: Sequences
+    report: dict[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """Sha256 over the tokenised training rows."""
+        return self.report["fingerprint"]
+
+
+def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Data:
+    """Read, tokenise and split the data of a recipe; one process works while others wait and take the cache.
+
+    Raises:
+        UserError: no usable data, no supervised token, or a chat template that cannot be masked exactly.
+    """
+    spec = recipe.data
+    check_template(tokenizer, spec.template_args)
+    template = chat_template(tokenizer, spec.template_args, None)
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / "medusa_ds.lock"):
+        conversations = load_conversations(spec)
+        state = [_FORMAT, conversations.key, template, spec.template_args, spec.max_length,
+                 tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map]  # fmt: skip
+        key = hashlib.sha256(json.dumps(state, default=str).encode()).hexdigest()
+        tokenise = functools.partial(
+            _tokenise, tokenizer=tokenizer, template_args=spec.template_args, max_length=spec.max_length
+        )
+        parts = []
+        for name, part in (("train", conversations.train), ("validation", conversations.validation)):
+            processes = min(os.cpu_count() or 1, len(part) // _MAP_ROWS_PER_PROCESS)
+            parts.append(part.map(
+                tokenise, remove_columns=part.column_names, features=_FEATURES, desc=f"tokenise {name}",
+                new_fingerprint=f"{key[:32]}{name}", num_proc=processes if processes > 1 else None,
+            ) if len(part) else part)  # fmt: skip
+    rejected = dict(conversations.rejected)
+    usable = [usable_rows(part, rejected) for part in parts]
+    report = _measure(parts[0], usable[0])
+    unused = len(parts[0]) - len(usable[0]) + len(parts[1]) - len(usable[1])
+    report |= {"rows": conversations.rows, "used": conversations.used - unused, "rejected": rejected,
+               "train_rows": len(usable[0]), "validation_rows": len(usable[1])}  # fmt: skip
+    if not report["supervised_tokens"]:
+        raise UserError(f"data: no supervised token in {conversations.rows} rows: {summary(rejected)}")
+    pad = tokenizer.pad_token_id or 0
+    train, validation = (
+        Sequences(part, rows, max_length=spec.max_length, packing=spec.packing, seed=spec.seed, pad_id=pad)
+        for part, rows in zip(parts, usable, strict=True)
+    )
+    return Data(train, validation, report)
+
+
+def _tokenise(
+    row: dict[str, str], tokenizer: PreTrainedTokenizerBase, template_args: dict[str, Any], max_length: int
+) -> dict[str, Any]:
+    out = {"input_ids": [], "supervised": [], "length": 0, "cut": False, "source": row["source"], "reason": ""}
+    try:
+        ids, labels = encode(tokenizer=tokenizer, template_args=template_args, **json.loads(row["messages"]))
+        supervised = [label != IGNORED for label in labels[:max_length]]
+        if not any(supervised[1:]):
+            raise UnusableRow("no supervised token within data.max_length")
+    except UnusableRow as error:
+        return {**out, "reason": str(error)}
+    return {**out, "input_ids": ids[:max_length], "supervised": supervised, "length": len(supervised),
+            "cut": len(ids) > max_length}  # fmt: skip
+
+
+def _measure(data: Dataset, rows: np.ndarray) -> dict[str, Any]:
+    """Counts and the hash of the usable training rows."""
+    digest, tokens, supervised, cut = hashlib.sha256(), 0, 0, 0
+    data = data.with_format("numpy")
+    for start in range(0, len(rows), 1000):
+        batch = data[rows[start : start + 1000]]
+        cut += int(np.sum(batch["cut"]))
+        for ids, mask in zip(batch["input_ids"], batch["supervised"], strict=True):
+            digest.update(np.int64(len(ids)).tobytes() + ids.astype("<i4").tobytes() + np.packbits(mask).tobytes())
+            tokens += len(ids)
+            supervised += int(np.sum(mask))
+    return {"tokens": tokens, "supervised_tokens": supervised, "cut": cut, "fingerprint": digest.hexdigest()}
