@@ -1,0 +1,1 @@
+"""Loss sums become weights: engine, optimizer, checkpoints, the loop, and what it tells."""

@@ -1,0 +1,98 @@
+"""The training loop: steps, validations and checkpoints between the two ends of a run."""
+
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from medusa_ds.data.packing import Data
+from medusa_ds.model.medusa import COUNTERS, metrics
+from medusa_ds.recipe import Recipe
+from medusa_ds.training.engine import MedusaEngine
+from medusa_ds.training.report import Meter, Report, heads_table, shorten
+from medusa_ds.training.supervisor import Supervisor
+
+
+class Loop:
+    """Steps, validations and checkpoints of a run."""
+
+    def __init__(
+        self, recipe: Recipe, engine: MedusaEngine, data: Data, report: Report, supervisor: Supervisor, steps: int
+    ) -> None:
+        self.recipe, self.engine, self.data, self.report = recipe, engine, data, report
+        self.supervisor, self.steps = supervisor, steps
+        lengths = data.train.lengths
+        mean_context = float((lengths * lengths).sum() / lengths.sum()) / 2  # of a token, within its conversation
+        self.meter = Meter(recipe, engine.model, engine.device, engine.world_size, mean_context)
+        self.before: dict[str, float] = {}
+        self.after: dict[str, float] = {}
+
+    def run(self, state: dict[str, Any]) -> None:
+        """Train from the engine's step to the end.
+
+        Args:
+            state: what `run` saved in the checkpoint that the engine has resumed; empty at the start.
+
+        Raises:
+            SystemExit: a signal asked to stop; a checkpoint has been written.
+        """
+        train, engine = self.recipe.train, self.engine
+        self.before = state.get("before", {})
+        if engine.steps_taken == 0:
+            self.before = self.after = self.validate(0)
+        for step in range(engine.steps_taken, self.steps):
+            started = time.perf_counter()
+            micro_batches = self.data.train.micro_batches(
+                step, train.global_batch_size, train.micro_batch_size, engine.rank, engine.world_size
+            )
+            result = engine.train_batch(micro_batches, step, stop=self.supervisor.stop_status is not None)
+            done, last = step + 1, step + 1 == self.steps
+            values = self.meter.values(result, micro_batches, time.perf_counter() - started)
+            self.report.step(done, values)
+            events = [(f"train/{key}", value, done) for key, value in values.items() if value is not None]
+            engine.monitor.write_events(events)
+            self.supervisor.beat()
+            length = None
+            if last or (train.eval_every is not None and done % train.eval_every == 0 and not result.stop):
+                self.after = self.validate(done)
+                length = self.after.get("acceptance_length")
+            if last or result.stop or length is not None or done % train.save_every == 0:
+                engine.save({"before": self.before, "data": self.data.fingerprint}, length)
+                self.supervisor.beat()
+            if result.stop and not last:
+                self.report.say(f"stopped after step {done} with a checkpoint; the same command goes on from there")
+                self.report.close()
+                engine.close()
+                sys.exit(self.supervisor.stop_status or 128 + signal.SIGTERM)
+        if not self.after:  # resumed from the checkpoint of the last step
+            self.after = self.validate(self.steps)
+
+    def validate(self, step: int) -> dict[str, float]:
+        """Metrics of the held-out conversations, recorded; empty when there are none."""
+        sequences = self.data.validation
+        if not len(sequences):
+            return {}
+        engine, micro = self.engine, self.recipe.train.micro_batch_size
+        size = micro * engine.world_size
+        counters = torch.zeros(self.recipe.heads.num + 1, len(COUNTERS), dtype=torch.float64)
+        for index in range(sequences.steps_per_epoch(size)):
+            counters += engine.eval_batch(sequences.micro_batches(index, size, micro, engine.rank, engine.world_size))
+            self.supervisor.beat()
+        values = metrics(counters)
+        self.report.record({"kind": "validation", "step": step, **values})
+        losses = ", ".join(f"head {k} loss {values[f'head{k}_loss']:.3f}" for k in range(1, self.recipe.heads.num + 1))
+        self.report.say(f"validation at step {step}: {losses}, acceptance length {values['acceptance_length']:.3f}")
+        engine.monitor.write_events([(f"validation/{key}", value, step) for key, value in values.items()])
+        return values
+
+    def summary(self, output: Path) -> str:
+        """What a user wants to know at the end: what was gained, where it is, what to do next."""
+        lines = [heads_table(self.before, self.after, self.recipe.heads.num)] if self.before else []
+        lines.append(f"heads saved in {output / 'heads'}")
+        if self.recipe.stage == 2:
+            lines.append(f"tuned backbone saved in {output / 'backbone'}")
+        lines.append(f"next: medusa-ds generate {shorten(output)} --prompt 'What is the capital of France?'")
+        return "\n".join(lines)

@@ -1,0 +1,209 @@
+"""What a run tells: progress on rank 0, a JSON line a step in `metrics.jsonl`, less noise from other libraries."""
+
+import json
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from medusa_ds.data.packing import MicroBatch
+from medusa_ds.model.medusa import MedusaModel, metrics
+from medusa_ds.recipe import Recipe
+from medusa_ds.training.engine import StepResult
+from medusa_ds.training.flops import peak_tflops, step_flops
+
+PLAIN_INTERVAL_S = 15.0
+"""Seconds between progress lines when the output is not a terminal."""
+
+
+def quiet_libraries(rank: int) -> None:
+    """Silence what users cannot act on: other ranks' logs, load bars, DeepSpeed's info lines."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("DS_ACCELERATOR_LOG_LEVEL", "ERROR")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|deepspeed|transformers)\b.*")
+    for name in ("DeepSpeed", "deepspeed", "transformers", "datasets", "torch.distributed", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR if rank else logging.WARNING)
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if rank or not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+
+
+class Report:
+    """Progress and metrics of a run; every method does nothing on ranks other than 0.
+
+    Args:
+        output: the run's directory.
+        rank: this process's rank.
+        total_steps: optimizer steps of the whole run.
+        first_step: steps done before; lines of later steps in `metrics.jsonl` belong to lost work and are removed.
+    """
+
+    def __init__(self, output: Path, rank: int, total_steps: int, first_step: int) -> None:
+        self.active = rank == 0
+        if not self.active:
+            return
+        self.file = output / "metrics.jsonl"
+        if self.file.exists():
+            kept = [line for line in self.file.read_text().splitlines() if _step_of(line) <= first_step]
+            temporary = self.file.with_name(".tmp-metrics.jsonl")
+            temporary.write_text("".join(line + "\n" for line in kept))
+            os.replace(temporary, self.file)
+        self._stream = open(self.file, "a", encoding="utf-8")  # noqa: SIM115 - open for the whole run
+        self._bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=not sys.stderr.isatty())
+        self._total, self._first = total_steps, first_step
+        self._started = self._printed = time.monotonic()
+
+    def say(self, text: str) -> None:
+        """A line for the user."""
+        if self.active:
+            self._bar.clear()
+            print(text, flush=True)
+            self._bar.refresh()
+
+    def record(self, values: dict[str, Any]) -> None:
+        """Append a JSON line; NaN and infinities become null, so that every line is JSON."""
+        if self.active:
+            clean = {key: None if value != value or value in _INFINITE else value for key, value in values.items()}
+            self._stream.write(json.dumps(clean) + "\n")
+            self._stream.flush()
+
+    def step(self, step: int, values: dict[str, Any]) -> None:
+        """Record a finished step and show progress.
+
+        Args:
+            step: steps done, from 1.
+            values: `loss`, `acceptance_length` and `tokens_per_s` are shown.
+        """
+        if not self.active:
+            return
+        self.record({"kind": "train", "step": step, **values})
+        shown = (
+            f"loss {values['loss']:.4f}, acceptance length {values['acceptance_length']:.3f}, "
+            f"{values['tokens_per_s']:,.0f} tokens/s"
+        )
+        self._bar.set_postfix_str(shown, refresh=False)
+        self._bar.update(step - self._bar.n)
+        now = time.monotonic()
+        if self._bar.disable and (now - self._printed > PLAIN_INTERVAL_S or step in (self._first + 1, self._total)):
+            self._printed = now
+            left_s = (now - self._started) / (step - self._first) * (self._total - step)
+            print(f"step {step}/{self._total}: {shown}, {_clock(left_s)} left", flush=True)
+
+    def close(self) -> None:
+        """End the bar and the file."""
+        if self.active:
+            self._bar.close()
+            self._stream.close()
+
+
+_INFINITE = (float("inf"), float("-inf"))
+
+
+def _step_of(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return sys.maxsize  # a line cut off by a kill
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def heads_table(before: dict[str, float], after: dict[str, float], num: int) -> str:
+    """Held-out losses and accuracies at the start and at the end, a row a head.
+
+    Args:
+        before: metrics of the first validation.
+        after: metrics of the last one.
+        num: heads.
+    """
+    lines = ["held-out        loss             accuracy         heads 1..k right"]
+    rows = [("LM head", "lm_loss", "lm_acc", "")] if "lm_loss" in after else []
+    rows += [(f"head {k}", f"head{k}_loss", f"head{k}_acc", f"full_acc_{k}") for k in range(1, num + 1)]
+    for name, loss, accuracy, full in rows:
+        cells = [f"{before[loss]:6.3f} -> {after[loss]:6.3f}", f"{before[accuracy]:5.3f} -> {after[accuracy]:5.3f}"]
+        if full:
+            cells.append(f"{before[full]:5.3f} -> {after[full]:5.3f}")
+        lines.append(f"  {name:<10}" + "   ".join(cells))
+    lines.append(
+        f"acceptance length (chain, teacher-forced): {before['acceptance_length']:.3f} -> "
+        f"{after['acceptance_length']:.3f} tokens per step"
+    )
+    return "\n".join(lines)
+
+
+class Meter:
+    """Turns a step's result and time into its line of `metrics.jsonl`.
+
+    Args:
+        recipe: the recipe in training.
+        model: the model in training.
+        device: this rank's device.
+        world_size: ranks.
+        mean_context: tokens that a position sees on average, half a conversation.
+    """
+
+    def __init__(
+        self, recipe: Recipe, model: MedusaModel, device: torch.device, world_size: int, mean_context: float
+    ) -> None:
+        matrices = sum(
+            getattr(p, "ds_numel", p.numel())
+            for name, p in model.backbone.base_model.named_parameters()
+            if "embed" not in name
+        )
+        own = recipe.heads.lm_head == "own"
+        config = model.backbone.config.get_text_config()
+        self.flops = step_flops(config, matrices, recipe.heads.layers, own, recipe.stage)
+        self.device, self.world_size, self.mean_context = device, world_size, mean_context
+        self.peak = peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+    def values(self, result: StepResult, micro_batches: Sequence[MicroBatch], seconds: float) -> dict[str, Any]:
+        """Losses and accuracies, learning rates, gradient norm, speeds, MFU and memory of one step.
+
+        Args:
+            result: what the engine measured over all ranks.
+            micro_batches: this rank's; every rank has as many tokens.
+            seconds: time of the step.
+        """
+        rows = result.counters[:, 1].tolist()
+        tokens = sum(batch.input_ids.numel() for batch in micro_batches) * self.world_size
+        flops = self.flops.total(tokens, self.mean_context, sum(rows[1:]), rows[0])
+        tflops = flops / seconds / self.world_size / 1e12
+        values = {
+            "loss": result.loss,
+            **metrics(result.counters),
+            **{f"lr_{name}": rate for name, rate in result.learning_rates.items()},
+            "coefficient": result.coefficient,
+            "grad_norm": result.grad_norm,
+            "seconds": seconds,
+            "tokens_per_s": tokens / seconds,
+            "supervised_tokens_per_s": max(rows) / seconds,
+            "tflops_per_rank": tflops,
+            "mfu": tflops / self.peak if self.peak else None,
+        }
+        if self.device.type == "cuda":
+            values["peak_allocated_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+            values["peak_reserved_gib"] = torch.cuda.max_memory_reserved(self.device) / 2**30
+        return values
+
+
+def shorten(path: Path) -> str:
+    """A path as a user in the working directory would type it."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

@@ -1,0 +1,75 @@
+"""A tiny model on disk, conversations for it, and a recipe."""
+
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from support import WORDS, tiny_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a random Llama of two layers, hidden size 32 and 300 tokens, with tied embeddings."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    directory = tmp_path_factory.mktemp("tiny-llama")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
+        initializer_range=0.2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def conversations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A JSONL file of 60 conversations of regular text, which heads can learn to guess."""
+    file = tmp_path_factory.mktemp("data") / "chat.jsonl"
+    draw = random.Random(0)
+    with open(file, "w") as stream:
+        for _ in range(60):
+            start = draw.randrange(len(WORDS))
+            answer = " ".join(WORDS[(start + i) % len(WORDS)] for i in range(draw.randrange(4, 14)))
+            turns = [{"role": "user", "content": f"from {WORDS[start]}"}, {"role": "assistant", "content": answer}]
+            stream.write(json.dumps({"messages": turns}) + "\n")
+    return file
+
+
+@pytest.fixture
+def tiny_recipe(tiny_model: Path, conversations: Path, tmp_path: Path) -> Path:
+    """A stage-1 recipe of the tiny model: 6 steps of 4 sequences; output beside it."""
+    file = tmp_path / "tiny.yaml"
+    file.write_text(
+        f"""_: r\"\"\"  # launch stub
+model:
+  name: {tiny_model}
+heads:
+  num: 3
+stage: 1
+data:
+  path: {conversations}
+  max_length: 64
+  validation: 0.2
+train:
+  global_batch_size: 4
+  micro_batch_size: 2
+  steps: 6
+  lr: 1e-2
+  save_every: 2
+deepspeed: ds_configs/zero2.json
+output: {tmp_path / "out"}
+# \"\"\"; from medusa_ds.train import main; main(__file__)
+"""
+    )
+    return file

@@ -1,0 +1,110 @@
+"""What several tests use: a tiny tokenizer, and launching a recipe as a user does."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+WORDS = "red green blue one two three four five six seven sun moon star river stone tree bird fish".split()
+
+
+def tiny_tokenizer() -> Any:
+    """A byte-level BPE tokenizer of 300 tokens with ChatML's control tokens and template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([" ".join(WORDS)] * 4 + ["user assistant system\n"] * 4, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        chat_template=CHATML,
+    )
+
+
+@dataclass
+class Run:
+    """A finished or running launch: its process, and what it has printed once it has ended."""
+
+    process: subprocess.Popen[str]
+    log: Path
+
+    @property
+    def text(self) -> str:
+        """Everything printed so far."""
+        return self.log.read_text(errors="replace")
+
+    def wait(self, timeout: float = 240) -> int:
+        """Wait for the end and return the exit status."""
+        return self.process.wait(timeout)
+
+    def wait_for(self, text: str, timeout: float = 120) -> None:
+        """Wait until a text has been printed."""
+        end = time.monotonic() + timeout
+        while text not in self.text:
+            assert time.monotonic() < end and self.process.poll() is None, f"never printed {text!r}:\n{self.text}"
+            time.sleep(0.05)
+
+
+_LAUNCHES = iter(range(10**9))
+
+
+def launch(
+    recipe: str | Path, *overrides: str, ranks: int = 1, module: bool = False, env: dict[str, str] | None = None,
+    cwd: Path | None = None, log_dir: Path,
+) -> Run:  # fmt: skip
+    """Start `deepspeed RECIPE overrides` in a session of its own, so that a test can signal the whole tree."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    deepspeed = shutil.which("deepspeed", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert deepspeed is not None
+    target = ["--module", "medusa_ds", str(recipe)] if module else [str(recipe)]
+    command = [deepspeed, "--num_gpus", str(ranks), "--master_port", str(port), *target, *overrides]
+    log = log_dir / f"log-{os.getpid()}-{next(_LAUNCHES)}.txt"
+    surroundings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "", **(env or {})}
+    with open(log, "w") as stream:
+        process = subprocess.Popen(
+            command, stdout=stream, stderr=subprocess.STDOUT, text=True, cwd=cwd or log_dir, env=surroundings,
+            start_new_session=True,
+        )  # fmt: skip
+    return Run(process, log)
+
+
+def train(recipe: str | Path, *overrides: str, log_dir: Path, **options: Any) -> str:
+    """Run a launch to its end, which must be a good one, and return what it printed."""
+    run = launch(recipe, *overrides, log_dir=log_dir, **options)
+    status = run.wait()
+    assert status == 0, run.text
+    return run.text
+
+
+def metrics_of(output: Path, kind: str = "train") -> list[dict[str, Any]]:
+    """Lines of a run's `metrics.jsonl`."""
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def losses_of(output: Path) -> list[float]:
+    """Training losses by step."""
+    return [line["loss"] for line in metrics_of(output)]
