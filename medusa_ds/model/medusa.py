@@ -124,28 +124,33 @@ class MedusaModel(nn.Module):
             ).last_hidden_state
         hidden_RH = hidden_BSH.flatten(0, 1)
         lm_head = self.backbone.get_output_embeddings()
-        losses: list[HeadLoss | None] = [None]
-        counters = hidden_RH.new_zeros(len(self.heads) + 1, len(COUNTERS), dtype=torch.float64)
-        all_present_R = hidden_RH.new_ones(hidden_RH.shape[0], dtype=torch.bool)
-        all_right_R = all_present_R.clone()
-        for k in range(0 if self.stage == 2 else 1, len(self.heads) + 1):
+        first = 0 if self.stage == 2 else 1
+        losses: list[HeadLoss | None] = [None] * first
+        right: list[Tensor | None] = [None] * first
+        for k in range(first, len(self.heads) + 1):
             rows_N, targets_N = head_rows(labels, position_ids, k)
             args = (hidden_RH[rows_N], targets_N, self.loss_impl, self.chunk_mib)
             loss_sum, predicted_N = lm_head(*args) if k == 0 else self.heads[k - 1](*args, shared_projection=lm_head)
-            loss = HeadLoss(loss_sum, targets_N.new_tensor(rows_N.shape[0]), predicted_N, rows_N)
-            right_N = predicted_N == targets_N
-            counters[k, :3] = torch.stack(
-                [loss_sum.detach().double(), loss_sum.new_tensor(rows_N.shape[0]).double(), right_N.sum().double()]
-            )
-            if k == 0:
-                losses[0] = loss
-                continue
-            losses.append(loss)
-            present_R = torch.zeros_like(all_present_R).index_fill_(0, rows_N, True)
-            right_R = torch.zeros_like(all_present_R).index_put_((rows_N,), right_N)
-            all_present_R = all_present_R & present_R
-            cond_count = (all_present_R & all_right_R).sum()
-            all_right_R = all_right_R & right_R
-            full_correct = (all_present_R & all_right_R).sum()
-            counters[k, 3:] = torch.stack([full_correct, all_present_R.sum(), full_correct, cond_count]).double()
-        return MedusaOutput(losses, counters)
+            losses.append(HeadLoss(loss_sum, targets_N.new_tensor(len(rows_N)), predicted_N, rows_N))
+            right.append(predicted_N == targets_N)
+        return MedusaOutput(losses, _count(losses, right, hidden_RH.shape[0]))
+
+
+def _count(losses: list[HeadLoss | None], right: list[Tensor | None], num_positions: int) -> Tensor:
+    """Counters as `COUNTERS` says of heads that were right at `right[k]` of their rows."""
+    device = losses[-1].rows.device  # type: ignore[union-attr]
+    counters = torch.zeros(len(losses), len(COUNTERS), dtype=torch.float64, device=device)
+    all_present_R = torch.ones(num_positions, dtype=torch.bool, device=device)
+    all_right_R = all_present_R
+    for k, (loss, right_N) in enumerate(zip(losses, right, strict=True)):
+        if loss is None or right_N is None:
+            continue
+        counters[k, 0], counters[k, 1], counters[k, 2] = loss.loss_sum.detach(), loss.count, right_N.sum()
+        if k == 0:
+            continue
+        nowhere_R = torch.zeros_like(all_present_R)
+        all_present_R = all_present_R & nowhere_R.index_fill(0, loss.rows, True)
+        counters[k, 4], counters[k, 6] = all_present_R.sum(), (all_present_R & all_right_R).sum()
+        all_right_R = all_right_R & nowhere_R.index_put((loss.rows,), right_N)
+        counters[k, 3] = counters[k, 5] = (all_present_R & all_right_R).sum()
+    return counters
