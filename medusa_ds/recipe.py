@@ -98,7 +98,7 @@ class Recipe(Section):
         if isinstance(json_file, str) and os.path.isfile(json_file):
             try:
                 settings = ds_config.load(Path(json_file))
-                if recipe is not None:
+                if recipe is not None and not wrong:
                     ds_config.resolve(settings, Path(json_file), recipe.ds_values(), file)
             except UserError as error:
                 problems += error.problems
@@ -110,6 +110,7 @@ class Recipe(Section):
     def _without(cls, raw: dict[str, Any], wrong: set[str]) -> "Recipe | None":
         """The recipe less its wrong keys, so that contradictions among the others show in the same report."""
         rest = copy.deepcopy(raw)
+        needed = {"model.name": "any/model", "data.path": "sample", "train.lr": 1.0, "train.global_batch_size": 1}
         for key in wrong:
             target: Any = rest
             *parents, last = key.split(".")
@@ -117,6 +118,8 @@ class Recipe(Section):
                 target = target.get(part) if isinstance(target, dict) else None
             if isinstance(target, dict):
                 target.pop(last, None)
+                if key in needed:
+                    target[last] = needed[key]
         try:
             return cls.model_validate(rest)
         except ValidationError:
@@ -153,6 +156,9 @@ class Recipe(Section):
              f"found {data.max_length} with {heads.num} heads; the last head needs more than {heads.num + 1} tokens"),
             (isinstance(data.path, list) and data.split != "train", "data.split",
              f"found {data.split} beside a list of sources; give each source its own split"),
+            (isinstance(data.path, str) and data.split != "train" and (data.path == "sample" or
+             os.path.exists(data.path)), "data.split",
+             f"found {data.split}, but only data sets of the hub have splits; remove it"),
             (data.path == [], "data.path", "found an empty list; name at least one source"),
             (model.attention == "flash_attention_2" and train.precision == "fp32", "model.attention",
              "found flash_attention_2 with train.precision: fp32; it needs bf16: use sdpa"),

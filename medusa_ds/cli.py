@@ -1,0 +1,163 @@
+"""The `medusa-ds` command: everything about a recipe but training, which the `deepspeed` launcher starts.
+
+A subcommand is an entry of `COMMANDS` and a function. Programs, and with them torch and transformers, are imported
+when their subcommand is called, so that `medusa-ds list` starts at once.
+"""
+
+import argparse
+import difflib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from medusa_ds.errors import UserError, exit_on_user_error
+from medusa_ds.recipe import Recipe, find_recipe, shipped
+
+Option = tuple[tuple[str, ...], dict[str, Any]]
+
+
+class Command(NamedTuple):
+    """A subcommand: its function (whose docstring is its help) and its options."""
+
+    run: Callable[[argparse.Namespace], None]
+    options: list[Option]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
+
+
+def _option(*names: str, **settings: Any) -> Option:
+    return names, settings
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"found {text!r}; allowed is a number above 0")
+    return value
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) >= 1):
+        raise argparse.ArgumentTypeError(f"found {text!r}; allowed is a whole number of at least 1")
+    return int(text)
+
+
+def list_recipes(args: argparse.Namespace) -> None:
+    """List the shipped recipes, or copy one into the working directory."""
+    if args.copy:
+        source = find_recipe(args.copy)
+        target = Path.cwd() / source.name
+        if target.exists():
+            raise UserError(f"{target}: exists already; move it away, or copy into another directory")
+        shutil.copyfile(source, target)
+        print(f"wrote {target.name}; run it with: deepspeed {target.name}")
+        return
+    rows = [("recipe", "model", "stage", "heads", "DeepSpeed")]
+    for file in sorted(shipped("recipes").glob("*.yaml")):
+        recipe = Recipe.load(file, planning=True)
+        heads = f"{recipe.heads.num} x {recipe.heads.layers}"
+        rows.append((file.stem, recipe.model.name, str(recipe.stage), heads, Path(recipe.deepspeed).stem))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def validate(args: argparse.Namespace) -> None:
+    """Check a recipe with its DeepSpeed config and the files it names; touches no hub and no GPU."""
+    recipe = Recipe.load(args.recipe, args.overrides)
+    if args.world_size:
+        recipe.ds_config(args.world_size, on_gpu=True)
+    print("ok")
+
+
+def show(args: argparse.Namespace) -> None:
+    """Print the resolved recipe and DeepSpeed config, or training examples; the output is a recipe again."""
+    recipe = Recipe.load(args.recipe, args.overrides, planning=True)
+    if args.data:
+        from medusa_ds.prepare import show_examples
+
+        show_examples(recipe, args.data)
+        return
+    ranks = args.world_size or 1
+    settings = json.dumps(recipe.ds_config(ranks, on_gpu=True), indent=2)
+    print(recipe.to_yaml())
+    print(f"# DeepSpeed config of {ranks} rank{'s'[: ranks > 1]} with a GPU each; without one, precision auto is fp32.")
+    print('# Sizes that say "auto" follow from the hidden size when the model is loaded.')
+    print("\n".join(f"# {line}" for line in settings.splitlines()))
+
+
+def prepare_data(args: argparse.Namespace) -> None:
+    """Tokenise and cache the data of a recipe, and report what became of its rows."""
+    recipe = Recipe.load(args.recipe, args.overrides, planning=True)
+    from medusa_ds.prepare import main
+
+    main(recipe)
+
+
+def estimate_needs(args: argparse.Namespace) -> None:
+    """Estimate parameters, memory per GPU, disk and hours of a recipe."""
+    recipe = Recipe.load(args.recipe, args.overrides, planning=True)
+    from medusa_ds.estimate import main
+
+    main(recipe, args.world_size or [1, 2, 4, 8], args.tokens_per_second, args.data)
+
+
+RECIPE = [
+    _option("recipe", help="recipe file, or name of a shipped one"),
+    _option("overrides", nargs="*", metavar="key=value", help="dotted overrides, as in train.lr=1e-3"),
+]
+WORLD_SIZE = _option("--world-size", type=_count, metavar="N", help="ranks that train")
+
+COMMANDS = {
+    "list": Command(list_recipes, [_option("--copy", metavar="NAME", help="copy this recipe here")]),
+    "validate": Command(validate, [*RECIPE, WORLD_SIZE]),
+    "show": Command(show, [
+        *RECIPE, WORLD_SIZE,
+        _option("--data", type=_count, metavar="N", help="print N training examples, supervised tokens coloured"),
+    ]),
+    "prepare": Command(prepare_data, RECIPE),
+    "estimate": Command(estimate_needs, [
+        *RECIPE,
+        _option("--world-size", type=_count, action="append", metavar="N", help="ranks; may be given several times"),
+        _option("--tokens-per-second", type=_positive, metavar="X",
+                help="speed of all GPUs together; without it, the one that a run into the recipe's output measured"),
+        _option("--data", action="store_true", help="tokenise the data, as prepare does, to count its tokens"),
+    ]),
+}  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a subcommand; a user's mistake is a line on standard error and exit status 2."""
+    with exit_on_user_error():
+        name, *rest = [*(sys.argv[1:] if argv is None else argv)] or ["--help"]
+        if name in ("-h", "--help"):
+            print("usage: medusa-ds COMMAND ...\n\nTrain with: deepspeed RECIPE.yaml [key=value ...]\n")
+            print("\n".join(f"  {key:10} {(command.run.__doc__ or '').strip()}" for key, command in COMMANDS.items()))
+            print("\nmedusa-ds COMMAND --help lists its options.")
+            return
+        if name not in COMMANDS:
+            near = difflib.get_close_matches(name, COMMANDS, 1, cutoff=0.4)
+            hint = f"did you mean {near[0]}?" if near else f"allowed are {', '.join(COMMANDS)}"
+            raise UserError(f"medusa-ds {name}: no such command; {hint}")
+        parser = _Parser(prog=f"medusa-ds {name}", description=COMMANDS[name].run.__doc__, allow_abbrev=False)
+        for names, settings in COMMANDS[name].options:
+            parser.add_argument(*names, **settings)
+        try:
+            COMMANDS[name].run(parser.parse_intermixed_args(rest))
+            sys.stdout.flush()
+        except BrokenPipeError:  # `medusa-ds list | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+if __name__ == "__main__":
+    main()

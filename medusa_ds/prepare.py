@@ -1,0 +1,48 @@
+"""Data before training: `prepare` fills the cache that a run reads, `show --data` prints what the heads will see."""
+
+import os
+import sys
+
+from medusa_ds.data.dialogues import IGNORED, describe
+from medusa_ds.data.packing import Data, load_data
+from medusa_ds.model.backbone import load_tokenizer
+from medusa_ds.recipe import Recipe
+
+
+def main(recipe: Recipe) -> None:
+    """Tokenise, cache and report; a run of the same recipe finds the cache."""
+    data = load_data(recipe, load_tokenizer(recipe.model))
+    _report(recipe, data)
+    print(f"fingerprint of the training rows: {data.fingerprint}")
+
+
+def show_examples(recipe: Recipe, number: int) -> None:
+    """Print the first conversations of the training split, what the heads learn from in green, and counts."""
+    tokenizer = load_tokenizer(recipe.model)
+    data = load_data(recipe, tokenizer)
+    colour = sys.stdout.isatty() or bool(os.environ.get("FORCE_COLOR"))
+    for index in range(min(number, len(data.train.rows))):
+        example = data.train.example(index)
+        supervised = sum(label != IGNORED for label in example.labels)
+        print(f"--- example {index + 1}: {len(example.input_ids)} tokens, {supervised} supervised (green)")
+        text = describe(example, tokenizer)
+        print(text if colour else text.replace("\x1b[32m", "[[").replace("\x1b[0m", "]]"))
+    print("---" if colour else "--- not a terminal: supervised tokens stand in [[ ]]")
+    _report(recipe, data)
+
+
+def _report(recipe: Recipe, data: Data) -> None:
+    report = data.report
+    print(
+        f"{report['rows']:,} rows: {report['train_rows']:,} conversations to train on, {report['validation_rows']:,} "
+        f"held out, {report['rows'] - report['used']:,} left out"
+    )
+    for reason, (count, first) in report["rejected"].items():
+        print(f"  left out: {count:,} x {reason} (first: {first})")
+    sequences = len(data.train)
+    print(
+        f"{report['tokens']:,} tokens to train on, {report['supervised_tokens']:,} of them supervised, in "
+        f"{sequences:,} sequences of up to {recipe.data.max_length} tokens: "
+        f"{data.train.steps_per_epoch(recipe.train.global_batch_size):,} steps an epoch; {report['cut']:,} "
+        "conversations were cut at the end"
+    )
