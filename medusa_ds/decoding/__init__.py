@@ -1,0 +1,1 @@
+"""Weights become text: candidate trees, acceptance rules and the runtime that plain decoding shares."""

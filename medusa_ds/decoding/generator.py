@@ -1,0 +1,263 @@
+"""Prefill, tree step: the runtime that turns weights into text, for trees and for plain decoding alike.
+
+Every shape of a step is static: the tree's size, the cache's slots, the batch. A step verifies the whole tree in one
+forward under a 4D mask, keeps the accepted path's keys and values and lets the heads guess the next tree. Plain
+autoregressive decoding is the tree of one node through the same code, so a speed-up compares like with like.
+
+On a GPU the step, acceptance and guesses included, is one CUDA graph, and the host reads one small tensor a step.
+Prefill runs eagerly. Prompts come as lists of tokens, so there is no side of padding to agree about.
+
+Shape suffixes: B rows, P longest prompt, N tree nodes, D tree depth + 1, H hidden size, V vocabulary, K heads.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from medusa_ds.decoding.acceptance import Acceptance
+from medusa_ds.decoding.cache import Session, static_attention
+from medusa_ds.decoding.trees import Tree
+from medusa_ds.errors import UserError
+from medusa_ds.model.heads import MedusaHead
+
+SLOTS_MULTIPLE = 256  # sessions of about the same length share a CUDA graph
+
+
+@dataclass
+class Generation:
+    """One row's text.
+
+    Attributes:
+        tokens: new tokens, the end token included.
+        accepted: tokens that each step added, the LM head's own counted. The first token comes from the prefill and
+            belongs to no step.
+        finish: what ended it; "" while it goes on.
+        prefill_s, decode_s: wall seconds of the batch, up to this row's end.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+    finish: Literal["", "end", "length", "stop"] = ""
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+
+
+class Decoder:
+    """Decodes with a tree of the heads' guesses, or plainly.
+
+    Args:
+        backbone: a causal language model of transformers. Its attention implementation is set to ours while the
+            decoder runs, so the same model can serve `generate` of transformers in between.
+        heads: the Medusa heads, head 1 first; more than the tree is deep are not run.
+        tree: the candidates; `chain(0)` decodes plainly.
+        acceptance: the rule.
+        graph: capture the step as a CUDA graph; None: on a GPU.
+        compile_step: fuse the step with torch.compile first (about a minute once, for a faster step).
+    """
+
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        heads: Sequence[MedusaHead],
+        tree: Tree,
+        acceptance: Acceptance | None = None,
+        *,
+        graph: bool | None = None,
+        compile_step: bool = False,
+    ) -> None:
+        assert tree.depth <= len(heads)
+        self.backbone, self.tree = backbone.eval(), tree.to(backbone.device)
+        self.heads = list(heads)[: tree.depth]
+        self.acceptance = acceptance or Acceptance()
+        self.use_graph = backbone.device.type == "cuda" if graph is None else graph
+        self._run = torch.compile(self._step, dynamic=False) if compile_step else self._step
+        self._session: Session | None = None
+        ends = backbone.generation_config.eos_token_id if backbone.generation_config else backbone.config.eos_token_id
+        self.ends = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
+        self.limit = getattr(backbone.config, "max_position_embeddings", None) or 1 << 30
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        stop: Callable[[list[int]], bool] | None = None,
+        seed: int = 0,
+    ) -> list[Generation]:
+        """Decode a batch to its end; arguments, results and errors as those of `stream`."""
+        *_, rows = self.stream(prompts, max_new_tokens, stop, seed)
+        return rows
+
+    @torch.no_grad()
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        stop: Callable[[list[int]], bool] | None = None,
+        seed: int = 0,
+    ) -> Iterator[list[Generation]]:
+        """Decode a batch, yielding the rows as they stand after the prefill and after every step.
+
+        Args:
+            prompts: token ids of each row; lengths may differ.
+            max_new_tokens: most new tokens; fewer where the model's position limit comes first.
+            stop: asked after every new token with the row's new tokens; true ends the row.
+            seed: of exact sampling.
+
+        Yields:
+            The same list of rows each time.
+
+        Raises:
+            UserError: an empty prompt or one over the model's limit.
+        """
+        lengths = [len(prompt) for prompt in prompts]
+        if min(lengths) < 1 or max(lengths) > self.limit:
+            raise UserError(f"prompt: found {lengths} tokens; allowed are 1 to {self.limit}, the model's limit")
+        budgets = [min(max_new_tokens, self.limit + 1 - length) for length in lengths]
+        session = self.prepare(len(prompts), max(map(sum, zip(lengths, budgets, strict=True))))
+        generator = torch.Generator(self.backbone.device).manual_seed(seed)
+        rows = [Generation() for _ in prompts]
+        started = time.perf_counter()
+        self._prefill(session, prompts, generator)
+        first = session.candidates_BC[:, 0].tolist()
+        prefill_s = time.perf_counter() - started
+        for row, token, budget in zip(rows, first, budgets, strict=True):
+            row.prefill_s = prefill_s
+            self._extend(row, [token], budget, stop)
+        yield rows
+        decode_s = 0.0
+        while not all(row.finish for row in rows):
+            started = time.perf_counter()
+            if len(rows) > 1:
+                session.active_B.copy_(torch.tensor([int(not row.finish) for row in rows]))
+            self.step(session, generator)
+            out = session.out_BD.tolist()  # the step's one synchronisation
+            decode_s += time.perf_counter() - started
+            for row, (count, *tokens), budget in zip(rows, out, budgets, strict=True):
+                if not row.finish:
+                    row.accepted.append(self._extend(row, tokens[:count], budget, stop))
+                    row.decode_s = decode_s
+            yield rows
+
+    def _extend(self, row: Generation, tokens: list[int], budget: int, stop: Callable[[list[int]], bool] | None) -> int:
+        """Append tokens up to the first that ends the row; how many were kept."""
+        for kept, token in enumerate(tokens, 1):
+            row.tokens.append(token)
+            if token in self.ends:
+                row.finish = "end"
+            elif stop is not None and stop(row.tokens):
+                row.finish = "stop"
+            elif len(row.tokens) >= budget:
+                row.finish = "length"
+            if row.finish:
+                return kept
+        return len(tokens)
+
+    def prepare(self, batch: int, tokens: int) -> Session:
+        """A session with room for so many tokens a row, captured and empty; the last one is reused if it fits."""
+        slots = self.tree.nodes + tokens + self.tree.depth + 1  # the last step may run over the end
+        session = self._session
+        if session is None or session.batch != batch or session.slots < slots:
+            self._session = None  # frees the old one first
+            slots = -(-slots // SLOTS_MULTIPLE) * SLOTS_MULTIPLE
+            session = self._session = Session(self.backbone, self.tree, batch, slots)
+            if self.use_graph:
+                self._capture(session)
+        session.length_B.zero_()
+        session.active_B.fill_(1)
+        return session
+
+    def _capture(self, session: Session) -> None:
+        with static_attention(self.backbone):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(3):
+                    self._run(session)
+            torch.cuda.current_stream().wait_stream(side)
+            session.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(session.graph):
+                self._run(session)
+
+    @torch.no_grad()
+    def step(self, session: Session, generator: torch.Generator | None = None) -> None:
+        """Verify one tree in every row and put the next one in its place, by graph replay or eagerly."""
+        if self.acceptance.rule == "exact":
+            session.uniform_BN.uniform_(generator=generator)
+        if session.graph is not None:
+            session.graph.replay()
+        else:
+            with static_attention(self.backbone):
+                self._run(session)
+
+    def _prefill(self, session: Session, prompts: Sequence[Sequence[int]], generator: torch.Generator) -> None:
+        longest, device = max(map(len, prompts)), self.backbone.device
+        tokens_BP = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=device)
+        with static_attention(self.backbone), session.prefilling():
+            hidden_BPH = self.backbone.base_model(
+                input_ids=tokens_BP,
+                position_ids=torch.arange(longest, device=device).expand(len(prompts), -1),
+                past_key_values=session.cache,
+                use_cache=True,
+            ).last_hidden_state
+        session.length_B.copy_(torch.tensor([len(prompt) for prompt in prompts]))
+        hidden_BH = hidden_BPH[torch.arange(len(prompts), device=device), session.length_B - 1]
+        session.uniform_BN.uniform_(generator=generator)
+        root_B = self.acceptance.choose(self.backbone.get_output_embeddings()(hidden_BH), session.uniform_BN[:, 0])
+        self._propose(session, hidden_BH, root_B)
+
+    def _step(self, session: Session) -> None:
+        tree = self.tree
+        tokens_BN = session.candidates_BC[:, tree.slot_N]
+        position_BN = session.length_B[:, None] + tree.depth_N
+        hidden_BNH = self.backbone.base_model(
+            input_ids=tokens_BN,
+            position_ids=position_BN,
+            past_key_values=session.cache,
+            use_cache=True,
+            **session.masks(position_BN),
+        ).last_hidden_state
+        logits_BNV = self.backbone.get_output_embeddings()(hidden_BNH)
+        verdict = self.acceptance.judge(logits_BNV, tokens_BN, tree, session.uniform_BN)
+        session.keep(verdict.path_BD, verdict.count_B)
+        last_B1H = verdict.last_B[:, None, None].expand(-1, 1, hidden_BNH.shape[-1])
+        self._propose(session, hidden_BNH.gather(1, last_B1H)[:, 0], verdict.next_B)
+        session.out_BD.copy_(torch.cat([verdict.count_B[:, None], verdict.emitted_BD], 1))
+
+    def _propose(self, session: Session, hidden_BH: Tensor, root_B: Tensor) -> None:
+        """Write the root and every head's best guesses, the next tree's candidates."""
+        parts = [root_B[:, None]]
+        if self.tree.depth:
+            logits_KBV = head_logits(self.heads, hidden_BH, self.backbone)
+            parts.append(logits_KBV.topk(self.tree.width, dim=-1).indices.transpose(0, 1).flatten(1))
+        session.candidates_BC.copy_(torch.cat(parts, 1))
+
+
+def head_logits(heads: list[MedusaHead], hidden: Tensor, backbone: PreTrainedModel) -> Tensor:
+    """Logits [heads, ..., V] of hidden states [..., H]; heads without a projection read the LM head's weight once."""
+    lm_head = backbone.get_output_embeddings()
+    if all(head.projection is None for head in heads):
+        return lm_head(torch.stack([head.blocks(hidden) for head in heads]))
+    return torch.stack([head.logits(hidden, lm_head) for head in heads])
+
+
+class StopStrings:
+    """A `stop` for `Decoder.generate`: true once the decoded text holds one of the strings.
+
+    Args:
+        tokenizer: decodes the tail of the row (a character has at most four byte tokens).
+        strings: what to stop at.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]) -> None:
+        self.tokenizer, self.strings = tokenizer, [text for text in strings if text]
+        self.tail = 4 * max(map(len, self.strings), default=0) + 8
+
+    def __call__(self, tokens: list[int]) -> bool:
+        """Whether these tokens end the row."""
+        text = self.tokenizer.decode(tokens[-self.tail :])
+        return any(string in text for string in self.strings)

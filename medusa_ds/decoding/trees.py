@@ -1,0 +1,166 @@
+"""Candidate trees: which of the heads' guesses one forward pass verifies, and the search for the best such set.
+
+A tree is a set of paths, as in Medusa's `medusa_choices` (arXiv 2401.10774, section 2.1.2): path `(2, 0)` is the third
+guess of head 1 followed by the first guess of head 2. The root, the LM head's own token, is node 0 and has no path.
+
+The search is greedy, as in the paper (section 2.3.3), but its probabilities come from joint counts of the ranks that
+the heads gave to the true tokens, not from products of single accuracies: heads err together. A path is never more
+probable than its beginning, so taking the most probable paths one by one gives the best tree of every size.
+
+Shape suffixes: N nodes, D depth of the deepest node + 1, M measured positions.
+"""
+
+import heapq
+from collections import Counter
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from medusa_ds.errors import UserError
+
+Path = tuple[int, ...]
+PRIOR = 32.0  # positions' worth of belief in independence, which orders the paths that were never counted
+
+
+class Tree:
+    """A candidate tree with the index tensors that the tree step needs.
+
+    Args:
+        paths: the nodes but the root; every path's beginnings must be among them.
+        device: where the tensors live.
+
+    Attributes:
+        paths: sorted by depth, then rank; node n is `paths[n - 1]`.
+        depth_N: edges from the root.
+        parent_N: the node above; 0 for the root.
+        slot_N: place of the node's token among the candidates `[root, head 1 top-W, head 2 top-W, ...]`, W = `width`.
+        mask_NN: true where column is an ancestor of row, or row itself.
+        ancestors_ND: the nodes from the root to the node, then the node itself again ("retrieve indices").
+    """
+
+    def __init__(self, paths: Iterable[Path], device: torch.device | str = "cpu") -> None:
+        self.paths = sorted(set(paths), key=lambda path: (len(path), path))
+        self.nodes, self.depth = len(self.paths) + 1, max(map(len, self.paths), default=0)
+        self.width = max((rank + 1 for path in self.paths for rank in path), default=0)
+        number = {(): 0} | {path: n for n, path in enumerate(self.paths, 1)}
+        chains = [[number[path[:length]] for length in range(len(path) + 1)] for path in number]
+        slots = [0] + [1 + (len(path) - 1) * self.width + path[-1] for path in self.paths]
+        self.depth_N = torch.tensor([len(chain) - 1 for chain in chains], device=device)
+        self.parent_N = torch.tensor([chain[-2] if len(chain) > 1 else 0 for chain in chains], device=device)
+        self.slot_N = torch.tensor(slots, device=device)
+        self.ancestors_ND = torch.tensor([c + [c[-1]] * (self.depth + 1 - len(c)) for c in chains], device=device)
+        self.mask_NN = torch.zeros(self.nodes, self.nodes, dtype=torch.bool)
+        for row, chain in enumerate(chains):
+            self.mask_NN[row, chain] = True
+        self.mask_NN = self.mask_NN.to(device)
+
+    def to(self, device: torch.device | str) -> "Tree":
+        """The same tree with its tensors on another device."""
+        return Tree(self.paths, device)
+
+    @classmethod
+    def parse(cls, raw: Any, num: int, where: str) -> "Tree":
+        """A tree from JSON: a list of paths, each a list of ranks from 0.
+
+        Args:
+            raw: the parsed JSON.
+            num: heads that there are.
+            where: origin for messages.
+
+        Raises:
+            UserError: not such a list, deeper than the heads, a rank out of 0..63, or a path without its beginning.
+        """
+        if not isinstance(raw, list) or not all(isinstance(path, list) and path for path in raw):
+            raise UserError(f"{where}: a tree is a list of paths such as [[0], [1], [0, 0]]")
+        for path in raw:
+            if not all(type(rank) is int and 0 <= rank < 64 for rank in path) or len(path) > num:
+                raise UserError(f"{where}: found path {path}; allowed are at most {num} ranks (one a head) of 0..63")
+            if len(path) > 1 and path[:-1] not in raw:
+                raise UserError(f"{where}: path {path} hangs in the air; add {path[:-1]}")
+        return cls(map(tuple, raw))
+
+
+def chain(length: int) -> Tree:
+    """Every head's first guess, one after the other; length 0 is plain autoregressive decoding."""
+    return Tree((0,) * depth for depth in range(1, length + 1))
+
+
+def default_tree(num: int, nodes: int = 32) -> Tree:
+    """A tree for heads that were not measured: as if head k were right with its rank r at 0.6 x 0.85^(k-1) x 0.3^r."""
+    return best_tree(lambda path: _product(0.6 * 0.85**k * 0.3**r for k, r in enumerate(path)), num, 10, nodes)
+
+
+def best_tree(probability: Callable[[Path], float], num: int, width: int, nodes: int) -> Tree:
+    """The tree of a size whose paths are the most probable.
+
+    Args:
+        probability: that all guesses of a path are right; not larger than that of the path's beginning.
+        num: heads.
+        width: guesses of each head.
+        nodes: size with the root; fewer when `num` and `width` allow no more.
+    """
+    chosen: list[Path] = []
+    frontier: list[tuple[float, int, Path]] = [(-probability((rank,)), 1, (rank,)) for rank in range(width)]
+    heapq.heapify(frontier)
+    while frontier and len(chosen) < nodes - 1:
+        _, length, path = heapq.heappop(frontier)
+        chosen.append(path)
+        if length < num:
+            for rank in range(width):
+                longer = (*path, rank)
+                heapq.heappush(frontier, (-probability(longer), length + 1, longer))
+    return Tree(chosen)
+
+
+class RankCounts:
+    """How often each combination of heads' ranks was right, over measured positions.
+
+    Args:
+        ranks_Mk: [positions, heads], the rank that head k gave to the true token; `width` or more counts as a miss.
+        width: guesses of each head that are counted.
+    """
+
+    def __init__(self, ranks_Mk: Tensor, width: int) -> None:
+        self.ranks_Mk, self.width = ranks_Mk.clamp(max=width), width
+        self.total, self.num = ranks_Mk.shape
+
+    @cached_property
+    def marginal(self) -> list[list[float]]:
+        """[heads][ranks]: share of positions where head k's guess of that rank was right, whatever the others did."""
+        return [
+            (torch.bincount(column, minlength=self.width + 1)[: self.width] / max(self.total, 1)).tolist()
+            for column in self.ranks_Mk.T
+        ]
+
+    @cached_property
+    def joint(self) -> Counter[Path]:
+        """Positions on which all guesses of a path were right, by path."""
+        counts: Counter[Path] = Counter()
+        for row in self.ranks_Mk.tolist():
+            for length in range(1, self.num + 1):
+                if row[length - 1] >= self.width:
+                    break
+                counts[tuple(row[:length])] += 1
+        return counts
+
+    def independent_probability(self, path: Path) -> float:
+        """The paper's estimate: the product of the heads' accuracies."""
+        return _product(self.marginal[k][rank] for k, rank in enumerate(path))
+
+    def joint_probability(self, path: Path) -> float:
+        """The counted share, leaning on independence where little was counted."""
+        return (self.joint[path] + PRIOR * self.independent_probability(path)) / (self.total + PRIOR)
+
+    def expected_acceptance(self, tree: Tree) -> float:
+        """Mean tokens of a step, the LM head's own counted, had these positions been decoded with the tree."""
+        return 1 + sum(self.joint[path] for path in tree.paths) / max(self.total, 1)
+
+
+def _product(factors: Iterable[float]) -> float:
+    result = 1.0
+    for factor in factors:
+        result *= factor
+    return result

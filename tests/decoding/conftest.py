@@ -1,0 +1,18 @@
+import pytest
+import torch
+from decoding_models import FAMILIES, VOCAB, Case, build, reference
+from transformers import PreTrainedModel
+
+
+@pytest.fixture(scope="session", params=list(FAMILIES))
+def case(request) -> Case:
+    model = build(request.param)
+    generator = torch.Generator().manual_seed(2)
+    prompts = [torch.randint(6, VOCAB, (1 + i % 50,), generator=generator).tolist() for i in range(100)]
+    prompts = prompts if request.param in ("llama", "qwen3") else prompts[::4]
+    return Case(model, prompts, [reference(model, prompt, 20) for prompt in prompts])
+
+
+@pytest.fixture(scope="session")
+def llama() -> PreTrainedModel:
+    return build("llama")

@@ -1,0 +1,77 @@
+"""Tiny random models, heads that know a text, and the reference: transformers' own greedy decoding."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from medusa_ds.model.heads import MedusaHead, MedusaHeads
+
+VOCAB, LIMIT, NUM = 120, 96, 3
+FAMILIES = {
+    "llama": {},
+    "qwen3": {"head_dim": 16},
+    "mistral": {"sliding_window": 10},
+    "qwen3_mixed": {"head_dim": 16, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+}
+
+
+class Case(NamedTuple):
+    """A tiny model, prompts and the texts of transformers' own greedy decoding."""
+
+    model: PreTrainedModel
+    prompts: list[list[int]]
+    texts: list[list[int]]
+
+
+def build(family: str, vocab: int = VOCAB, limit: int = LIMIT) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        family.removesuffix("_mixed"), vocab_size=vocab, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=limit, initializer_range=0.3,
+        eos_token_id=[3, 5], bos_token_id=1, pad_token_id=0, **FAMILIES[family],
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def reference(model: PreTrainedModel, prompt: list[int], max_new_tokens: int, **options: object) -> list[int]:
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False, **options
+    )
+    return out[0, len(prompt) :].tolist()
+
+
+def random_heads(vocab: int = VOCAB) -> MedusaHeads:
+    torch.manual_seed(1)
+    heads = MedusaHeads(NUM, 1, 32, vocab)
+    for parameter in heads.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return heads
+
+
+class Oracle(MedusaHead):
+    """A head that knows a text: it finds the position whose hidden state it is given and reads what comes later.
+
+    `right(position)` says on which positions it is right; elsewhere it guesses the token after the right one.
+    """
+
+    def __init__(self, k, model, text, right=lambda position: True):
+        super().__init__(0, 1, 1, True)
+        self.k, self.text, self.right = k, text, right
+        with torch.no_grad():
+            self.known_TH = model.base_model(input_ids=torch.tensor([text])).last_hidden_state[0]
+
+    def logits(self, hidden, shared_projection=None):
+        logits = torch.zeros(*hidden.shape[:-1], VOCAB)
+        for row, state in enumerate(hidden):
+            position = int((self.known_TH - state).norm(dim=-1).argmin())
+            if position + self.k + 1 < len(self.text):
+                wrong = 0 if self.right(position) else 1
+                logits[row, (self.text[position + self.k + 1] + wrong) % VOCAB] = 1.0
+        return logits
+
+
+def oracles(model: PreTrainedModel, text: list[int], right=lambda k, position: True) -> list[Oracle]:
+    return [Oracle(k, model, text, lambda position, k=k: right(k, position)) for k in range(1, NUM + 1)]
