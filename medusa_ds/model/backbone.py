@@ -26,6 +26,7 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from medusa_ds.errors import UserError
 from medusa_ds.model.heads import VocabularyProjection
@@ -170,7 +171,13 @@ def load_backbone(
             devices = [torch.device(device)] if on_gpu and device is not None else []
             with torch.random.fork_rng(devices), torch.device(device) if device else contextlib.nullcontext():
                 torch.manual_seed(_RANDOM_SEED)
-                backbone = AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code, **options)
+                # constructing draws nothing, as under ZeRO-3, so that the weights are the same with and without it
+                with contextlib.nullcontext() if device is None else no_init_weights():
+                    backbone = AutoModelForCausalLM.from_config(
+                        config, trust_remote_code=spec.trust_remote_code, **options
+                    )
+                if device is not None:
+                    backbone.init_weights()
         else:
             if device is not None:
                 options["device_map"] = {"": device}
