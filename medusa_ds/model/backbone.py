@@ -19,7 +19,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from huggingface_hub import errors as hub_errors
@@ -36,22 +36,28 @@ _HUB_TIMEOUT_S = 5
 _RANDOM_SEED = 0
 
 
-class Family(NamedTuple):
-    """`liger`: the function of `liger_kernel.transformers` for its layers. `members`: models that are known to fit."""
-
-    liger: str
-    members: str
-
-
 FAMILIES = {
-    "llama": Family("apply_liger_kernel_to_llama", "Llama 3 and 3.1, SmolLM2, Vicuna"),
-    "mistral": Family("apply_liger_kernel_to_mistral", "Mistral v0.3"),
-    "qwen2": Family("apply_liger_kernel_to_qwen2", "Qwen2, Qwen2.5"),
-    "qwen3": Family("apply_liger_kernel_to_qwen3", "Qwen3"),
+    "llama": "apply_liger_kernel_to_llama",  # Llama 3 and 3.1, SmolLM2, Vicuna
+    "mistral": "apply_liger_kernel_to_mistral",
+    "qwen2": "apply_liger_kernel_to_qwen2",
+    "qwen3": "apply_liger_kernel_to_qwen3",
 }
-"""Families by `model_type`. Others work by transformers' generic names, without Liger's layers."""
+"""The function of `liger_kernel.transformers` for each `model_type`; other families keep their own layers."""
 
 _SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+_HUB_SAYS: list[tuple[type[Exception], str]] = [  # the first that fits
+    (hub_errors.HFValidationError, "model.name: found {name!r}; name an existing directory or a hub id (owner/model)"),
+    (
+        hub_errors.GatedRepoError,
+        "model.name: {name} is gated; accept its licence at https://huggingface.co/{name} and set HF_TOKEN",
+    ),
+    (hub_errors.RevisionNotFoundError, "model.revision: found {revision!r}; {name} has no such branch, tag or commit"),
+    (
+        hub_errors.RepositoryNotFoundError,
+        "model.name: the hub has no {name!r}, or it is private; check the spelling, or set HF_TOKEN",
+    ),
+    (hub_errors.RemoteEntryNotFoundError, "model.name: {name} has no config.json; name a model of transformers"),
+]
 
 
 def model_path(spec: ModelSpec) -> str:
@@ -70,22 +76,11 @@ def _remote_path(name: str, revision: str | None, package: ModelPackage | None) 
             return name
         get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=_HUB_TIMEOUT_S)
         return name
-    except hub_errors.HFValidationError:
-        raise UserError(f"model.name: found {name!r}; name an existing directory or a hub id (owner/model)") from None
-    except hub_errors.GatedRepoError:
-        raise UserError(
-            f"model.name: {name} is gated; accept its licence at https://huggingface.co/{name} and set HF_TOKEN"
-        ) from None
-    except hub_errors.RevisionNotFoundError:
-        raise UserError(f"model.revision: found {revision!r}; {name} has no such branch, tag or commit") from None
-    except hub_errors.RepositoryNotFoundError:
-        raise UserError(
-            f"model.name: the hub has no {name!r}, or it is private; check the spelling, or set HF_TOKEN"
-        ) from None
-    except hub_errors.RemoteEntryNotFoundError:
-        raise UserError(f"model.name: {name} on the hub has no config.json; name a model of transformers") from None
-    except (OSError, hub_errors.HTTPError) as error:  # no route, time-out, HF_HUB_OFFLINE, server error
-        reason = str(error).strip().splitlines()[0][:150] if str(error).strip() else type(error).__name__
+    except (ValueError, OSError, hub_errors.HTTPError) as error:
+        for kind, message in _HUB_SAYS:
+            if isinstance(error, kind):
+                raise UserError(message.format(name=name, revision=revision)) from None
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:150]  # no route, HF_HUB_OFFLINE, ...
     if package is None:
         raise UserError(
             f"model.name: {name} is neither a directory nor cached, and the hub cannot be reached ({reason}); connect, "
@@ -132,7 +127,10 @@ def load_tokenizer(spec: ModelSpec) -> Any:
         UserError: see `model_path`; or it has none.
     """
     try:
-        return AutoTokenizer.from_pretrained(**_where(spec))
+        tokenizer = AutoTokenizer.from_pretrained(**_where(spec))
+        if len(tokenizer) <= len(tokenizer.get_added_vocab()):
+            raise ValueError("it would know only special tokens")  # what some families make of missing files
+        return tokenizer
     except (ValueError, OSError, ImportError) as error:
         raise UserError(f"model.name: no tokenizer in {spec.name} ({_one_line(error)})") from None
 
@@ -188,7 +186,7 @@ def load_backbone(
     if liger or (liger is None and on_gpu and config.model_type in FAMILIES):
         import liger_kernel.transformers  # needs Triton: not on a CPU
 
-        patch = getattr(liger_kernel.transformers, FAMILIES[config.model_type].liger)
+        patch = getattr(liger_kernel.transformers, FAMILIES[config.model_type])
         patch(
             rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False, model=backbone
         )

