@@ -207,7 +207,8 @@ class _Coder:
             raise UserError(f"{tokenizer.name_or_path}: has no fast tokenizer (tokenizer.json), which labels need")
         self.tokenizer = tokenizer
         added = tokenizer.added_tokens_decoder
-        self.added = set(added)
+        unknown = getattr(tokenizer.backend_tokenizer.model, "unk_token", None)
+        self.added = {i for i, token in added.items() if token.content != unknown}  # that one any odd letter can become
         self.ending = {i for i, token in added.items() if token.special} | {tokenizer.eos_token_id}
         texts = sorted((t.content for t in added.values() if not t.content.isspace()), key=len, reverse=True)
         self.spelled = re.compile("|".join(map(re.escape, texts)) or "(?!)")

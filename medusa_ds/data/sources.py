@@ -172,6 +172,10 @@ def _convert(rows: Callable[[], Iterator[tuple[str, Any]]], key: str) -> Dataset
         return Dataset.from_generator(generate, features=_FEATURES, fingerprint=key)
     except DatasetGenerationError as error:
         raise error.__cause__ if isinstance(error.__cause__, UserError) else error from None
+    except ValueError as error:
+        if "corresponds to no data" not in str(error):
+            raise
+        return Dataset.from_dict({name: [] for name in _FEATURES}, features=_FEATURES)
 
 
 def _file_rows(files: list[Path]) -> Iterator[tuple[str, Any]]:

@@ -1,0 +1,251 @@
+"""Labels by the chat template: the assistant's turns and the token that ends each, and nothing else."""
+
+import re
+
+import pytest
+from families import ADDED, FAMILIES, SPECIAL, tokenizer_of, tokens_text
+
+from medusa_ds.data.dialogues import VICUNA as VICUNA_TEMPLATE
+from medusa_ds.data.dialogues import Encoded, UnusableRow, check_template, describe, encode
+from medusa_ds.errors import UserError
+
+LLAMA31 = ("<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
+           "Today Date: 26 Jul 2024\n\n")  # fmt: skip
+SMOL = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+VICUNA = ("<s> A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+          "detailed, and polite answers to the user's questions.")  # fmt: skip
+CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "add", "arguments": {"x": 2}}}
+TOOLS = [{"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}}]
+
+
+def chat(*turns: str) -> list[dict]:
+    """`s: text`, `u: text`, `a: text`, `t: text`."""
+    roles = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
+    return [{"role": roles[turn[0]], "content": turn[3:]} for turn in turns]
+
+
+def head(role: str) -> str:
+    return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
+
+
+def split_expected(marked: str) -> list[tuple[str, bool]]:
+    """Pieces of a text whose supervised parts stand in guillemets."""
+    return [(part, bool(i % 2)) for i, part in enumerate(re.split("[«»]", marked)) if part]
+
+
+def runs(tokenizer, encoded: Encoded) -> list[tuple[str, bool]]:
+    out: list[tuple[list[int], bool]] = []
+    for token, label in zip(encoded.input_ids, encoded.labels, strict=True):
+        assert label in (-100, token)
+        if not out or out[-1][1] != (label != -100):
+            out.append(([], label != -100))
+        out[-1][0].append(token)
+    return [(tokens_text(tokenizer, ids), supervised) for ids, supervised in out]
+
+
+TWO = chat("u: Hi", "a: Hi", "u: Hi", "a: Hi")
+BRIEF = chat("s: Be brief.", "u: Hi", "a: Hi there")
+CASES = [
+    ("llama3", None, {}, TWO,
+     f"<|begin_of_text|>{head('user')}Hi<|eot_id|>{head('assistant')}«Hi<|eot_id|>»"
+     f"{head('user')}Hi<|eot_id|>{head('assistant')}«Hi<|eot_id|>»"),
+    ("llama3", None, {}, chat("s: Be brief. ", "u:  Hi\n", "a: \n Hi there \n"),
+     f"<|begin_of_text|>{head('system')}Be brief.<|eot_id|>{head('user')}Hi<|eot_id|>"
+     f"{head('assistant')}«Hi there<|eot_id|>»"),
+    ("llama3", "llama31", {}, BRIEF,
+     f"{LLAMA31}Be brief.<|eot_id|>{head('user')}Hi<|eot_id|>{head('assistant')}«Hi there<|eot_id|>»"),
+    ("qwen3", None, {}, TWO,  # thinking on: the model itself writes the empty thought of the last turn
+     "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«Hi<|im_end|>»\n"
+     "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«<think>\n\n</think>\n\nHi<|im_end|>»\n"),
+    ("qwen3", None, {"enable_thinking": False}, TWO,  # thinking off: the prompt holds it
+     "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«Hi<|im_end|>»\n"
+     "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n«Hi<|im_end|>»\n"),
+    ("qwen3", None, {}, [*BRIEF[:2], {"role": "assistant", "content": "Hi", "reasoning_content": "two"}],
+     "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+     "«<think>\ntwo\n</think>\n\nHi<|im_end|>»\n"),
+    ("qwen3", None, {}, chat("u: Hi", "a: <think>\ntwo\n</think>\n\nFour", "u: Hi", "a: <think>\n2\n</think>\n\nHi"),
+     "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«Four<|im_end|>»\n"
+     "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«<think>\n2\n</think>\n\nHi<|im_end|>»\n"),
+    ("mistral", None, {}, TWO, "<s>[INST] Hi[/INST]« Hi</s>»[INST] Hi[/INST]« Hi</s>»"),
+    ("mistral", None, {}, [*BRIEF, *chat("u: Hi", "a: Hi")],  # the system turn stands where the last prompt has it
+     "<s>[INST] Hi[/INST]« Hi there</s>»[INST] Be brief.\n\nHi[/INST]« Hi</s>»"),
+    ("vicuna", None, {}, TWO, f"{VICUNA} USER: Hi ASSISTANT:« Hi</s>» USER: Hi ASSISTANT:« Hi</s>»"),
+    ("vicuna", None, {}, BRIEF, "<s> Be brief. USER: Hi ASSISTANT:« Hi there</s>»"),
+    ("smollm2", None, {}, TWO,
+     f"{SMOL}<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«Hi<|im_end|>»\n"
+     "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«Hi<|im_end|>»\n"),
+    ("smollm2", None, {}, chat("s: Be brief.", "u: Hi ", "a: Hi\n", "u: Hi"),
+     "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi <|im_end|>\n<|im_start|>assistant\n"
+     "«Hi\n<|im_end|>»\n<|im_start|>user\nHi<|im_end|>\n"),
+    ("qwen3", None, {"tools": TOOLS[:0]}, [*chat("u: Hi"), {"role": "assistant", "content": "", "tool_calls": [CALL]},
+                                           *chat("t: 4", "a: Four")],
+     '<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«<tool_call>\n{"name": "add", "arguments": {"x": 2}}\n'
+     "</tool_call><|im_end|>»\n<|im_start|>user\n<tool_response>\n4\n</tool_response><|im_end|>\n"
+     "<|im_start|>assistant\n«<think>\n\n</think>\n\nFour<|im_end|>»\n"),
+    ("mistral", None, {}, [*chat("u: Hi"), {"role": "assistant", "content": "", "tool_calls": [CALL]},
+                           {"role": "tool", "content": "4", "tool_call_id": "abcdefghi"}, *chat("a: Four")],
+     '<s>[INST] Hi[/INST]«[TOOL_CALLS] [{"name": "add", "arguments": {"x": 2}, "id": "abcdefghi"}]</s>»'
+     '[TOOL_RESULTS] {"content": 4, "call_id": "abcdefghi"}[/TOOL_RESULTS]« Four</s>»'),
+    ("llama3", "llama31", {}, [*chat("u: Hi"), {"role": "assistant", "content": "", "tool_calls": [CALL]},
+                               *chat("t: 4", "a: Four")],
+     f"{LLAMA31}<|eot_id|>{head('user')}Hi<|eot_id|>{head('assistant')}"
+     '«{"name": "add", "parameters": {"x": 2}}<|eot_id|>»'
+     f"{head('ipython')}4<|eot_id|>{head('assistant')}«Four<|eot_id|>»"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "template", "args", "messages", "expected"), CASES)
+def test_labels_are_the_assistants_turns_and_their_ends(family, template, args, messages, expected):
+    """Mutations: label the last user turn; begin a turn one token earlier; stop before the token that ends it."""
+    tokenizer = tokenizer_of(family, template)
+    encoded = encode(messages, tokenizer, {k: v for k, v in args.items() if k != "tools"})
+    found = runs(tokenizer, encoded)
+    if family in ("mistral", "vicuna"):
+        # sentencepiece puts a space before a text that follows a control token; the templates' own come on top
+        found = [(text.replace("  ", " "), supervised) for text, supervised in found]
+    assert found == split_expected(expected)
+
+
+ORDINARY = [
+    TWO, BRIEF, chat("u: Hi\n\n", "a: \n\nHi"), chat("u:  two\n\n\n", "a:   four \n\n "), chat("u: é 中\n😀", "a: 😀é"),
+    chat("s:  Be brief.\n", "u: \n?", "a: 'll\n\n\n!", "u: \tx ", "a:  1234 5"), chat("u: x", "a: . "),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("messages", ORDINARY)
+@pytest.mark.parametrize(("family", "args"), [(f, {}) for f in FAMILIES] + [("qwen3", {"enable_thinking": False})])
+def test_ids_are_those_of_apply_chat_template(family, args, messages):
+    """Mutation: tokenise prompt and answer apart."""
+    tokenizer = tokenizer_of(family)
+    if family == "vicuna":
+        tokenizer.chat_template = VICUNA_TEMPLATE
+    if family == "mistral" and messages[0]["role"] == "system":
+        pytest.skip("the template leaves the system turn out of a whole conversation")
+    expected = tokenizer.apply_chat_template(messages, return_dict=False, **args)
+    encoded = encode(messages, tokenizer, args)
+    assert encoded.input_ids == expected
+    assert sum(label != -100 for label in encoded.labels) >= 2 * sum(m["role"] == "assistant" for m in messages)
+
+
+def test_tools_reach_the_template():
+    tokenizer = tokenizer_of("qwen3")
+    encoded = encode(TWO, tokenizer, {}, tools=TOOLS)
+    assert encoded.input_ids == tokenizer.apply_chat_template(TWO, tools=TOOLS, return_dict=False)
+    assert [text for text, supervised in runs(tokenizer, encoded) if supervised][0] == "Hi<|im_end|>"
+
+
+SPELLED = [(family, text) for family in FAMILIES for text in SPECIAL[family] + ADDED.get(family, [])]
+
+
+@pytest.mark.parametrize(("family", "spelled"), SPELLED)
+@pytest.mark.parametrize("place", ["system", "user", "assistant", "tool", "arguments", "schema"])
+def test_control_tokens_in_messages_stay_text(family, spelled, place):
+    """The ids hold the control tokens of the same conversation without it, and its text, and are otherwise the same.
+
+    Mutation: hide nothing from the template.
+    """
+    if place in ("tool", "arguments", "schema") and family in ("vicuna", "smollm2"):
+        pytest.skip("the family's template knows no tools")
+    template = "llama31" if family == "llama3" and place in ("tool", "arguments", "schema") else None
+    tokenizer = tokenizer_of(family, template)
+
+    def conversation(word: str) -> tuple[list[dict], list[dict] | None]:
+        said = {place: f"say {word}{word} now {word}"}
+        messages = chat(f"s: {said.get('system', 'Be brief.')}", f"u: {said.get('user', 'Hi')}")
+        tools = None
+        if place in ("tool", "arguments"):
+            call = {**CALL, "function": {"name": "add", "arguments": {said.get("arguments", "x"): word}}}
+            messages.append(
+                {"role": "assistant", "content": "", "tool_calls": [call if place == "arguments" else CALL]}
+            )
+            messages.append({"role": "tool", "content": said.get("tool", "4"), "tool_call_id": "abcdefghi"})
+        if place == "schema":
+            tools = [{"type": "function", "function": {**TOOLS[0]["function"], "description": said["schema"]}}]
+        return [*messages, *chat(f"a: {said.get('assistant', 'Hi')}")], tools
+
+    added = set(tokenizer.added_tokens_decoder) - {tokenizer.unk_token_id}
+    plain, tools = conversation("word")
+    expected = [token for token in encode(plain, tokenizer, {}, tools).input_ids if token in added]
+    messages, tools = conversation(spelled)
+    encoded = encode(messages, tokenizer, {}, tools)
+    assert [token for token in encoded.input_ids if token in added] == expected
+    said = f"say {spelled}{spelled} now {spelled}"
+    assert said in tokens_text(tokenizer, encoded.input_ids)
+    supervised = "".join(text for text, supervised in runs(tokenizer, encoded) if supervised)
+    assert (said in supervised) == (place in ("assistant", "arguments"))
+
+
+def test_spelled_control_tokens_leave_the_rest_as_it_is():
+    """Around a spelled token the ids are those of the text in which it is no token."""
+    tokenizer, other = tokenizer_of("llama3"), tokenizer_of("llama3")
+    encoded = encode(chat("u: two <|end_of_text|> four", "a: Hi"), tokenizer, {})
+    other = type(other)(
+        tokenizer_object=type(other.backend_tokenizer).from_str(
+            other.backend_tokenizer.to_str().replace("<|end_of_text|>", "<|not_it|>")
+        ),
+        bos_token="<|begin_of_text|>", eos_token="<|eot_id|>", chat_template=other.chat_template,
+    )  # fmt: skip
+    assert encoded.input_ids == other.apply_chat_template(
+        chat("u: two <|end_of_text|> four", "a: Hi"), return_dict=False
+    )
+
+
+@pytest.mark.parametrize("family", ["llama3", "mistral", "vicuna"])
+def test_one_bos(family):
+    tokenizer = tokenizer_of(family)
+    ids = encode(TWO, tokenizer, {}).input_ids
+    assert ids[0] == tokenizer.bos_token_id
+    assert ids.count(tokenizer.bos_token_id) == 1
+
+
+@pytest.mark.parametrize(
+    ("family", "messages", "reason"),
+    [
+        ("smollm2", chat("u: Hi"), "no assistant turn"),
+        ("smollm2", [], "no assistant turn"),
+        ("smollm2", chat("a: Hi", "u: Hi", "a: Hi"), "begins with an assistant turn"),
+        ("smollm2", [{"role": "narrator", "content": "x"}, *TWO], "unknown role"),
+        ("smollm2", chat("u: \U0010fff1", "a: Hi"), "private-use"),
+        ("mistral", chat("u: Hi", "u: Hi", "a: Hi"), "refuses it: After the optional system message"),
+        ("vicuna", chat("u: Hi", "u: Hi", "a: Hi"), "refuses it: roles must alternate"),
+        ("llama3", [{"role": "user"}, {"role": "assistant", "content": ["x"]}], "the chat template"),
+        ("llama3", chat("u: Hi", "a:  "), "leaves out an assistant turn"),
+    ],
+)
+def test_unusable_rows_have_a_reason(family, messages, reason):
+    with pytest.raises(UnusableRow, match=re.escape(reason)):
+        encode(messages, tokenizer_of(family), {})
+
+
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "found"),
+    [
+        (CHATML.replace("<|im_end|>", "<end>"), "no special token after an assistant turn"),
+        (CHATML.replace("{{ m.content }}", "{{ m.content[:2] }}"), "alters a message's text"),
+        ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", "leaves out an assistant turn"),
+        (CHATML + "{% if add_generation_prompt %}<|im_start|>bot\n{% endif %}", "writes a turn differently"),
+        ("<|im_start|><|im_start|>" + CHATML, "BOS twice"),
+        ("{% for", "refuses it"),
+    ],
+)
+def test_a_template_that_cannot_be_masked_is_refused(template, found):
+    with pytest.raises(UserError, match=rf"test/smollm2: its chat template.*{found}.*data.template_args.chat_template"):
+        check_template(tokenizer_of("smollm2"), {"chat_template": template})
+
+
+def test_a_tokenizer_without_a_template():
+    tokenizer = tokenizer_of("vicuna")
+    tokenizer.name_or_path = "someone/base-7b"
+    with pytest.raises(UserError, match="someone/base-7b: its tokenizer has no chat template"):
+        encode(TWO, tokenizer, {})
+    given = "{% for m in messages %}{{ m.role + ':' + m.content + eos_token }}{% endfor %}"
+    assert encode(TWO, tokenizer, {"chat_template": given}).input_ids[-1] == tokenizer.eos_token_id
+
+
+def test_describe_colours_what_is_supervised():
+    tokenizer = tokenizer_of("smollm2")
+    text = describe(encode(chat("u: Hi", "a: Hi"), tokenizer, {}), tokenizer)
+    assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n\x1b[32mHi<|im_end|>\x1b[0m\n")

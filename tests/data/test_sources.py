@@ -1,0 +1,226 @@
+"""Sources: formats, what is rejected and where, the split, weights, the cache."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from medusa_ds.data import sources
+from medusa_ds.data.sources import Conversations, load_conversations
+from medusa_ds.errors import UserError
+from medusa_ds.recipe import DataSpec, SourceSpec
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def row(question: str = "Hi", answer: str = "Yes") -> dict:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def write(path: Path, *rows) -> Path:
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows), encoding="utf-8")
+    return path
+
+
+def load(path, **spec) -> Conversations:
+    path = path if isinstance(path, list) else str(path)
+    return load_conversations(DataSpec(path=path, **{"validation": 0.0, **spec}))
+
+
+def messages(found) -> list[list[dict]]:
+    return [json.loads(item["messages"])["messages"] for item in found]
+
+
+def accounted(found: Conversations) -> bool:
+    return found.rows == found.used + sum(count for count, _ in found.rejected.values())
+
+
+def test_sharegpt_and_chat_messages_become_one_format(tmp_path):
+    turns = [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes"},
+             {"from": "user", "value": "2?"}, {"from": "bing", "value": "4"}, {"from": "tool", "value": "x"},
+             {"from": "bard", "value": "5"}, {"from": "chatgpt", "value": "6"}]  # fmt: skip
+    chat = {"messages": [{"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]},
+                         {"role": "assistant", "content": "Yes", "reasoning_content": "hm", "extra": None}],
+            "tools": '[{"type": "function"}]'}  # fmt: skip
+    found = load(write(tmp_path / "x.jsonl", {"conversations": turns}, chat, {"system": "S", **row()}))
+    assert [turn["role"] for turn in messages(found.train)[0]] == (
+        "system user assistant user assistant tool assistant assistant".split()
+    )
+    assert messages(found.train)[1] == [
+        {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes", "reasoning_content": "hm"}
+    ]  # fmt: skip
+    assert json.loads(found.train[1]["messages"])["tools"] == [{"type": "function"}]
+    assert messages(found.train)[2][0] == {"role": "system", "content": "S"}
+    assert found.train[2]["source"] == f"{tmp_path}/x.jsonl:3"
+
+
+def test_tool_calls_hold_objects(tmp_path):
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"x": null}'}}
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    found = load(write(tmp_path / "x.jsonl", {"messages": turns}))
+    assert messages(found.train)[0][1]["tool_calls"][0]["function"]["arguments"] == {"x": None}
+    assert messages(found.train)[0][1]["content"] == ""
+
+
+BAD = [
+    ('{"messages": [', "not valid JSON"),
+    ('{"a": 1e999, "messages": []}', "not valid JSON"),
+    ('{"a": NaN}', "not valid JSON"),
+    ('{"a": ' + "9" * 5000 + "}", "not valid JSON"),
+    ("[" * 100_000, "not valid JSON"),
+    (json.dumps(row("\ud800")), "not text that UTF-8 and JSON can hold (a lone surrogate, a date, too deep)"),
+    ("3", "no list of messages or conversations"),
+    ({"text": "x"}, "no list of messages or conversations"),
+    ({"messages": []}, "an empty conversation"),
+    ({"messages": ["x"]}, "unknown role"),
+    ({"messages": [{"role": "narrator", "content": "x"}]}, "unknown role"),
+    ({"messages": [{"role": "user", "content": 3}]}, "a content that is not text"),
+    ({"messages": [{"role": "user"}]}, "a content that is not text"),
+    (row("Hi", " "), "an empty assistant turn"),
+    (row("", "Yes"), "an empty user turn"),
+    ({"messages": row()["messages"][:1]}, "no assistant turn"),
+    ({**row(), "tools": "x"}, "tools that are not a list"),
+    ({"messages": [*row()["messages"], {"role": "assistant", "content": "", "tool_calls": ["x"]}]},
+     "a tool call without a function name"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("bad", "reason"), BAD)
+def test_a_bad_row_is_one_rejected_row_with_its_line(tmp_path, bad, reason):
+    """Mutation: read with `load_dataset("json")`, which makes several rows of a lone surrogate."""
+    found = load(write(tmp_path / "x.jsonl", row(), "", bad, row(), bad))
+    assert (found.rows, found.used, len(found.train)) == (4, 2, 2)
+    assert found.rejected == {reason: (2, f"{tmp_path}/x.jsonl:3")}
+    assert [item["source"][-2:] for item in found.train] == [":1", ":4"]
+    again = load(tmp_path / "x.jsonl")  # from the cache
+    assert (again.rows, again.rejected, again.key) == (found.rows, found.rejected, found.key)
+
+
+def test_bytes_that_are_not_utf8_and_endless_lines(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "MAX_ROW_BYTES", 200)
+    long = b'{"messages": "' + b"x" * 1000 + b'"}\n'
+    good = json.dumps(row()).encode() + b"\n"
+    (tmp_path / "x.jsonl").write_bytes(b"\xef\xbb\xbf" + good + b"\xff\n" + long + good + long.rstrip())
+    found = load(tmp_path / "x.jsonl")
+    assert found.rejected["not valid JSON"] == (1, f"{tmp_path}/x.jsonl:2")
+    assert [item["source"][-2:] for item in found.train] == [":1", ":4"]
+    assert accounted(found)
+    assert next(at for reason, (_, at) in found.rejected.items() if "MiB" in reason) == f"{tmp_path}/x.jsonl:3"
+
+
+def test_json_array_with_lines(tmp_path):
+    array = "[\n" + json.dumps(row()) + ",\n" + json.dumps({"messages": []}) + " , " + json.dumps(row("2")) + "\n]\n"
+    (tmp_path / "x.json").write_text(array)
+    found = load(tmp_path / "x.json")
+    assert [item["source"] for item in found.train] == [f"{tmp_path}/x.json:2", f"{tmp_path}/x.json:3"]
+    assert found.rejected == {"an empty conversation": (1, f"{tmp_path}/x.json:3")}
+
+
+@pytest.mark.parametrize(
+    "text", ['[\n{"a": 1}\n{"b": 2}]', "[\n1,", "[\n1e999]", '[\n"\\ud8"]', "[\n" + "[" * 99_999, "[\n"]
+)
+def test_a_broken_json_array_is_an_error_with_its_line(tmp_path, text):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(UserError, match=rf"^{tmp_path}/x.json:[123]: not a valid JSON array"):
+        load(tmp_path / "x.json")
+
+
+def test_parquet_and_directory(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    pq.write_table(pa.Table.from_pylist([row("p"), {"messages": None}]), folder / "a.parquet")
+    write(folder / "b.jsonl", row("l"))
+    write(folder / "notes.txt", "not data")
+    found = load(folder)
+    assert [turns[0]["content"] for turns in messages(found.train)] == ["p", "l"]
+    assert found.rejected == {"no list of messages or conversations": (1, f"{folder}/a.parquet:2")}
+    (folder / "a.parquet").write_bytes(b"PAR1 nonsense")
+    with pytest.raises(UserError, match=r"a.parquet: not a readable Parquet file"):
+        load(folder)
+
+
+def test_split_never_holds_one_text_on_both_sides(tmp_path):
+    """Mutation: split by row."""
+    rows = [row(str(number % 60)) for number in range(180)]
+    found = load(write(tmp_path / "x.jsonl", *rows), validation=0.2)
+    train, held = set(found.train["messages"]), set(found.validation["messages"])
+    assert not train & held
+    assert 30 <= len(found.validation) <= 36
+    assert len(found.train) + len(found.validation) == 180
+    assert set(load(tmp_path / "x.jsonl", validation=0.2, seed=1).validation["messages"]) != held
+    assert len(load(tmp_path / "x.jsonl", validation=0.2, validation_max=9).validation) == 9
+
+
+def test_weights_draw_or_repeat_rows(tmp_path):
+    half, twice, one_and_a_half = (write(tmp_path / f"{n}.jsonl", *[row(f"{n}{i}") for i in range(10)]) for n in "abc")
+    spec = [SourceSpec(path=str(p), weight=w) for p, w in ((half, 0.5), (twice, 2), (one_and_a_half, 1.5))]
+    found = load(spec)
+    count = {name: [t[0]["content"] for t in messages(found.train) if t[0]["content"][0] == name] for name in "abc"}
+    assert (len(count["a"]), len(set(count["a"]))) == (5, 5)
+    assert sorted(count["b"]) == sorted([f"b{i}" for i in range(10)] * 2)
+    assert (len(count["c"]), len(set(count["c"]))) == (15, 10)
+    assert found.rejected["left out by the source's weight"][0] == 5
+    assert accounted(found)
+    assert messages(load(spec).train) == messages(found.train)
+    assert messages(load(spec, seed=1).train) != messages(found.train)
+
+
+def test_sample_brings_its_own_validation_part():
+    found = load_conversations(DataSpec(path="sample"))
+    assert {item["source"].split(":")[0].rsplit("/", 1)[1] for item in found.validation} == {"validation.jsonl"}
+    assert {item["source"].split(":")[0].rsplit("/", 1)[1] for item in found.train} == {"train.jsonl"}
+    assert not set(found.train["messages"]) & set(found.validation["messages"])
+    assert found.rejected == {}
+
+
+def test_a_changed_file_is_read_again(tmp_path):
+    first = load(write(tmp_path / "x.jsonl", row("1")))
+    second = load(write(tmp_path / "x.jsonl", row("2"), row("3")))
+    assert (len(first.train), len(second.train)) == (1, 2)
+    assert first.key != second.key
+
+
+@pytest.mark.parametrize(
+    ("path", "spec", "found"),
+    [
+        ("a b c", {}, "data.path: found a b c; allowed are `sample`, an existing file or directory, or a hub id"),
+        ("nobody/nothing", {}, r"data.path: nobody/nothing\[train\]: cannot be loaded \(\w+: .*check id, split"),
+        ("{tmp}/empty.jsonl", {}, "data.path: .*empty.jsonl: no usable conversation in 0 rows: nothing in it"),
+        ("{tmp}/empty.json", {}, "data.path: .*empty.json: no usable conversation in 0 rows: nothing in it"),
+        ("{tmp}/bad.jsonl", {}, "bad.jsonl: no usable conversation in 1 rows: 1 x not valid JSON, first .*bad.jsonl:1"),
+        ("{tmp}/nothing", {}, r"nothing: found no file that ends with .json, .jsonl, .parquet"),
+        ("{tmp}/x.csv", {}, r"x.csv: found no file that ends with"),
+        ("{tmp}/good.jsonl", {"split": "test"}, "good.jsonl: found split 'test', which only hub datasets have"),
+    ],
+)
+def test_a_source_that_cannot_be_used(tmp_path, path, spec, found):
+    write(tmp_path / "empty.jsonl")
+    write(tmp_path / "empty.json", "[ ]")
+    write(tmp_path / "bad.jsonl", "{")
+    write(tmp_path / "x.csv", "a,b")
+    write(tmp_path / "good.jsonl", row())
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(UserError, match=found):
+        load(path.format(tmp=tmp_path), **spec)
+
+
+def test_hub_rows_carry_dataset_split_and_row(monkeypatch):
+    """The hub itself is out of reach of tests: a dataset stands in for what `load_dataset` returns."""
+    from datasets import Dataset
+
+    def stand_in(name, split):
+        if split == "test":
+            raise ValueError("Unknown split \"test\". Should be one of ['train'].")
+        return Dataset.from_list([row("a"), {"messages": []}, row("b")])
+
+    monkeypatch.setattr(sources, "load_dataset", stand_in)
+    found = load("org/name", split="train[:3]")
+    assert [item["source"] for item in found.train] == ["org/name[train[:3]]:0", "org/name[train[:3]]:2"]
+    assert found.rejected == {"an empty conversation": (1, "org/name[train[:3]]:1")}
+    with pytest.raises(UserError, match=r"org/name\[test\]: cannot be loaded \(ValueError: Unknown split \"test\""):
+        load("org/name", split="test")
