@@ -117,8 +117,8 @@ def _problems(settings: dict[str, Any]) -> Iterator[str]:
     for name, known in SECTIONS.items():
         holder: Any = settings
         for part in name.split("."):
-            holder = (holder.get(part) or {}) if isinstance(holder, dict) else {}
-        if holder == "auto":
+            holder = holder.get(part, {}) if isinstance(holder, dict) else {}
+        if holder == "auto" or (holder is None and "offload" in name):
             continue
         if not isinstance(holder, dict):
             yield f"{name}: found {holder!r}; allowed is an object"

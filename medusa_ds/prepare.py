@@ -7,10 +7,12 @@ from medusa_ds.data.dialogues import IGNORED, describe
 from medusa_ds.data.packing import Data, load_data
 from medusa_ds.model.backbone import load_tokenizer
 from medusa_ds.recipe import Recipe
+from medusa_ds.training.report import quiet_libraries
 
 
 def main(recipe: Recipe) -> None:
     """Tokenise, cache and report; a run of the same recipe finds the cache."""
+    quiet_libraries(rank=0)
     data = load_data(recipe, load_tokenizer(recipe.model))
     _report(recipe, data)
     print(f"fingerprint of the training rows: {data.fingerprint}")
@@ -18,6 +20,7 @@ def main(recipe: Recipe) -> None:
 
 def show_examples(recipe: Recipe, number: int) -> None:
     """Print the first conversations of the training split, what the heads learn from in green, and counts."""
+    quiet_libraries(rank=0)
     tokenizer = load_tokenizer(recipe.model)
     data = load_data(recipe, tokenizer)
     colour = sys.stdout.isatty() or bool(os.environ.get("FORCE_COLOR"))

@@ -95,7 +95,7 @@ class Recipe(Section):
         if recipe is not None:
             problems += [at.say(key, text) for key, text in recipe._contradictions() if key not in wrong]
         json_file = raw["deepspeed"]
-        if isinstance(json_file, str) and os.path.isfile(json_file):
+        if isinstance(json_file, str) and os.path.exists(json_file):
             try:
                 settings = ds_config.load(Path(json_file))
                 if recipe is not None and not wrong:

@@ -1,0 +1,170 @@
+"""Kinds of bad input: what a user wrote, and what the message must say."""
+
+STUB_LAST = '# """; from medusa_ds.train import main; main(__file__)'
+SECRET = "hf_" + "aB3" * 12
+GOOD = """\
+model:
+  name: owner/model
+heads:
+  num: 3
+stage: 1
+data:
+  path: chat.jsonl
+train:
+  global_batch_size: 8
+  micro_batch_size: 2
+  lr: 1e-3
+deepspeed: zero.json
+output: out
+"""
+
+
+def edit(old: str, new: str) -> str:
+    assert old in GOOD
+    return GOOD.replace(old, new)
+
+
+# name: (recipe text, overrides, DeepSpeed JSON or None, fragments that the message must hold)
+BAD: dict[str, tuple[str, list[str], str | None, list[str]]] = {
+    # YAML
+    "syntax": (edit("num: 3", "num: [3"), [], None, ["r.yaml:5", "not valid YAML"]),
+    "tab": (edit("  num: 3", "\tnum: 3"), [], None, ["r.yaml:4", "not valid YAML"]),
+    "duplicate key": (edit("  num: 3", "  num: 3\n  num: 4"), [], None,
+                      ["r.yaml:5", "duplicate key heads.num", "line 4"]),
+    "alias": (edit("num: 3", "num: &n 3\n  layers: *n"), [], None, ["r.yaml:5", "alias"]),
+    "billion laughs": ("a: &a [x,x]\nb: &b [*a,*a]\nc: [*b,*b]\n", [], None, ["r.yaml:2", "alias"]),
+    "tag": (edit("num: 3", "num: !!python/object/apply:os.system [id]"), [], None, ["r.yaml:4", "tag"]),
+    "two documents": (GOOD + "---\nx: 1\n", [], None, ["r.yaml:14", "not valid YAML"]),
+    "list": ("- model\n", [], None, ["r.yaml", "found list", "mapping"]),
+    "empty": ("", [], None, ["r.yaml", "found NoneType", "mapping"]),
+    "number as key": (edit("num: 3", "3: 3"), [], None, ["r.yaml:4", "not text"]),
+    "too deep": (edit("num: 3", "num: " + "[" * 100 + "]" * 100), [], None, ["not valid YAML", "deep"]),
+    "number out of range": (edit("1e-3", "1e999"), [], None, ["1e999 is out of range"]),
+    "half a surrogate": (edit("owner/model", '"\\ud800"'), [], None, ["r.yaml:2", "surrogate"]),
+    "damaged stub": ('_: r"""  # stub\n' + GOOD, [], None, ["r.yaml:1", "stub is damaged", STUB_LAST]),
+    "quotes inside the stub": ('_: r"""  # stub\n' + GOOD + 'x: """\n' + STUB_LAST, [], None, ["stub is damaged", "3"]),
+    "stub not first": (GOOD + '_: r"""  # stub\n' + STUB_LAST, [], None, ["r.yaml:14", "stub is damaged"]),
+    # keys and types
+    "unknown key": (edit("num: 3", "nums: 3"), [], None, ["r.yaml:4: heads.nums", "did you mean num?"]),
+    "unknown section": (edit("heads:", "head:"), [], None, ["r.yaml:3: head", "did you mean heads?"]),
+    "key of another section": (edit("num: 3", "global_batch_size: 3"), [], None, ["train.global_batch_size?"]),
+    "unknown without a neighbour": (edit("num: 3", "qqq: 3"), [], None, ["allowed are num, layers, lm_head"]),
+    "missing section": (edit("model:\n  name: owner/model\n", ""), [], None, ["r.yaml: model: missing"]),
+    "missing key": (edit("  lr: 1e-3\n", ""), [], None, ["r.yaml:8: train.lr: missing"]),
+    "text for a number": (edit("1e-3", "fast"), [], None, ["r.yaml:11: train.lr", 'found "fast"', "a number"]),
+    "octal": (edit("num: 3", "num: 0x3"), [], None, ["r.yaml:4: heads.num", 'found "0x3"', "a whole number"]),
+    "fraction for a count": (edit("num: 3", "num: 3.0"), [], None, ["heads.num", "found 3.0", "whole number"]),
+    "boolean for a count": (edit("num: 3", "num: true"), [], None, ["heads.num", "found true", "whole number"]),
+    "boolean for the stage": (edit("stage: 1", "stage: true"), [], None, ["r.yaml:5: stage", "found true", "1 or 2"]),
+    "text for the stage": (edit("stage: 1", 'stage: "1"'), [], None, ["stage", 'found "1"', "1 or 2"]),
+    "stage 3": (edit("stage: 1", "stage: 3"), [], None, ["stage", "found 3", "allowed is 1 or 2"]),
+    "no for false": (edit("jsonl", "jsonl\n  packing: no"), [], None, ["r.yaml:8: data.packing", "true or false"]),
+    "list for a section": (edit("heads:\n  num: 3", "heads: [3]"), [], None, ["r.yaml:3: heads", "found [3]"]),
+    "null for a section": (edit("heads:\n  num: 3", "heads:"), [], None, ["r.yaml:3: heads", "found null"]),
+    "below range": (edit("num: 3", "num: 0"), [], None, ["heads.num", "found 0", "greater than or equal to 1"]),
+    "above range": (edit("num: 3", "num: 99"), [], None, ["heads.num", "found 99", "less than or equal to 16"]),
+    "zero rate": (edit("1e-3", "0"), [], None, ["train.lr", "found 0", "greater than 0"]),
+    "unknown choice": (GOOD + "loss: {impl: cuda}\n", [], None,
+        ["r.yaml:14: loss.impl", "'liger', 'torch' or 'eager'"]),
+    "three betas": (edit("1e-3", "1e-3\n  betas: [1, 2, 3]"), [], None, ["train.betas"]),
+    "bad split": (edit("jsonl", "jsonl\n  split: 'train[a:b]'"), [], None, ["data.split", "train[a:b]"]),
+    "negative seed": (edit("jsonl", "jsonl\n  seed: -1"), [], None, ["data.seed", "found -1"]),
+    "number as data path": (edit("chat.jsonl", "3"), [], None, ["r.yaml:7: data.path", "found 3", "text"]),
+    "wrong source in a list": (edit("path: chat.jsonl", "path:\n  - path: chat.jsonl\n    wieght: 2"), [], None,
+                               ["r.yaml:9: data.path.0.wieght", "did you mean weight?"]),
+    "bad hash": (edit("model\n", "model\n  package: {requirement: a, file: b, sha256: xyz}\n"), [], None,
+                 ["r.yaml:3: model.package.sha256", "found \"xyz\""]),
+    # contradictions
+    "stage 1 trains the backbone": (edit("model\n", "model\n  frozen: false\n"), [], None,
+                                    ["r.yaml:3: model.frozen", "found false with stage 1"]),
+    "stage 2 freezes the backbone": (GOOD, ["stage=2", "heads.init_from=old", "heads.num=5", "model.frozen=true"], None,
+                                     ["model.frozen (from the command line", "found true with stage 2"]),
+    "stage 2 without heads": (GOOD, ["stage=2"], None, ["heads.init_from", "missing", "stage-1 run"]),
+    "stage 2 with a shared LM head": (GOOD, ["stage=2", "heads.lm_head=shared", "heads.init_from=old"], None,
+                                      ["heads.lm_head", "found shared with stage 2"]),
+    "nothing to learn": (GOOD, ["heads.lm_head=shared", "heads.layers=0"], None, ["heads.layers", "nothing to learn"]),
+    "coefficient in stage 1": (GOOD, ["loss.coefficient=0.2"], None, ["loss.coefficient", "no meaning in stage 1"]),
+    "coefficient schedule in stage 1": (GOOD, ["loss.coefficient_schedule=sine"], None, ["no meaning in stage 1"]),
+    "multiplier in stage 1": (GOOD, ["train.lr_multiplier=4"], None, ["train.lr_multiplier", "no meaning in stage 1"]),
+    "recomputation in stage 1": (GOOD, ["train.activation_checkpointing=true"], None, ["no backward pass"]),
+    "batch that does not divide": (edit("micro_batch_size: 2", "micro_batch_size: 3"), [], None,
+                                   ["r.yaml:9: train.global_batch_size", "found 8", "micro_batch_size 3"]),
+    "endless epochs": (GOOD, ["train.epochs=1e9"], None, ["train.epochs", "at most 1000"]),
+    "validation of nothing": (GOOD, ["train.eval_every=5", "data.validation=0"], None,
+        ["train.eval_every", "holds noth"]),
+    "sequence shorter than the heads": (GOOD, ["heads.num=16", "data.max_length=16"], None, ["data.max_length", "17"]),
+    "split of a local file": (GOOD, ["data.split=test"], None, ["data.split", "only data sets of the hub have splits"]),
+    "split beside a list": (GOOD, ["data.path=[{path: sample}]", "data.split=test"], None,
+        ["data.split", "its own split"]),
+    "no source": (GOOD, ["data.path=[]"], None, ["data.path", "at least one source"]),
+    "flash attention in fp32": (GOOD, ["model.attention=flash_attention_2", "train.precision=fp32"], None,
+        ["needs bf16"]),
+    "config of a pretrained model": (GOOD, ["model.config={num_hidden_layers: 2}"], None,
+        ["model.config", "init: random"]),
+    "strangers' code unpinned": (GOOD, ["model.trust_remote_code=true"], None, ["model.revision", "pin the commit"]),
+    "heads from the own output": (GOOD, ["heads.init_from=old", "heads.num=5", "output=old"], None,
+        ["would overwrite"]),
+    "heads of another shape": (GOOD, ["heads.init_from=old"], None,
+        ["r.yaml:4: heads.num", "found 3", "has 5", "equal"]),
+    # files
+    "no DeepSpeed file": (edit("zero.json", "zero9.json"), [], None,
+        ["r.yaml:12: deepspeed", "zero9.json", "zero3.json"]),
+    "no heads": (GOOD, ["heads.init_from=nowhere"], None, ["heads.init_from", "nowhere", "run stage 1 first"]),
+    "directory without heads": (GOOD, ["heads.init_from=empty"], None, ["heads.init_from", "no heads.json"]),
+    "no data file": (edit("chat.jsonl", "chats.jsonl"), [], None, ["r.yaml:7: data.path", "chats.jsonl", "not exist"]),
+    "data file of another kind": (edit("chat.jsonl", "r.yaml"), [], None, ["data.path", ".parquet"]),
+    "data directory without data": (edit("chat.jsonl", "empty"), [], None, ["data.path", "without a JSON"]),
+    "no model directory": (edit("owner/model", "./model"), [], None, ["r.yaml:2: model.name", "./model", "owner/name"]),
+    "no model name": (edit("owner/model", '""'), [], None, ["model.name", "found ''"]),
+    "output is a file": (edit("output: out", "output: chat.jsonl"), [], None, ["r.yaml:13: output", "a directory"]),
+    # overrides
+    "override without =": (GOOD, ["train.lr"], None, ["train.lr: not an override", "key.path=value"]),
+    "override of a value's key": (GOOD, ["train.lr.x=1"], None, ["train.lr is not a section"]),
+    "override of an unknown key": (GOOD, ["train.step=1"], None, ["train.step (from the command line", "mean steps?"]),
+    "override of a wrong type": (GOOD, ["heads.num=x"], None, ["heads.num (from the command line", 'found "x"']),
+    "override that is no YAML": (GOOD, ["heads.num=[1"], None, ["heads.num (from the command line)", "not valid YAML"]),
+    # secrets
+    "secret token": (edit("owner/model", SECRET), [], None, ["r.yaml:2: model.name", "secret (not shown)", "HF_TOKEN"]),
+    "secret in an override": (GOOD, [f"heads.num={SECRET}"], None, ["heads.num", "secret (not shown)"]),
+    "secret by its name": (edit("jsonl", "jsonl\n  template_args: {api_key: abcd1234}"), [], None,
+                           ["data.template_args.api_key", "secret (not shown)"]),
+    "password in a URL": (edit("owner/model", "https://me:pa55word@hub.co/x"), [], None, ["model.name", "not shown"]),
+    "secret as an override alone": (GOOD, [SECRET], None, ["(not shown): not an override"]),
+    # DeepSpeed JSON
+    "trailing comma": (GOOD, [], '{\n"zero_optimization": {},\n}', ["zero.json:3", "not valid JSON"]),
+    "comment": (GOOD, [], '{"steps_per_print": 1} // x', ["zero.json:1", "not valid JSON"]),
+    "JSON list": (GOOD, [], "[]", ["zero.json", "found list", "JSON object"]),
+    "JSON NaN": (GOOD, [], '{"gradient_clipping": NaN}', ["zero.json", "NaN"]),
+    "JSON duplicate": (GOOD, [], '{"bf16": {}, "bf16": {}}', ["zero.json", "duplicate key 'bf16'"]),
+    "JSON infinity": (GOOD, [], '{"gradient_clipping": 1e999}', ["zero.json", "out of range"]),
+    "JSON too deep": (GOOD, [], '{"a": ' * 2000 + "1" + "}" * 2000, ["zero.json", "not valid JSON"]),
+    "unknown DeepSpeed key": (GOOD, [], '{"zero_optimisation": {}}',
+        ["zero.json: zero_optimisation", "zero_optimization?"]),
+    "unknown ZeRO key": (GOOD, [], '{"zero_optimization": {"stages": 2}}', ["zero_optimization.stages", "mean stage?"]),
+    "unknown offload key": (GOOD, [], '{"zero_optimization": {"offload_optimizer": {"devise": "cpu"}}}',
+                            ["zero_optimization.offload_optimizer.devise", "device?"]),
+    "ZeRO stage as text": (GOOD, [], '{"zero_optimization": {"stage": "2"}}', ["stage: found '2'", "0, 1, 2 or 3"]),
+    "ZeRO stage 4": (GOOD, [], '{"zero_optimization": {"stage": 4}}', ["found 4", "0, 1, 2 or 3"]),
+    "ZeRO flag as text": (GOOD, [], '{"zero_optimization": {"overlap_comm": "yes"}}', ["overlap_comm", "found 'yes'"]),
+    "ZeRO size as text": (GOOD, [], '{"zero_optimization": {"reduce_bucket_size": "5e8"}}', ["found '5e8'", "number"]),
+    "ZeRO as a number": (GOOD, [], '{"zero_optimization": 2}', ["zero_optimization: found 2", "an object"]),
+    "negative clipping": (GOOD, [], '{"gradient_clipping": -1}', ["gradient_clipping: found -1", "at least 0"]),
+    "batch of 0": (GOOD, [], '{"train_batch_size": 0}', ["train_batch_size: found 0", "at least 1"]),
+    "unsupported feature": (GOOD, [], '{"elasticity": {"enabled": true}}', ["elasticity", "not supported"]),
+    "unknown offload device": (GOOD, [], '{"zero_optimization": {"offload_param": {"device": "gpu"}}}',
+        ["found 'gpu'"]),
+    "secret in DeepSpeed JSON": (GOOD, [], '{"wandb": {"api_key": "0123456789abcdef"}}',
+        ["wandb.api_key", "WANDB_API_KEY"]),
+    "clipping in both": (GOOD, [], '{"gradient_clipping": 0.5}',
+                         ["zero.json: gradient_clipping: found 0.5", "r.yaml has 1.0",
+        "train.max_grad_norm", '"auto"']),
+    "batch in both": (GOOD, [], '{"train_batch_size": 16}', ["found 16", "r.yaml has 8", "train.global_batch_size"]),
+    "rate in both": (GOOD, [], '{"optimizer": {"type": "AdamW", "params": {"lr": 1}}}',
+        ["params.lr", "r.yaml", "train.lr"]),
+    "another optimizer": (GOOD, [], '{"optimizer": {"type": "Lamb", "params": {}}}', ["found 'Lamb'", "AdamW"]),
+    "optimizer's own settings": (GOOD, [], '{"optimizer": {"params": {"torch_adam": true}}}', ["params.torch_adam"]),
+    "scheduler's own settings": (GOOD, [], '{"scheduler": {"params": {"warmup_num_steps": 9}}}', ["warmup_num_steps"]),
+    "fp16": (GOOD, [], '{"fp16": {"enabled": true}}', ["fp16.enabled: found True", "r.yaml", "train.precision"]),
+    "accumulation that fits no ranks": (GOOD, [], '{"gradient_accumulation_steps": 3}',
+        ["found 3", "no number of ranks"]),
+}  # fmt: skip

@@ -1,0 +1,209 @@
+"""The `medusa-ds` command as a user meets it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from medusa_ds import estimate
+from medusa_ds.cli import COMMANDS, main
+from medusa_ds.recipe import Recipe, shipped
+
+TINY = (
+    "model.config={model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, vocab_size: 300, "
+    "num_attention_heads: 4, num_key_value_heads: 2, max_position_embeddings: 256}"
+)
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == "" and len(err.splitlines()) == 1 and err.startswith("error: ")
+    return err
+
+
+def said(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    main(argv)
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("argv", "fragment"), [
+    (["validat"], "medusa-ds validat: no such command; did you mean validate?"),
+    (["xyzzy"], "allowed are list, validate"),
+    (["--version"], "no such command"),
+    (["validate"], "the following arguments are required: recipe"),
+    (["validate", "r.yaml", "--world-sise", "2"], "unrecognized arguments: --world-sise 2"),
+    (["validate", "r.yaml", "--world-size"], "--world-size: expected one argument"),
+    (["validate", "r.yaml", "--world-size", "two"], "--world-size: found 'two'; allowed is a whole number"),
+    (["validate", "r.yaml", "--world-size", "0"], "found '0'; allowed is a whole number of at least 1"),
+    (["show", "r.yaml", "--data", "-1"], "--data: found '-1'"),
+    (["estimate", "r.yaml", "--tokens-per-second", "nan"], "found 'nan'; allowed is a number above 0"),
+    (["list", "--copy"], "--copy: expected one argument"),
+    (["list", "--copy", "lama3_8b_stage1"], "did you mean the shipped llama3_8b_stage1?"),
+])  # fmt: skip
+def test_misuse_is_one_line(argv: list[str], fragment: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fragment in refused(capsys, *argv)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert name in said(capsys, "--help") == said(capsys)
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--help"])
+    assert stop.value.code == 0
+    assert f"usage: medusa-ds {name}" in capsys.readouterr().out
+
+
+def test_list_names_every_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = {line.split()[0]: line.split() for line in said(capsys, "list").splitlines()}
+    assert {file.stem for file in shipped("recipes").glob("*.yaml")} == rows.keys() - {"recipe"}
+    assert rows["vicuna_7b_v15_stage2"][1:] == ["lmsys/vicuna-7b-v1.5", "2", "5", "x", "1", "zero3"]
+
+
+def test_copied_recipe_works_where_it_is_and_is_never_overwritten(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "deepspeed smollm2_135m_stage1.yaml" in said(capsys, "list", "--copy", "smollm2_135m_stage1")
+    copy = place / "smollm2_135m_stage1.yaml"
+    assert said(capsys, "validate", copy.name) == "ok\n"
+    assert Path(Recipe.load(copy.name).deepspeed).parent == shipped("ds_configs")
+    copy.write_text("mine")
+    assert "exists already" in refused(capsys, "list", "--copy", "smollm2_135m_stage1")
+    assert copy.read_text() == "mine"
+
+
+def test_shown_recipe_is_a_recipe(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = said(capsys, "show", "llama3_8b_stage2", "--world-size", "4", "train.lr=3e-5")
+    (place / "shown.yaml").write_text(out)
+    assert Recipe.load("shown.yaml", planning=True) == Recipe.load("llama3_8b_stage2", ["train.lr=3e-5"], planning=True)
+    lines = [line.removeprefix("# ") for line in out.splitlines() if line.startswith("#")]
+    settings = json.loads("\n".join(lines[lines.index("{") :]))
+    assert settings["gradient_accumulation_steps"] == 2
+    assert settings["zero_optimization"]["stage"] == 3
+    assert "which 5 ranks" in refused(capsys, "show", "llama3_8b_stage2", "--world-size", "5")
+
+
+def test_prepare_and_show_data_tell_rows_and_mark_supervised_tokens(
+    tiny_recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = said(capsys, "prepare", str(tiny_recipe))
+    assert "60 rows: 48 conversations to train on, 12 held out, 0 left out" in out
+    assert "fingerprint" in out
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    plain = said(capsys, "show", str(tiny_recipe), "--data", "2")
+    assert plain.count("--- example ") == 2
+    marked = plain[plain.index("[[") + 2 : plain.index("]]")]
+    assert marked.endswith("<|im_end|>")
+    assert "user" not in marked
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert f"\x1b[32m{marked}\x1b[0m" in said(capsys, "show", str(tiny_recipe), "--data", "1")
+
+
+def test_estimate_counts_the_real_model(
+    tiny_recipe: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Parts add up to what a built model and its heads hold, tied and untied, own projections and shared."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from medusa_ds.model.backbone import load_config
+    from medusa_ds.model.heads import MedusaHeads
+
+    for overrides in ([], ["model.init=random", TINY], ["heads.lm_head=shared", "heads.layers=2", "heads.num=4"]):
+        recipe = Recipe.load(tiny_recipe, overrides)
+        config = load_config(recipe.model)
+        parts = estimate.count_parameters(recipe, config)
+        model = AutoModelForCausalLM.from_config(config)
+        heads = MedusaHeads(
+            recipe.heads.num, recipe.heads.layers, 32, 300, recipe.heads.lm_head == "own", torch.float32
+        )
+        count = sum(parameter.numel() for parameter in heads.parameters())
+        assert parts.backbone + parts.lm_head == sum(parameter.numel() for parameter in model.parameters())
+        assert parts.blocks + parts.projections == count == parts.trainable(stage=1)
+        assert (parts.lm_head == 0) == config.tie_word_embeddings
+    out = said(
+        capsys, "estimate", str(tiny_recipe), "--world-size", "1", "--world-size", "2", "--tokens-per-second", "9"
+    )
+    assert "0.05 hours for 6 steps of at most 256 tokens at 9 tokens/s (stated)" in out
+    assert "zero3_offload" in out
+
+
+def test_estimate_takes_the_measured_speed_and_counts_data(
+    tiny_recipe: Path, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "run the recipe for some steps first" in said(capsys, "estimate", str(tiny_recipe))
+    assert "add --data" in said(capsys, "estimate", str(tiny_recipe), "train.steps=null")
+    (place / "out").mkdir()
+    speeds = [{"kind": "train", "step": i, "tokens_per_s": speed} for i, speed in enumerate((1.0, 500.0, 700.0))]
+    lines = [json.dumps(line) for line in (*speeds, {"kind": "validation", "step": 3})]
+    (place / "out" / "metrics.jsonl").write_text("\n".join(lines))
+    assert "at 500 tokens/s (measured" in said(capsys, "estimate", str(tiny_recipe))
+    steps = (
+        said(capsys, "estimate", str(tiny_recipe), "train.steps=null", "--data").split(" steps of at most")[0].split()
+    )
+    report = said(capsys, "prepare", str(tiny_recipe))
+    assert f": {steps[-1]} steps an epoch" in report
+    (place / "out" / "metrics.jsonl").write_text('{"kind": "train"}\n[1]\n')
+    assert "state a speed" in said(capsys, "estimate", str(tiny_recipe))
+
+
+def test_states_are_deepspeeds_own_estimate_where_all_is_trained() -> None:
+    """Mutation: count 12 bytes instead of 16 for a trained parameter."""
+    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs as zero3
+    from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs as zero2
+
+    parts = estimate.Parameters(
+        backbone=7_000_000, lm_head=500_000, blocks=50_000, projections=1_500_000, largest=500_000
+    )
+    total = parts.trainable(stage=2)
+    assert parts.frozen(stage=2) == 0
+    for ranks in (1, 2, 8):
+        for optimizer in (False, True):
+            cpu, gpu = zero2(total, ranks, 1, cpu_offload=optimizer)
+            found = estimate.states_bytes(parts, 2, 2, (optimizer, False), ranks, 2)
+            assert found == pytest.approx((gpu, cpu if optimizer else 0), rel=1e-6)
+            for parameters in (False, True) if optimizer else (False,):
+                cpu, gpu, _ = zero3(total, parts.largest, ranks, 1, optimizer, parameters)
+                found = estimate.states_bytes(parts, 2, 3, (optimizer, parameters), ranks, 2)
+                assert found == pytest.approx((gpu, cpu if optimizer else 0), rel=1e-6)
+
+
+def test_frozen_backbone_costs_its_weights_alone() -> None:
+    parts = estimate.Parameters(
+        backbone=7_000_000, lm_head=500_000, blocks=50_000, projections=1_500_000, largest=500_000
+    )
+    heads = estimate.Parameters(backbone=0, lm_head=0, blocks=50_000, projections=1_500_000, largest=500_000)
+    for zero, share in ((0, 1), (1, 1), (2, 1), (3, 4)):
+        whole = estimate.states_bytes(parts, 1, zero, (False, False), 4, 2)[0]
+        alone = estimate.states_bytes(heads, 1, zero, (False, False), 4, 2)[0]
+        assert whole - alone == 2 * 7_500_000 // share
+
+
+def test_smallest_gpu_leaves_room() -> None:
+    assert estimate.smallest_gpu(10 * estimate.GIB) == "RTX 3060"
+    assert estimate.smallest_gpu(76 * estimate.GIB) == "H200"
+    assert estimate.smallest_gpu(1e15) == "none"
+
+
+def test_output_into_a_closed_pipe_is_quiet() -> None:
+    command = f"{sys.executable} -m medusa_ds.cli show llama3_8b_stage1 | head -1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "model:\n", "")
+
+
+def test_commands_tell_a_missing_model(capsys: pytest.CaptureFixture[str], monkeypatch: Any, place: Path) -> None:
+    bare = place / "bare"
+    bare.mkdir()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "model.name" in refused(capsys, "estimate", "smollm2_135m_stage1", f"model.name={bare}")
