@@ -7,6 +7,7 @@ when their subcommand is called, so that `medusa-ds list` starts at once.
 import argparse
 import difflib
 import json
+import logging
 import os
 import shutil
 import sys
@@ -112,11 +113,75 @@ def estimate_needs(args: argparse.Namespace) -> None:
     main(recipe, args.world_size or [1, 2, 4, 8], args.tokens_per_second, args.data)
 
 
+def generate_text(args: argparse.Namespace) -> None:
+    """Answer a prompt with a run's heads, or chat on the terminal; shows tokens per step and per second."""
+    from medusa_ds.generate import main
+
+    main(args.run, args.prompt, acceptance=_acceptance(args), max_new_tokens=args.max_new_tokens, stop=args.stop,
+         seed=args.seed, device=args.device, dtype=args.dtype)  # fmt: skip
+
+
+def evaluate_run(args: argparse.Namespace) -> None:
+    """Measure a run's heads on prompts: accuracies, tokens per step, speed-up. Takes a finished run or a checkpoint.
+
+    `chain acceptance, teacher-forced` is what training calls acceptance_length: each head's first guess, at every
+    position of given texts. `tokens per step, decoding` is what a tree accepts while it generates.
+    """
+    from medusa_ds.evaluate import evaluate
+
+    evaluate(_settings(args))
+
+
+def find_tree(args: argparse.Namespace) -> None:
+    """Find the candidate tree that suits a run's heads and this machine, and write it into the run's heads.json."""
+    from medusa_ds.tree import search_tree
+
+    search_tree(_settings(args), args.nodes)
+
+
+def _acceptance(args: argparse.Namespace) -> Any:
+    from medusa_ds.decoding.acceptance import Acceptance
+
+    return Acceptance(args.acceptance, args.temperature, args.epsilon, args.delta)
+
+
+def _settings(args: argparse.Namespace) -> Any:
+    from medusa_ds.decoding.answers import Settings
+
+    rule = {"acceptance": _acceptance(args)} if hasattr(args, "acceptance") else {}
+    return Settings(args.run, args.prompts, args.max_new_tokens, args.limit, device=args.device, dtype=args.dtype,
+                    compile_step=args.compile, json_file=args.json, picture=args.picture, **rule)  # fmt: skip
+
+
 RECIPE = [
     _option("recipe", help="recipe file, or name of a shipped one"),
     _option("overrides", nargs="*", metavar="key=value", help="dotted overrides, as in train.lr=1e-3"),
 ]
 WORLD_SIZE = _option("--world-size", type=_count, metavar="N", help="ranks that train")
+RUN = [
+    _option("run", help="a finished run's output, its heads folder, or OUTPUT/checkpoints/best"),
+    _option("--device", help="cuda or cpu; without it, a GPU if there is one"),
+    _option("--dtype", choices=["bf16", "fp32"], help="without it, bf16 on a GPU and fp32 on a CPU"),
+]
+ACCEPTANCE = [
+    _option(
+        "--acceptance",
+        choices=["greedy", "typical", "exact"],
+        default="greedy",
+        help="greedy: the base model's own text; exact: samples of its distribution; typical: the Medusa paper's",
+    ),
+    _option("--temperature", type=_positive, default=1.0, help="of exact and typical acceptance"),
+    _option("--epsilon", type=_positive, default=0.09, help="typical: hard threshold"),
+    _option("--delta", type=_positive, default=0.3, help="typical: entropy-dependent threshold"),
+]
+PROMPTS = [
+    _option("--prompts", required=True, metavar="FILE", help='JSON lines such as {"turns": ["Hello"]}'),
+    _option("--limit", type=_count, metavar="N", help="take the first N conversations"),
+    _option("--max-new-tokens", type=_count, default=256, metavar="N", help="of an answer"),
+    _option("--compile", action="store_true", help="fuse the decoding step with torch.compile; a minute once"),
+    _option("--json", metavar="FILE", help="write the report"),
+    _option("--picture", metavar="FILE", help="draw it; needs medusa-ds[plots]"),
+]
 
 COMMANDS = {
     "list": Command(list_recipes, [_option("--copy", metavar="NAME", help="copy this recipe here")]),
@@ -133,16 +198,30 @@ COMMANDS = {
                 help="speed of all GPUs together; without it, the one that a run into the recipe's output measured"),
         _option("--data", action="store_true", help="tokenise the data, as prepare does, to count its tokens"),
     ]),
+    "generate": Command(generate_text, [
+        *RUN, *ACCEPTANCE,
+        _option("--prompt", metavar="TEXT", help="without it, chat"),
+        _option("--max-new-tokens", type=_count, default=512, metavar="N", help="of an answer"),
+        _option("--stop", action="append", default=[], metavar="TEXT", help="end at this text; may be repeated"),
+        _option("--seed", type=int, default=0, help="of exact acceptance"),
+    ]),
+    "evaluate": Command(evaluate_run, [*RUN, *PROMPTS, *ACCEPTANCE]),
+    "tree": Command(find_tree, [
+        *RUN, *PROMPTS,
+        _option("--nodes", type=_count, metavar="N", help="size; without it, the fastest by measured step times"),
+    ]),
 }  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a subcommand; a user's mistake is a line on standard error and exit status 2."""
+    # transformers imports deepspeed, which warns when there is no GPU
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno > logging.WARNING)
     with exit_on_user_error():
         name, *rest = [*(sys.argv[1:] if argv is None else argv)] or ["--help"]
         if name in ("-h", "--help"):
             print("usage: medusa-ds COMMAND ...\n\nTrain with: deepspeed RECIPE.yaml [key=value ...]\n")
-            print("\n".join(f"  {key:10} {(command.run.__doc__ or '').strip()}" for key, command in COMMANDS.items()))
+            print("\n".join(f"  {key:10} {(command.run.__doc__ or '').splitlines()[0]}" for key, command in COMMANDS.items()))
             print("\nmedusa-ds COMMAND --help lists its options.")
             return
         if name not in COMMANDS:

@@ -1,0 +1,123 @@
+"""Figures about heads and steps: ranks on given texts, step times, and what lies behind a text that differs.
+
+Shape suffixes: T tokens of a text, M measured positions, K heads, V vocabulary.
+"""
+
+import time
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from medusa_ds.decoding.generator import Decoder, head_logits
+from medusa_ds.model.backbone import lm_head_weight
+from medusa_ds.model.heads import MedusaHead
+
+_ROWS = 64  # positions whose logits of all heads are held at once
+
+
+@torch.no_grad()
+def head_ranks(backbone: PreTrainedModel, heads: list[MedusaHead], prompt: list[int], answer: list[int]) -> Tensor:
+    """The rank that each head gives to the token that really came, at every position from the prompt's last.
+
+    Args:
+        backbone: the base model.
+        heads: K heads.
+        prompt: tokens before the answer.
+        answer: what the base model wrote.
+
+    Returns:
+        [M, K]: 0 is a right first guess. Only positions where the answer has a token for every head, so that all
+        columns are about the same positions.
+    """
+    text_T = torch.tensor([prompt + answer], device=backbone.device)
+    positions = len(answer) - len(heads)
+    if positions < 1:
+        return torch.zeros(0, len(heads), dtype=torch.long)
+    hidden_TH = backbone.base_model(input_ids=text_T, use_cache=False).last_hidden_state[0]
+    ranks = []
+    for begin in range(len(prompt) - 1, len(prompt) - 1 + positions, _ROWS):
+        end = min(begin + _ROWS, len(prompt) - 1 + positions)
+        logits_KMV = head_logits(heads, hidden_TH[begin:end], backbone)
+        targets_KM = torch.stack([text_T[0, begin + k + 1 : end + k + 1] for k in range(1, len(heads) + 1)])
+        own_KM = logits_KMV.gather(-1, targets_KM[..., None])
+        ranks.append((logits_KMV > own_KM).sum(-1).T.cpu())
+    return torch.cat(ranks)
+
+
+class Difference(NamedTuple):
+    """The first token at which two texts part.
+
+    Attributes:
+        position: index of the token in the answer.
+        gap: distance of the two tokens' logits, computed afresh over the common text.
+        resolution: distance of neighbouring numbers of the logits' dtype at their size.
+    """
+
+    position: int
+    gap: float
+    resolution: float
+
+    @property
+    def is_tie(self) -> bool:
+        """Whether rounding explains it: the step's kernels sum in another order than the plain step's."""
+        return self.gap <= 8 * self.resolution
+
+
+@torch.no_grad()
+def first_difference(
+    backbone: PreTrainedModel, prompt: list[int], one: list[int], other: list[int]
+) -> Difference | None:
+    """Where two answers to a prompt part, and by how much the base model prefers one token to the other."""
+    position = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
+    if position is None:
+        return None
+    text = torch.tensor([prompt + one[:position]], device=backbone.device)
+    hidden = backbone.base_model(input_ids=text, use_cache=False).last_hidden_state[:, -1]
+    pair = backbone.get_output_embeddings()(hidden)[0, [one[position], other[position]]].float()
+    return Difference(
+        position, float((pair[0] - pair[1]).abs()), torch.finfo(backbone.dtype).eps * float(pair.abs().max())
+    )
+
+
+def step_ms(decoder: Decoder, context: int, repeats: int = 20) -> float:
+    """Milliseconds of a step with `context` tokens of text in the cache, batch 1; the median of the repeats."""
+    session = decoder.prepare(1, context)
+    session.length_B.fill_(context)
+    session.active_B.zero_()  # the text does not grow
+    times = []
+    for _ in range(repeats + 3):
+        _wait(decoder.backbone.device)
+        started = time.perf_counter()
+        decoder.step(session)
+        _wait(decoder.backbone.device)
+        times.append(1000 * (time.perf_counter() - started))
+    return sorted(times[3:])[repeats // 2]
+
+
+def plain_step_bytes(backbone: PreTrainedModel) -> int:
+    """Bytes of weights that one plain step reads: all but the input embeddings, which it reads one row of."""
+    sizes = {id(parameter): parameter.nbytes for parameter in backbone.parameters()}  # tied weights come once
+    embeddings = id(backbone.get_input_embeddings().weight)
+    if embeddings != id(lm_head_weight(backbone)):
+        sizes.pop(embeddings)
+    return sum(sizes.values())
+
+
+def copy_bandwidth(device: torch.device, mib: int = 1024) -> float:
+    """Bytes a second that a copy on the device moves, read and write counted."""
+    source = torch.ones(mib << 18, dtype=torch.float32, device=device)
+    target, best = torch.empty_like(source), float("inf")
+    for _ in range(8):
+        _wait(device)
+        started = time.perf_counter()
+        target.copy_(source)
+        _wait(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * source.nbytes / best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,46 @@
+import pytest
+import torch
+from decoding_models import NUM, random_heads, reference
+
+from medusa_ds.decoding.generator import Decoder
+from medusa_ds.decoding.measure import Difference, first_difference, head_ranks, plain_step_bytes, step_ms
+from medusa_ds.decoding.trees import chain, default_tree
+
+
+@pytest.mark.parametrize("length", [0, 3, 4, 40, 80])
+def test_ranks_are_those_of_sorted_logits(llama, length):
+    """Mutation: score head k on the token after the one it predicts."""
+    prompt, heads = [9, 40, 77, 12], random_heads()
+    answer = reference(llama, prompt, length, eos_token_id=120) if length else []
+    ranks = head_ranks(llama, list(heads), prompt, answer)
+    assert ranks.shape == (max(length - NUM, 0), NUM)
+    text = prompt + answer
+    hidden = llama.base_model(input_ids=torch.tensor([text])).last_hidden_state[0]
+    for row, place in zip(ranks.tolist(), range(3, len(text)), strict=False):
+        for k, rank in enumerate(row, 1):
+            order = heads[k - 1].logits(hidden[place]).argsort(descending=True).tolist()
+            assert order.index(text[place + k + 1]) == rank
+
+
+def test_first_difference_tells_a_tie_from_a_mistake(llama):
+    prompt, text = [9, 40, 77], reference(llama, [9, 40, 77], 12, eos_token_id=120)
+    assert first_difference(llama, prompt, text, list(text)) is None
+    logits = llama(input_ids=torch.tensor([prompt + text[:5]])).logits[0, -1].detach()
+    other = int(logits.argsort()[0])
+    found = first_difference(llama, prompt, text, [*text[:5], other, 7])
+    assert found.position == 5
+    assert found.gap == pytest.approx(float(logits.max() - logits.min()), rel=1e-4)
+    assert not found.is_tie
+    assert Difference(0, 0.0625, 0.125).is_tie
+
+
+def test_step_times_leave_the_decoder_usable(llama):
+    decoder = Decoder(llama, random_heads(), default_tree(3, 8))
+    assert step_ms(decoder, 50, repeats=3) > 0
+    assert decoder.generate([[9, 40, 77]], 12)[0].tokens == reference(llama, [9, 40, 77], 12)
+
+
+def test_a_plain_step_reads_all_weights_but_the_input_embeddings(llama):
+    total = sum(parameter.nbytes for parameter in llama.parameters())
+    assert plain_step_bytes(llama) == total - 120 * 32 * 4
+    assert chain(0).nodes == 1

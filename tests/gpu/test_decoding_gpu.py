@@ -1,0 +1,109 @@
+"""Decoding on a GPU. The figures are printed: pytest -m gpu tests/gpu/test_decoding_gpu.py -s"""
+
+import os
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from medusa_ds.decoding.acceptance import Acceptance
+from medusa_ds.decoding.generator import Decoder
+from medusa_ds.decoding.measure import copy_bandwidth, plain_step_bytes, step_ms
+from medusa_ds.decoding.trees import chain, default_tree
+from medusa_ds.model.heads import MedusaHeads
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+SMALL = {"vocab_size": 500, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
+         "num_attention_heads": 8, "num_key_value_heads": 2, "initializer_range": 0.2}  # fmt: skip
+SHAPES = {
+    "smollm2_135m": ("llama", {
+        "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}),
+    "llama3_8b": ("llama", {
+        "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8}),
+    "vicuna_7b": ("llama", {
+        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 32}),
+}  # fmt: skip
+
+
+def _model(family="llama", dtype=torch.float32, liger=False, **config):
+    torch.manual_seed(0)
+    settings = AutoConfig.for_model(family, eos_token_id=3, pad_token_id=0, max_position_embeddings=4096, **config)
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(settings, dtype=dtype, attn_implementation="sdpa").eval()
+    if liger:
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        apply_liger_kernel_to_llama(
+            rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False, model=model
+        )
+    return model
+
+
+def _heads(model, num=3, own=True):
+    vocab, hidden = model.get_output_embeddings().weight.shape
+    heads = MedusaHeads(num, 1, hidden, vocab, own, model.dtype).cuda()
+    for parameter in heads.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    if own:
+        heads.initialize(model.get_output_embeddings().weight)
+    return heads
+
+
+@pytest.mark.parametrize("rule", ["greedy", "typical", "exact"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
+def test_graph_step_equals_eager_step(family, rule):
+    """Batches of unequal prompts, fp32. Mutation: fill the draws inside the step with the global generator."""
+    model = _model(family, **SMALL, **({"head_dim": 8} if family == "qwen3" else {}))
+    heads, tree = _heads(model), default_tree(3, 24)
+    prompts = [[5, 9, 12], [7], list(range(10, 60))]
+    graph, eager = (
+        Decoder(model, heads, tree, Acceptance(rule), graph=graph).generate(prompts, 60, seed=4)
+        for graph in (True, False)
+    )
+    assert [row.tokens for row in graph] == [row.tokens for row in eager]
+    assert [row.accepted for row in graph] == [row.accepted for row in eager]
+
+
+def test_greedy_text_equals_transformers_in_float32():
+    model = _model(**SMALL)
+    decoders = Decoder(model, _heads(model), default_tree(3, 40)), Decoder(model, [], chain(0))
+    for prompt in ([5], [8, 30, 99], list(range(10, 200))):
+        ids = torch.tensor([prompt], device="cuda")
+        wanted = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=80, do_sample=False)
+        for decoder in decoders:
+            assert decoder.generate([prompt], 80)[0].tokens == wanted[0, len(prompt) :].tolist()
+
+
+def test_compiled_step_gives_the_same_text():
+    model = _model(**SMALL)
+    texts = [
+        Decoder(model, _heads(model), default_tree(3, 24), compile_step=fuse).generate([[5, 9, 12]], 60)[0].tokens
+        for fuse in (False, True)
+    ]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("shape", os.environ.get("MEDUSA_DS_SHAPES", "smollm2_135m").split(","))
+@pytest.mark.parametrize("compiled", [False, True])
+def test_step_times(shape, compiled):
+    """Prints milliseconds of a plain step and of tree steps, bf16, batch 1, 512 tokens of text. `MEDUSA_DS_SHAPES`
+    names shapes of `SHAPES`, comma-separated; with `-k "not True"` nothing is compiled."""
+    family, config = SHAPES[shape]
+    model = _model(family, torch.bfloat16, liger=not compiled, **config)
+    bandwidth = copy_bandwidth(torch.device("cuda"))
+    plain = step_ms(Decoder(model, [], chain(0), compile_step=compiled), 512, 50)
+    share = plain_step_bytes(model) / (plain / 1000) / bandwidth
+    how = "compiled" if compiled else "Liger"
+    print(f"\n{shape}, {how}: plain {plain:.3f} ms, {share:.0%} of {bandwidth / 1e9:.0f} GB/s")
+    for own in (True, False):
+        heads = _heads(model, own=own)
+        for nodes in (4, 16, 32, 64):
+            tree = step_ms(Decoder(model, heads, default_tree(3, nodes), compile_step=compiled), 512, 50)
+            label = "own projections" if own else "shared projection"
+            print(f"  {nodes:3} nodes, {label}: {tree:.3f} ms = {tree / plain:.3f} x")
+        del heads
+    assert plain > 0
