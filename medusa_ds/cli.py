@@ -139,6 +139,21 @@ def find_tree(args: argparse.Namespace) -> None:
     search_tree(_settings(args), args.nodes)
 
 
+def export_run(args: argparse.Namespace) -> None:
+    """Write heads in the layouts of vLLM, TGI, TensorRT-LLM, FasterDecoding/Medusa and plain transformers."""
+    from medusa_ds.export import main
+
+    main(args.run, args.out, args.engine, untrained=args.untrained, dtype=args.dtype, force=args.force,
+         push_to_hub=args.push_to_hub)  # fmt: skip
+
+
+def import_run(args: argparse.Namespace) -> None:
+    """Bring published heads of FasterDecoding's or vLLM's layout into ours, to be used like a run."""
+    from medusa_ds.import_heads import main
+
+    main(args.directory, args.out, args.base_model)
+
+
 def _acceptance(args: argparse.Namespace) -> Any:
     from medusa_ds.decoding.acceptance import Acceptance
 
@@ -210,6 +225,22 @@ COMMANDS = {
         *RUN, *PROMPTS,
         _option("--nodes", type=_count, metavar="N", help="size; without it, the fastest by measured step times"),
     ]),
+    "export": Command(export_run, [
+        _option("run", nargs="?", help="a finished run's output, its heads folder, or one of its checkpoints"),
+        _option("out", help="directory to make"),
+        _option("--for", dest="engine", default="all", help="what it is for; all is a directory for all of them",
+                choices=["transformers", "vllm", "tgi", "tensorrt-llm", "fasterdecoding", "all"]),
+        _option("--untrained", metavar="RECIPE", help="in place of a run: a recipe's heads before training"),
+        _option("--dtype", choices=["bfloat16", "float16", "float32"],
+                help="without it, the run's, or for a checkpoint the base model's"),
+        _option("--force", action="store_true", help="replace an earlier export"),
+        _option("--push-to-hub", metavar="REPO", help="upload it, a tuned backbone to REPO-backbone"),
+    ]),
+    "import": Command(import_run, [
+        _option("directory", help="holds model.safetensors, medusa_lm_head.safetensors or medusa_lm_head.pt"),
+        _option("out", help="directory to make"),
+        _option("--base-model", metavar="NAME", help="without it, as config.json says"),
+    ]),
 }  # fmt: skip
 
 
@@ -221,7 +252,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         name, *rest = [*(sys.argv[1:] if argv is None else argv)] or ["--help"]
         if name in ("-h", "--help"):
             print("usage: medusa-ds COMMAND ...\n\nTrain with: deepspeed RECIPE.yaml [key=value ...]\n")
-            print("\n".join(f"  {key:10} {(command.run.__doc__ or '').splitlines()[0]}" for key, command in COMMANDS.items()))
+            print(
+                "\n".join(
+                    f"  {key:10} {(command.run.__doc__ or '').splitlines()[0]}" for key, command in COMMANDS.items()
+                )
+            )
             print("\nmedusa-ds COMMAND --help lists its options.")
             return
         if name not in COMMANDS:
