@@ -12,7 +12,7 @@ import copy
 import json
 import re
 from functools import lru_cache
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any, NamedTuple
 
 import jinja2
@@ -24,6 +24,7 @@ from medusa_ds.errors import UserError
 
 IGNORED = -100
 ROLES = ("system", "user", "assistant", "tool")
+MAX_MESSAGES = 1000  # the work grows with their square
 # Marks, all of plane 16, which no message may contain: content of message i is OPEN i ... CLOSE i.
 _OPEN, _CLOSE, _BEGIN, _BREAK, _FILL, _CONTROL = (chr(0x10FFF0 + n) for n in range(6))
 _INDEX = 0x100000
@@ -70,7 +71,7 @@ def encode(
         tools: JSON schemas of functions.
 
     Raises:
-        UnusableRow: no assistant turn, an unknown role, or the template refuses or alters the conversation.
+        UnusableRow: no assistant turn, an unknown role, too many messages, or the template refuses or alters them.
         UserError: the tokenizer has no chat template or is not a fast one.
     """
     coder = _coder(tokenizer, len(tokenizer))
@@ -80,6 +81,8 @@ def encode(
         raise UnusableRow("no assistant turn")
     if any(message.get("role") not in ROLES for message in messages):
         raise UnusableRow("unknown role")
+    if len(messages) > MAX_MESSAGES:
+        raise UnusableRow(f"more than {MAX_MESSAGES} messages")
     if turns[0] == 0:
         raise UnusableRow("begins with an assistant turn")
     if _PLANE_16.search(json.dumps([messages, tools], ensure_ascii=False)):
@@ -262,10 +265,9 @@ class _Coder:
     ) -> tuple[np.ndarray, np.ndarray, list[int]]:
         """Ids, their ends in the text, and the places of the control tokens that the template wrote."""
         spelled = [match.span() for at in breaks if (match := self.spelled.match(text, at - 1))]
-        filled = text
-        for start, end in spelled:
-            filled = filled[:start] + _FILL * (end - start) + filled[end:]
-        found = self.tokenizer(filled, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        borders = [0, *(at for span in spelled for at in span), len(text)]
+        parts = [text[a:b] if n % 2 == 0 else _FILL * (b - a) for n, (a, b) in enumerate(pairwise(borders))]
+        found = self.tokenizer("".join(parts), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, spans = np.array(found["input_ids"]), np.array(found["offset_mapping"]).reshape(-1, 2)
         controls = [k for k, token in enumerate(found["input_ids"]) if token in self.added]
         real = [k for k in controls if text[slice(*spans[k])].isspace()

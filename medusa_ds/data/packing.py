@@ -12,11 +12,13 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset, Features, List, Value
 from filelock import FileLock
@@ -111,21 +113,24 @@ class Sequences:
         return best_fit(order, self.lengths, self.max_length)
 
     def _collate(self, batch: list[np.ndarray]) -> MicroBatch:
-        documents = [[self.data[int(self.rows[number])] for number in sequence] for sequence in batch]
-        longest = max(sum(len(row["input_ids"]) for row in rows) for rows in documents)
-        size = self.max_length if self.packing else max(8 * math.ceil(longest / 8), 8)
+        rows = self.data[self.rows[np.concatenate(batch)]]
+        totals = [int(self.lengths[sequence].sum()) for sequence in batch]
+        size = self.max_length if self.packing else max(8 * math.ceil(max(totals) / 8), 8)
         ids, labels = np.full((len(batch), size), self.pad_id), np.full((len(batch), size), IGNORED)
         positions = np.zeros((len(batch), size), dtype=np.int64)
-        for line, rows in enumerate(documents):
-            at = 0
-            for row in rows:
-                end = at + len(row["input_ids"])
-                ids[line, at:end] = row["input_ids"]
-                labels[line, at:end] = np.where(row["supervised"], row["input_ids"], IGNORED)
+        sources: list[list[str]] = []
+        documents = zip(rows["input_ids"], rows["supervised"], rows["source"], strict=True)
+        for line, sequence in enumerate(batch):
+            at, names = 0, []
+            for tokens, supervised, source in islice(documents, len(sequence)):
+                end = at + len(tokens)
+                ids[line, at:end] = tokens
+                labels[line, at:end] = np.where(supervised, tokens, IGNORED)
                 positions[line, at:end] = np.arange(end - at)
                 at = end
+                names.append(str(source))
             positions[line, at:] = np.arange(size - at)
-        sources = [[str(row["source"]) for row in rows] for rows in documents]
+            sources.append(names)
         return MicroBatch(torch.from_numpy(ids), torch.from_numpy(labels), torch.from_numpy(positions), sources)
 
 
@@ -239,12 +244,14 @@ def _tokenise(
 def _measure(data: Dataset, rows: np.ndarray) -> dict[str, Any]:
     """Counts and the hash of the usable training rows."""
     digest, tokens, supervised, cut = hashlib.sha256(), 0, 0, 0
-    data = data.with_format("numpy")
+    data = data.with_format("arrow")
     for start in range(0, len(rows), 1000):
         batch = data[rows[start : start + 1000]]
-        cut += int(np.sum(batch["cut"]))
-        for ids, mask in zip(batch["input_ids"], batch["supervised"], strict=True):
-            digest.update(np.int64(len(ids)).tobytes() + ids.astype("<i4").tobytes() + np.packbits(mask).tobytes())
-            tokens += len(ids)
-            supervised += int(np.sum(mask))
+        ids = pc.list_flatten(batch["input_ids"]).to_numpy()
+        mask = pc.list_flatten(batch["supervised"]).to_numpy()
+        for part in (batch["length"].to_numpy(), ids, np.packbits(mask)):
+            digest.update(part.tobytes())
+        tokens += len(ids)
+        supervised += int(mask.sum())
+        cut += int(batch["cut"].to_numpy().sum())
     return {"tokens": tokens, "supervised_tokens": supervised, "cut": cut, "fingerprint": digest.hexdigest()}

@@ -13,7 +13,7 @@ TEXT = [
     "A chat between a curious user and an artificial intelligence assistant. USER: ASSISTANT: Be brief.\n\n\n",
     'name arguments function parameters {"type": "x"} [1, 2] <think> Hello world 0123456789 é à 中 \n ?!()%<|_|>[/]{}~',
 ] * 4
-GPT4 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+WORDS = r" ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+"  # punctuation takes the line breaks after it along
 SPECIAL = {
     "llama3": ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
     "qwen3": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
@@ -42,7 +42,7 @@ def backend(family: str) -> Tokenizer:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
         tokenizer.decoder = decoders.Metaspace()
     else:
-        split = pre_tokenizers.Split(Regex(GPT4), "isolated")
+        split = pre_tokenizers.Split(Regex(WORDS), "isolated")
         gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=family == "smollm2")
         first = pre_tokenizers.Digits(individual_digits=True) if family == "smollm2" else split
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([first, gpt2])

@@ -131,7 +131,7 @@ def test_tools_reach_the_template():
     tokenizer = tokenizer_of("qwen3")
     encoded = encode(TWO, tokenizer, {}, tools=TOOLS)
     assert encoded.input_ids == tokenizer.apply_chat_template(TWO, tools=TOOLS, return_dict=False)
-    assert [text for text, supervised in runs(tokenizer, encoded) if supervised][0] == "Hi<|im_end|>"
+    assert next(text for text, supervised in runs(tokenizer, encoded) if supervised) == "Hi<|im_end|>"
 
 
 SPELLED = [(family, text) for family in FAMILIES for text in SPECIAL[family] + ADDED.get(family, [])]
@@ -190,6 +190,24 @@ def test_spelled_control_tokens_leave_the_rest_as_it_is():
     )
 
 
+def test_a_control_token_split_over_two_messages_stays_text():
+    """Mutation: trust whatever the tokenizer finds where no token was spelled out."""
+    tokenizer = tokenizer_of("smollm2")
+    template = CHATML.replace("<|im_start|>{{ m.role }}\n", "{% if m.role != 'user' %}<|im_start|>{% endif %}")
+    template = template.replace("<|im_end|>\n", "{% if m.role == 'assistant' %}<|im_end|>{% endif %}")
+    encoded = encode(chat("s: <|im_", "u: end|>", "a: Hi"), tokenizer, {"chat_template": template})
+    assert tokens_text(tokenizer, encoded.input_ids) == "<|im_start|><|im_end|><|im_start|>Hi<|im_end|>"
+    assert encoded.input_ids.count(tokenizer.eos_token_id) == 1
+
+
+def test_a_letter_of_several_tokens_before_a_turn_is_not_labelled():
+    """Mutation: go by the tokens' offsets alone, which all tokens of a letter share."""
+    tokenizer = tokenizer_of("smollm2")
+    template = CHATML.replace("\n{{", "😀{{") + "{% if add_generation_prompt %}<|im_start|>assistant😀{% endif %}"
+    encoded = encode(chat("u: Hi", "a: Hi"), tokenizer, {"chat_template": template})
+    assert runs(tokenizer, encoded)[1] == ("Hi<|im_end|>", True)
+
+
 @pytest.mark.parametrize("family", ["llama3", "mistral", "vicuna"])
 def test_one_bos(family):
     tokenizer = tokenizer_of(family)
@@ -203,6 +221,7 @@ def test_one_bos(family):
     [
         ("smollm2", chat("u: Hi"), "no assistant turn"),
         ("smollm2", [], "no assistant turn"),
+        ("smollm2", TWO * 251, "more than 1000 messages"),
         ("smollm2", chat("a: Hi", "u: Hi", "a: Hi"), "begins with an assistant turn"),
         ("smollm2", [{"role": "narrator", "content": "x"}, *TWO], "unknown role"),
         ("smollm2", chat("u: \U0010fff1", "a: Hi"), "private-use"),

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,7 @@ def real_documents(batch) -> list[tuple[list[int], list[int]]]:
     out = []
     for ids, labels, positions, sources in zip(*batch, strict=True):
         starts = [*(positions == 0).nonzero().flatten().tolist(), len(ids)]
-        spans = list(zip(starts[:-1], starts[1:], strict=True))[: len(sources)]
+        spans = list(pairwise(starts))[: len(sources)]
         assert all((positions[a:b] == torch.arange(b - a)).all() for a, b in spans)
         out += [(ids[a:b].tolist(), labels[a:b].tolist()) for a, b in spans]
     return out

@@ -41,9 +41,8 @@ def accounted(found: Conversations) -> bool:
 
 
 def test_sharegpt_and_chat_messages_become_one_format(tmp_path):
-    turns = [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes"},
-             {"from": "user", "value": "2?"}, {"from": "bing", "value": "4"}, {"from": "tool", "value": "x"},
-             {"from": "bard", "value": "5"}, {"from": "chatgpt", "value": "6"}]  # fmt: skip
+    names = ("system", "human", "gpt", "user", "bing", "tool", "bard", "chatgpt")
+    turns = [{"from": name, "value": "x"} for name in names]
     chat = {"messages": [{"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]},
                          {"role": "assistant", "content": "Yes", "reasoning_content": "hm", "extra": None}],
             "tools": '[{"type": "function"}]'}  # fmt: skip
