@@ -97,7 +97,9 @@ class MedusaEngine:
         parts = (self._engine, deepspeed.utils, self._gathered, self.rank, self.world_size)
         self._tensors = LogicalTensors(*parts)
         self._steps_taken, self._best = 0, -math.inf
-        self._has_states = False
+        self._has_states = bool(self._engine.basic_optimizer.state)
+        if self._has_states:  # made by a step without gradients, which ZeRO 0 in bf16 takes and Adam has counted
+            self._tensors.set_adam_step(0)
         self.model, self.monitor = model, self._engine.monitor
 
     def train_batch(self, micro_batches: Sequence[MicroBatch], step: int, stop: bool = False) -> StepResult:
@@ -265,6 +267,7 @@ class MedusaEngine:
 
     def whole_state_dict(self, module: nn.Module) -> dict[str, torch.Tensor]:
         """A module's state dict on the CPU of rank 0 (empty elsewhere), gathered one parameter at a time."""
+        self._engine.empty_partition_cache()  # ZeRO-3 may still be fetching what it expects next
         copies: dict[int, torch.Tensor] = {}
         result: dict[str, torch.Tensor] = {}
         for name, tensor in module.state_dict(keep_vars=True).items():
@@ -302,7 +305,7 @@ class MedusaEngine:
 
     def _optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         train = self.recipe.train
-        options: dict[str, Any] = {"lr": train.lr, "betas": tuple(train.betas), "eps": train.eps}
+        options: dict[str, Any] = {"lr": 0.0, "betas": tuple(train.betas), "eps": train.eps}
         if self._zero.get("offload_optimizer", {}).get("device", "none") != "none":
             return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
         return torch.optim.AdamW(groups, fused=self.device.type == "cuda", **options)

@@ -64,7 +64,8 @@ def parameter_groups(model: nn.Module, train: TrainSpec) -> list[dict[str, Any]]
 
     Returns:
         Groups that are not empty, each with `name` (`heads`, `heads_no_decay`, ...) and `lr_scale`, its learning rate
-        over that of the backbone.
+        over that of the backbone. The rates themselves are 0 until a step sets them: some of DeepSpeed's optimizers
+        take a step while they are made.
     """
     groups: dict[str, dict[str, Any]] = {}
     for name, param in model.named_parameters():
@@ -76,7 +77,7 @@ def parameter_groups(model: nn.Module, train: TrainSpec) -> list[dict[str, Any]]
         scale = (train.lr_multiplier or 1.0) if part == "heads" else 1.0
         key = part if dimensions >= 2 else f"{part}_no_decay"
         decay = train.weight_decay if dimensions >= 2 else 0.0
-        new = {"params": [], "name": key, "lr": train.lr * scale, "lr_scale": scale, "weight_decay": decay}
+        new = {"params": [], "name": key, "lr": 0.0, "lr_scale": scale, "weight_decay": decay}
         groups.setdefault(key, new)["params"].append(param)
     check_groups(model, list(groups.values()))
     return list(groups.values())

@@ -47,12 +47,14 @@ class LogicalTensors:
 
     def read(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor, whole, fp32; under ZeRO each is a collective call, so every rank takes them all."""
+        self._link()
         for name, param in self.params.items():
             for key in KEYS:
                 yield f"{name}/{key}", self._read(param, key)
 
     def write(self, tensor: Callable[[str], torch.Tensor]) -> None:
         """Set every tensor to what `tensor(name)` gives, and the bf16 copies with them; every rank calls it."""
+        self._link()
         for name, param in self.params.items():
             for key in KEYS:
                 self._write(param, key, tensor(f"{name}/{key}").to(self._engine.device))
@@ -66,6 +68,12 @@ class LogicalTensors:
             state["step"] = torch.full_like(state["step"], step) if torch.is_tensor(state["step"]) else step
         if hasattr(optimizer, "ds_opt_adam"):
             _replay_bias_correction(optimizer, step)
+
+    def _link(self) -> None:
+        """ZeRO 1 and 2 tie moments to parameters after the first group's first update, when other groups have none."""
+        if self._stage in (1, 2):
+            self._engine.optimizer._hp_optimizer_states_linked = False
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _unpartitioned_masters(self) -> dict[int, torch.Tensor]:
         """ZeRO 0: the tensor that the optimizer updates, by id of its parameter; in fp32 the parameter itself."""
@@ -118,4 +126,4 @@ def _replay_bias_correction(optimizer: torch.optim.Optimizer, step: int) -> None
     for _ in range(step):
         optimizer.step()
     optimizer.param_groups = groups
-    del optimizer.state[scratch]
+    optimizer.state.pop(scratch, None)

@@ -1,0 +1,108 @@
+"""Runs of the worker on one and on two ranks, each started once for all tests."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from worker import ZEROS
+
+WORKER = Path(__file__).with_name("worker.py")
+
+
+def run_ranks(world: int, folder: Path, jobs: list[tuple[str, str, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Run jobs one after another on `world` processes; returns each rank's results by job name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    common = os.environ | {"WORLD_SIZE": str(world), "LOCAL_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+                           "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+                           "DS_LOG_LEVEL": "error"}  # fmt: skip
+    processes = []
+    for rank in range(world):
+        with open(folder / f"rank{rank}.log", "w") as log:
+            command = [sys.executable, str(WORKER), str(folder), str(folder / "jobs.json")]
+            environment = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+    try:
+        while any(process.poll() is None for process in processes):
+            for process in processes:
+                try:
+                    process.wait(0.2)
+                except subprocess.TimeoutExpired:
+                    continue
+                if process.returncode:
+                    break
+            if any(process.returncode for process in processes):
+                break
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    logs = "\n".join((folder / f"rank{rank}.log").read_text()[-4000:] for rank in range(world))
+    assert all(process.returncode == 0 for process in processes), logs
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world)]
+
+
+class Runs:
+    """Results and files of the worker's jobs."""
+
+    def __init__(self, folder: Path, ranks: list[dict[str, Any]]) -> None:
+        self.folder, self.ranks = folder, ranks
+
+    def __getitem__(self, name: str) -> dict[str, Any]:
+        return self.ranks[0][name]
+
+
+def _name(zero: str, stage: int) -> str:
+    return f"{zero}-{stage}"
+
+
+@pytest.fixture(scope="session")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Every ZeRO config and stage on two ranks, each trained through and resumed in the middle, and failures."""
+    folder = tmp_path_factory.mktemp("two")
+    jobs: list[Any] = []
+    for zero in ZEROS:
+        for stage in (1, 2):
+            name = _name(zero, stage)
+            jobs.append((name, "trajectory", {"zero": zero, "stage": stage, "save": True}))
+            source = {"source": str(folder / name)}
+            jobs.append((f"{name}-resumed", "resumed", {"zero": zero, "stage": stage, **source}))
+    failures = [(zero, "gradient", "fp32") for zero in ZEROS]
+    failures += [(zero, "loss", "fp32") for zero in ("zero0", "zero2", "zero3")]
+    failures += [("zero0", "gradient", "bf16"), ("zero1", "gradient", "bf16")]
+    jobs += [(f"{zero}-nan-{where}-{precision}", "not_finite", {"zero": zero, "where": where, "precision": precision})
+             for zero, where, precision in failures]  # fmt: skip
+    for zero in ("zero0", "zero1", "zero3"):
+        arguments = {"zero": zero, "stage": 2, "train": {"precision": "bf16"}}
+        jobs.append((f"{zero}-bf16", "trajectory", arguments | {"save": True}))
+        jobs.append((f"{zero}-bf16-resumed", "resumed", arguments | {"source": str(folder / f"{zero}-bf16")}))
+    jobs += [(f"{zero}-layers0", "trajectory", {"zero": zero, "stage": 1, "heads": {"layers": 0}})
+             for zero in ("zero0", "zero2", "zero3")]  # fmt: skip
+    jobs += [(f"{zero}-export", "export", {"zero": zero}) for zero in ("zero2", "zero3")]
+    jobs.append(("stop", "stop_flag", {}))
+    return Runs(folder, run_ranks(2, folder, jobs))
+
+
+@pytest.fixture(scope="session")
+def one_rank(tmp_path_factory: pytest.TempPathFactory, two_ranks: Runs) -> Runs:
+    """The same on one rank, other cuts of the global batch, and checkpoints of two ranks resumed on one."""
+    folder = tmp_path_factory.mktemp("one")
+    jobs: list[Any] = []
+    for stage in (1, 2):
+        for zero in ZEROS:
+            jobs.append((_name(zero, stage), "trajectory", {"zero": zero, "stage": stage}))
+        for origin, zero in zip(ZEROS, (*ZEROS[1:], ZEROS[0]), strict=True):
+            arguments = {"zero": zero, "stage": stage, "source": str(two_ranks.folder / _name(origin, stage))}
+            jobs.append((f"{origin}-{stage}-elsewhere", "resumed", arguments))
+        for size in (2, 4):
+            arguments = {"zero": "zero0", "stage": stage, "train": {"micro_batch_size": size}}
+            jobs.append((f"micro{size}-{stage}", "trajectory", arguments))
+    return Runs(folder, run_ranks(1, folder, jobs))

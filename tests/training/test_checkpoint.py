@@ -1,0 +1,297 @@
+import errno
+import json
+import os
+import pickle
+import random
+import shutil
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from medusa_ds.errors import UserError
+from medusa_ds.training import checkpoint
+
+
+@pytest.fixture(autouse=True, scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory):
+    """A process group of this process alone."""
+    store = tmp_path_factory.mktemp("store") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def tensors(step: int) -> list[tuple[str, torch.Tensor]]:
+    draw = torch.Generator().manual_seed(step)
+    return [(f"weight{i}/{key}", torch.randn(5, 7, generator=draw)) for i in range(3) for key in ("master", "exp_avg")]
+
+
+def save(root: Path, step: int) -> Path:
+    return checkpoint.save(root, step, iter(tensors(step)), {"loop": {"step": step}}, 10_000)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Checkpoints of steps 20 and 40."""
+    save(tmp_path / "checkpoints", 20)
+    save(tmp_path / "checkpoints", 40)
+    return tmp_path / "checkpoints"
+
+
+def found_step(root: Path) -> int:
+    reader = checkpoint.newest(root)
+    assert reader is not None
+    step = reader.state["loop"]["step"]
+    for name, wanted in tensors(step):
+        assert torch.equal(reader.tensor(name), wanted)
+    assert set(reader.shapes()) == {name for name, _ in tensors(step)}
+    return step
+
+
+def test_newest_is_by_step_and_not_by_clock(root: Path) -> None:
+    os.utime(root / "step-000020", (2**33, 2**33))
+    assert found_step(root) == 40
+
+
+def test_nothing_saved_is_no_checkpoint(tmp_path: Path) -> None:
+    assert checkpoint.newest(tmp_path / "none") is None
+
+
+def test_large_tensors_are_spread_over_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "MAX_FILE_BYTES", 300)
+    save(tmp_path, 7)
+    assert len(list((tmp_path / "step-000007").glob("*.safetensors"))) == 3
+    assert found_step(tmp_path) == 7
+
+
+def damage_truncate(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def damage_flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def damage_extend(file: Path) -> None:
+    file.write_bytes(file.read_bytes() + b" ")
+
+
+DAMAGES = [damage_truncate, damage_flip, damage_extend, Path.unlink]
+
+
+@pytest.mark.parametrize("name", ["rank00000-00000.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_damaged_checkpoint_is_named_and_skipped(root: Path, name: str, damage: Any, capsys: Any) -> None:
+    """Mutation: without the comparison of checksums the flipped bit is loaded."""
+    file = root / "step-000040" / name
+    damage(file)
+    assert found_step(root) == 20
+    assert f"warning: {file}: " in capsys.readouterr().out
+
+
+def test_random_bit_flips_and_truncations_are_all_found(root: Path) -> None:
+    draw, path = random.Random(0), root / "step-000040"
+    contents = {file: file.read_bytes() for file in path.iterdir()}
+    for trial in range(100):
+        file = draw.choice(sorted(contents))
+        content = bytearray(contents[file])
+        if trial % 2:
+            content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        else:
+            del content[draw.randrange(len(content)) :]
+        file.write_bytes(content)
+        assert checkpoint.check(path), (trial, file)
+        file.write_bytes(contents[file])
+    assert checkpoint.check(path) == []
+
+
+def test_only_damaged_checkpoints_are_an_error_and_not_a_new_start(root: Path) -> None:
+    for path in root.iterdir():
+        damage_flip(path / "state.json")
+    with pytest.raises(UserError, match="no whole checkpoint is left"):
+        checkpoint.newest(root)
+
+
+class Bomb:
+    def __reduce__(self) -> Any:
+        return os._exit, (13,)
+
+
+def rewrite_manifest(path: Path, change: Any) -> None:
+    """What somebody who knows the format would write."""
+    manifest = json.loads((path / "manifest.json").read_bytes())
+    change(manifest["files"])
+    (path / "manifest.json").write_bytes(checkpoint._manifest(manifest["step"], manifest["files"]))
+
+
+def test_pickle_under_a_safetensors_name_is_never_unpickled(root: Path, capsys: Any) -> None:
+    path = root / "step-000040"
+    entry = checkpoint._write(path / "rank00000-00000.safetensors", pickle.dumps(Bomb()))
+    rewrite_manifest(path, lambda files: files.update(entry))
+    assert found_step(root) == 20
+    assert "rank00000-00000.safetensors: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret.safetensors", "/etc/passwd", "rank00000-00000.safetensors/../x", "a.pt", ""]
+)
+def test_manifest_names_no_file_outside(root: Path, name: str, capsys: Any) -> None:
+    path = root / "step-000040"
+    (path / "../secret.safetensors").write_bytes((path / "rank00000-00000.safetensors").read_bytes())
+    rewrite_manifest(path, lambda files: files.update({name: files["rank00000-00000.safetensors"]}))
+    assert found_step(root) == 20
+    assert "which is no checkpoint file" in capsys.readouterr().out
+
+
+def test_links_in_a_checkpoint_are_not_followed(root: Path) -> None:
+    for name in ("rank00000-00000.safetensors", "state.json", "manifest.json"):
+        path = root / "step-000040"
+        os.rename(path / name, root.parent / name)
+        (path / name).symlink_to(root.parent / name)
+        assert checkpoint.check(path)
+        os.replace(root.parent / name, path / name)
+    assert checkpoint.check(path) == []
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"step": 40}', '{"step": 40, "files": 3}', "[" * 5000, "\udc80", "NaN"]
+)
+def test_strange_manifests_are_named(root: Path, text: str) -> None:
+    (root / "step-000040" / "manifest.json").write_text(text, errors="surrogateescape")
+    assert found_step(root) == 20
+
+
+def test_checkpoint_under_another_steps_name_is_refused(root: Path) -> None:
+    shutil.copytree(root / "step-000040", root / "step-000060")
+    assert found_step(root) == 40
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing after it runs."""
+
+
+CALLS = {"os": ("fsync", "rename", "replace", "open", "close"), "pathlib": ("mkdir",), "builtins": ("open",)}
+
+
+class Interruption:
+    """Raises at the n-th file call of the package, and at all later ones when it stands for a kill."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, at: int, error: type[BaseException]) -> None:
+        self.left, self.error = at, error
+        for name in ("fsync", "rename", "replace", "open"):
+            patch.setattr(os, name, self.wrap(getattr(os, name)))
+        patch.setattr(Path, "mkdir", self.wrap(Path.mkdir))
+        patch.setattr(Path, "symlink_to", self.wrap(Path.symlink_to))
+        patch.setattr(shutil, "rmtree", self.wrap(shutil.rmtree))
+        patch.setattr("builtins.open", self.wrap(open))
+
+    def wrap(self, call: Any) -> Any:
+        def wrapped(*arguments: Any, **options: Any) -> Any:
+            self.left -= 1
+            if self.left == 0 or (self.left < 0 and self.error is Killed):
+                if call is open and "wb" in arguments:  # the file is there, and half of it may be
+                    call(*arguments, **options).close()
+                raise self.error() if self.error is Killed else OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return call(*arguments, **options)
+
+        return wrapped
+
+
+def test_save_cut_off_at_any_file_call_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    """Mutation: writing under the final name, or renaming before the manifest is written, leaves a damaged one.
+
+    The calls of pruning are among those cut off.
+    """
+    seen = set()
+    for at in range(1, 100):
+        root = tmp_path / str(at)
+        save(root, 20)
+        save(root, 40)
+        with pytest.MonkeyPatch.context() as patch:
+            interruption = Interruption(patch, at, Killed)
+            try:
+                save(root, 60)
+                checkpoint.mark_best(root, 60)
+                checkpoint.prune(root, 1)
+            except Killed:
+                pass
+        assert all(checkpoint.check(path) == [] for path in checkpoint.completed(root))
+        seen.add(found_step(root))
+        assert not list(root.glob(".tmp*"))
+        if interruption.left > 0:
+            break
+    assert at > 15
+    assert seen == {40, 60}
+    assert [path.name for path in checkpoint.completed(root)] == ["step-000060"]
+
+
+def test_full_disk_at_any_file_call_is_one_line_and_keeps_older_checkpoints(tmp_path: Path) -> None:
+    messages = []
+    for at in range(1, 100):
+        root = tmp_path / str(at)
+        save(root, 20)
+        with pytest.MonkeyPatch.context() as patch:
+            interruption = Interruption(patch, at, OSError)
+            try:
+                save(root, 40)
+            except UserError as error:
+                messages.append(str(error))
+                patch.undo()
+                assert not list(root.glob(".tmp*"))
+        assert found_step(root) in (20, 40)
+        if interruption.left > 0:
+            break
+    assert len(messages) > 8
+    assert all(f"{tmp_path}" in text and "\n" not in text for text in messages)
+    assert all("No space left on device, rank 0" in text and "needs 10000 bytes" in text for text in messages)
+
+
+def test_room_is_checked_before_anything_is_written(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6, 9_999))
+    with pytest.raises(UserError, match=r"9999 bytes are free.*needs 10000 bytes"):
+        save(root, 60)
+    assert sorted(path.name for path in root.iterdir()) == ["step-000020", "step-000040"]
+
+
+def test_tensor_that_is_not_finite_is_not_saved(root: Path) -> None:
+    bad = [*tensors(60), ("weight3/master", torch.tensor([1.0, float("nan")]))]
+    with pytest.raises(UserError, match="weight3/master is not finite"):
+        checkpoint.save(root, 60, iter(bad), {}, 10_000)
+    assert found_step(root) == 40
+
+
+def test_saving_a_step_again_keeps_what_is_whole_and_replaces_what_is_damaged(root: Path) -> None:
+    before = (root / "step-000040" / "manifest.json").stat().st_ino
+    save(root, 40)
+    assert (root / "step-000040" / "manifest.json").stat().st_ino == before
+    damage_flip(root / "step-000040" / "state.json")
+    save(root, 40)
+    assert found_step(root) == 40
+
+
+def test_pruning_keeps_the_last_and_the_best(root: Path) -> None:
+    checkpoint.mark_best(root, 20)
+    for step in (60, 80):
+        save(root, step)
+        checkpoint.prune(root, 2)
+    assert sorted(path.name for path in root.iterdir()) == ["best", "step-000020", "step-000060", "step-000080"]
+    assert os.readlink(root / "best") == "step-000020"
+    checkpoint.mark_best(root, 80)
+    checkpoint.prune(root, 1)
+    assert sorted(path.name for path in root.iterdir()) == ["best", "step-000080"]
+    assert json.loads((root / "best" / "state.json").read_bytes()) == {"loop": {"step": 80}}
+
+
+def test_what_an_interrupted_run_has_left_is_removed(root: Path) -> None:
+    (root / ".tmp-step-000060").mkdir()
+    (root / ".tmp-step-000060" / "rank00000-00000.safetensors").write_bytes(b"half")
+    (root / ".tmp-best").symlink_to("step-000060")
+    assert found_step(root) == 40
+    assert not list(root.glob(".tmp*"))

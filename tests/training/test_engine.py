@@ -1,0 +1,166 @@
+from pathlib import Path
+
+import pytest
+import reference
+import torch
+from conftest import Runs, run_ranks
+from safetensors.torch import load_file
+from worker import ZEROS
+
+CASES = [(zero, stage) for stage in (1, 2) for zero in ZEROS]
+
+
+def numbers(values: list[str]) -> list[float]:
+    return [float.fromhex(value) for value in values]
+
+
+def weights(folder: Path, when: str) -> dict[str, torch.Tensor]:
+    return load_file(folder / f"{when}.safetensors")
+
+
+def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+@pytest.fixture(scope="module")
+def expected(one_rank: Runs):
+    return {
+        stage: reference.train(one_rank.folder / f"zero0-{stage}" / "before.safetensors", stage) for stage in (1, 2)
+    }
+
+
+@pytest.mark.parametrize(("zero", "stage"), CASES)
+def test_two_ranks_train_as_plain_pytorch_does(zero: str, stage: int, two_ranks: Runs, expected) -> None:
+    """Mutations: without the all-reduce of the counts, losses are off by a third; with a doubled loss, clipping hides
+    it from losses and weights, but the gradient norms double."""
+    run, folder = two_ranks[f"{zero}-{stage}"], two_ranks.folder / f"{zero}-{stage}"
+    losses, norms, final = expected[stage]
+    assert numbers(run["loss"]) == pytest.approx(losses, rel=2e-6)
+    assert numbers(run["grad_norm"]) == pytest.approx(norms, rel=2e-5)
+    before, after = weights(folder, "before"), weights(folder, "after")
+    for name, wanted in final.items():
+        moved = relative(after[name].double() - before[name], wanted - before[name])
+        assert moved < 5e-3, name  # Adam turns rounding of tiny gradients into whole steps
+
+
+@pytest.mark.parametrize(("zero", "stage"), CASES)
+def test_one_rank_and_two_give_the_same_losses(zero: str, stage: int, two_ranks: Runs, one_rank: Runs) -> None:
+    """Mutation: leaving out the factor `world_size * accumulation` changes the gradient norm."""
+    two, one = two_ranks[f"{zero}-{stage}"], one_rank[f"{zero}-{stage}"]
+    assert numbers(two["loss"]) == pytest.approx(numbers(one["loss"]), rel=1e-6)
+    assert numbers(two["grad_norm"]) == pytest.approx(numbers(one["grad_norm"]), rel=1e-5)
+    counts = [[[row[1] for row in step] for step in run["counters"]] for run in (one, two)]
+    assert counts[0] == counts[1]
+    assert two["loss"] == two_ranks.ranks[1][f"{zero}-{stage}"]["loss"]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("size", [2, 4])
+def test_loss_does_not_depend_on_the_micro_batch_size(stage: int, size: int, one_rank: Runs) -> None:
+    """Mutation: dividing by each micro-batch's own count moves the loss by percents."""
+    cut, whole = one_rank[f"micro{size}-{stage}"], one_rank[f"zero0-{stage}"]
+    assert numbers(cut["loss"]) == pytest.approx(numbers(whole["loss"]), rel=1e-6)
+    assert numbers(cut["grad_norm"]) == pytest.approx(numbers(whole["grad_norm"]), rel=1e-5)
+
+
+@pytest.mark.parametrize(("zero", "stage"), CASES)
+def test_what_should_learn_moves_and_nothing_else(zero: str, stage: int, two_ranks: Runs) -> None:
+    """Mutation: handing the optimizer the backbone in stage 1 moves it."""
+    folder = two_ranks.folder / f"{zero}-{stage}"
+    before, after = weights(folder, "before"), weights(folder, "after")
+    for name, weight in before.items():
+        trained = stage == 2 or name.startswith("heads.")
+        assert torch.equal(weight, after[name]) != trained, name
+
+
+def test_all_zero_stages_start_from_the_same_weights(two_ranks: Runs) -> None:
+    first = weights(two_ranks.folder / "zero0-1", "before")
+    for zero in ZEROS[1:]:
+        other = weights(two_ranks.folder / f"{zero}-1", "before")
+        assert all(torch.equal(first[name], other[name]) for name in first), zero
+
+
+def test_heads_of_stage_2_learn_at_the_multiplied_rate(two_ranks: Runs) -> None:
+    rates = two_ranks["zero2-2"]["rates"]
+    assert [step["backbone"] for step in rates] == pytest.approx([1e-2 * factor for factor in reference.RATES])
+    for step in rates:
+        assert step["heads"] == step["heads_no_decay"] == 4 * step["backbone"] == 4 * step["backbone_no_decay"]
+
+
+@pytest.mark.parametrize("zero", ["zero0", "zero2", "zero3"])
+def test_heads_without_layers_learn(zero: str, two_ranks: Runs) -> None:
+    folder = two_ranks.folder / f"{zero}-layers0"
+    losses, _, final = reference.train(folder / "before.safetensors", 1, layers=0)
+    assert numbers(two_ranks[f"{zero}-layers0"]["loss"]) == pytest.approx(losses, rel=2e-6)
+    before, after = weights(folder, "before"), weights(folder, "after")
+    assert len(final) == 3
+    assert not any(torch.equal(before[name], after[name]) for name in final)
+
+
+FAILURES = [(zero, "gradient", "fp32") for zero in ZEROS]
+FAILURES += [(zero, "loss", "fp32") for zero in ("zero0", "zero2", "zero3")]
+FAILURES += [("zero0", "gradient", "bf16"), ("zero1", "gradient", "bf16")]
+
+
+@pytest.mark.parametrize(("zero", "where", "precision"), FAILURES)
+def test_nan_on_one_rank_stops_all_before_a_weight_changes(
+    zero: str, where: str, precision: str, two_ranks: Runs
+) -> None:
+    """Mutation: without the check before the step, ZeRO 0 writes NaN into the weights."""
+    name = f"{zero}-nan-{where}-{precision}"
+    for rank in two_ranks.ranks:
+        message = rank[name]["message"]
+        assert message.startswith(f"step 1: the {where} is not finite, no weight was changed")
+        assert "rank 1: data.jsonl:12" in message
+        assert rank[name]["steps_taken"] == 1
+        if where == "loss":
+            assert "rank 0" not in message
+            assert "data.jsonl:13" not in message
+    before, after = (weights(two_ranks.folder / name, when) for when in ("before", "after"))
+    assert all(torch.equal(before[key], after[key]) for key in before if key.startswith("heads."))
+
+
+def test_every_rank_learns_that_one_was_asked_to_stop(two_ranks: Runs) -> None:
+    assert [rank["stop"]["stop"] for rank in two_ranks.ranks] == [[True, True, False]] * 2
+
+
+def test_evaluation_is_summed_over_ranks_and_counts_as_training_does(two_ranks: Runs) -> None:
+    evaluated = [torch.tensor(rank["stop"]["eval"]) for rank in two_ranks.ranks]
+    assert torch.equal(*evaluated)
+    trained = torch.tensor(two_ranks["zero0-1"]["counters"][0])
+    assert torch.equal(evaluated[0][:, 1], trained[:, 1])
+
+
+@pytest.mark.parametrize("zero", ["zero2", "zero3"])
+def test_export_writes_an_ordinary_backbone_and_loadable_heads(zero: str, two_ranks: Runs) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from medusa_ds.model.heads import load_heads
+
+    folder = two_ranks.folder / f"{zero}-export"
+    trained = weights(folder, "after")
+    backbone = AutoModelForCausalLM.from_pretrained(folder / "backbone").state_dict()
+    for name, weight in backbone.items():
+        assert torch.equal(weight, trained[f"backbone.{name}"]), name
+    config, heads = load_heads(folder)
+    assert (config["num"], config["lm_head"], config["base_model"]) == (3, "own", "tiny")
+    assert set(heads) == {name.removeprefix("heads.") for name in trained if name.startswith("heads.")}
+    assert all(torch.equal(weight, trained[f"heads.{name}"]) for name, weight in heads.items())
+    assert not list(folder.glob(".tmp-*"))
+
+
+def test_launch_errors_name_the_settings(tmp_path: Path, two_ranks: Runs) -> None:
+    """Batch sizes, heads of another shape and out-of-memory, on one rank."""
+    source = str(two_ranks.folder / "zero2-export")
+    jobs = [("errors", "launch_errors", {"source": source})]
+    found = run_ranks(1, tmp_path, jobs)[0]["errors"]
+    assert "heads.init_from" in found["shapes"]
+    assert "num 3" in found["shapes"]
+    assert "num 2" in found["shapes"]
+    assert found["loaded"] == []
+    assert found["warm_start"] is True
+    for key in ("train.micro_batch_size (now 1)", "loss.chunk_mib (now 1024)", "data.max_length (now 1024)"):
+        assert key in found["memory"]
+    assert "train.activation_checkpointing" not in found["memory"]
+    assert "2 ranks" not in found["batch"]
+    assert "train.global_batch_size: found 4" in found["batch"]

@@ -1,0 +1,229 @@
+"""Run by several processes at once: each scenario trains a tiny random model and returns what the tests compare."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from medusa_ds.data.packing import MicroBatch
+from medusa_ds.errors import UserError
+from medusa_ds.model.heads import load_heads
+from medusa_ds.recipe import Recipe
+from medusa_ds.training import build as builder
+from medusa_ds.training.engine import MedusaEngine, NonFiniteError
+
+VOCAB, LENGTH, GLOBAL_BATCH, STEPS = 97, 24, 4, 4
+POISON = 96  # a token that no batch holds unless a test puts it there
+ROOT = Path(__file__).parents[2]
+ZEROS = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
+
+
+def make_recipe(output: str | Path, zero: str = "zero0", stage: int = 1, **sections: dict[str, Any]) -> Recipe:
+    """A recipe of a tied Llama of two layers whose head sizes no number of ranks divides."""
+    config = {
+        "model_type": "llama", "vocab_size": VOCAB, "hidden_size": 36, "intermediate_size": 47, "num_hidden_layers": 2,
+        "num_attention_heads": 3, "num_key_value_heads": 3, "max_position_embeddings": 64, "tie_word_embeddings": True,
+        "initializer_range": 0.2,
+    }  # fmt: skip
+    train = {
+        "global_batch_size": GLOBAL_BATCH, "micro_batch_size": 1, "steps": STEPS, "lr": 1e-2, "weight_decay": 0.1,
+        "max_grad_norm": 1.0, "precision": "fp32", "warmup_ratio": 0.5, "min_lr_ratio": 0.1,
+    }  # fmt: skip
+    values: dict[str, Any] = {
+        "model": {"name": "tiny", "init": "random", "config": config}, "heads": {"num": 3}, "stage": stage,
+        "data": {"path": "sample"}, "train": train | ({"lr_multiplier": 4.0} if stage == 2 else {}),
+        "loss": {"coefficient": 0.2} if stage == 2 else {}, "output": str(output),
+        "deepspeed": str(ROOT / "ds_configs" / f"{zero}.json"),
+    }  # fmt: skip
+    for name, section in sections.items():
+        values[name] |= section
+    return Recipe.model_validate(values)
+
+
+def make_sequences(step: int) -> list[MicroBatch]:
+    """The global batch of a step: two documents a sequence, uneven supervision, the last sequence without any."""
+    draw = torch.Generator().manual_seed(step)
+    sequences = []
+    for index in range(GLOBAL_BATCH):
+        ids = torch.randint(0, POISON, (1, LENGTH), generator=draw)
+        border, masked = (int(torch.randint(low, high, (1,), generator=draw)) for low, high in ((6, 18), (1, 20)))
+        labels = ids.clone()
+        labels[:, : LENGTH if index == GLOBAL_BATCH - 1 else masked] = -100
+        positions = torch.cat([torch.arange(border), torch.arange(LENGTH - border)])[None]
+        sequences.append(MicroBatch(ids, labels, positions, [[f"data.jsonl:{step}{index}"]]))
+    return sequences
+
+
+def micro_batches(step: int, engine: MedusaEngine) -> list[MicroBatch]:
+    size, mine = engine.recipe.train.micro_batch_size, GLOBAL_BATCH // engine.world_size
+    rows = make_sequences(step)[engine.rank * mine :][:mine]
+    groups = [rows[start : start + size] for start in range(0, mine, size)]
+    return [
+        MicroBatch(*(torch.cat(parts) for parts in list(zip(*group, strict=True))[:3]), [g.sources[0] for g in group])
+        for group in groups
+    ]
+
+
+def train(engine: MedusaEngine, first: int = 0, last: int = STEPS) -> dict[str, Any]:
+    """Steps first..last-1; losses and norms exactly, as hexadecimal text."""
+    results = [engine.train_batch(micro_batches(step, engine), step) for step in range(first, last)]
+    return {
+        "loss": [result.loss.hex() for result in results],
+        "grad_norm": [result.grad_norm.hex() for result in results],
+        "counters": [result.counters.tolist() for result in results],
+        "rates": [result.learning_rates for result in results],
+    }
+
+
+def dump(engine: MedusaEngine, file: Path) -> None:
+    weights = engine.whole_state_dict(engine.model)
+    if engine.rank == 0:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: weight.clone() for name, weight in weights.items()}, file)
+
+
+def end(engine: MedusaEngine) -> None:
+    """Free an engine and leave the process group to the next one."""
+    engine._engine.destroy()
+
+
+def trajectory(out: Path, zero: str, stage: int, save: bool = False, **sections: Any) -> dict[str, Any]:
+    """Train `STEPS` steps; keep weights before and after, and a checkpoint of the second step."""
+    engine = MedusaEngine(make_recipe(out, zero, stage, **sections), STEPS)
+    dump(engine, out / "before.safetensors")
+    result = train(engine, 0, 2)
+    if save:
+        engine.save({"data": "fingerprint", "note": zero}, 1.5)
+    rest = train(engine, 2)
+    dump(engine, out / "after.safetensors")
+    end(engine)
+    return {key: result[key] + rest[key] for key in result}
+
+
+def resumed(out: Path, zero: str, stage: int, source: Path, **sections: Any) -> dict[str, Any]:
+    """Go on from the checkpoint that another scenario has left in `source`."""
+    engine = MedusaEngine(make_recipe(source, zero, stage, **sections), STEPS)
+    state = engine.resume_newest("fingerprint")
+    assert engine.steps_taken == 2, engine.steps_taken
+    result = train(engine, 2)
+    dump(engine, out / "after.safetensors")
+    end(engine)
+    return result | {"state": state}
+
+
+def not_finite(out: Path, zero: str, where: str, precision: str = "fp32") -> dict[str, Any]:
+    """One good step, then one where rank 1 meets a NaN in its loss or only in its gradient."""
+    engine = MedusaEngine(make_recipe(out, zero, 1, train={"precision": precision}), STEPS)
+    train(engine, 0, 1)
+    dump(engine, out / "before.safetensors")
+    batches = micro_batches(1, engine)
+    if where == "loss":
+        embedding = engine.model.backbone.get_input_embeddings().weight
+        with torch.no_grad(), engine._gathered([embedding]):
+            embedding[POISON] = float("nan")
+        if engine.rank == 1:
+            batches[0].input_ids[0, 0] = POISON
+    elif engine.rank == 1:
+        engine.model.heads[1].register_forward_hook(
+            lambda _, __, output: (_NanGradient.apply(output[0]), *output[1:]), always_call=False
+        )
+    try:
+        engine.train_batch(batches, 1)
+        message = "no error"
+    except NonFiniteError as error:
+        message = str(error)
+    if where == "loss":  # the poisoned row is no weight that the step has changed
+        with torch.no_grad(), engine._gathered([embedding]):
+            embedding[POISON] = 0.0
+    dump(engine, out / "after.safetensors")
+    end(engine)
+    return {"message": message, "steps_taken": engine.steps_taken}
+
+
+class _NanGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * float("nan")
+
+
+def stop_flag(out: Path) -> dict[str, Any]:
+    engine = MedusaEngine(make_recipe(out), STEPS)
+    asked = [engine.train_batch(micro_batches(step, engine), step, stop=engine.rank == step).stop for step in range(3)]
+    counters = engine.eval_batch(micro_batches(0, engine))
+    end(engine)
+    return {"stop": asked, "eval": counters.tolist()}
+
+
+def export(out: Path, zero: str) -> dict[str, Any]:
+    """Train stage 2 a little, save what was trained."""
+    engine = MedusaEngine(make_recipe(out, zero, 2), STEPS)
+    train(engine, 0, 2)
+    dump(engine, out / "after.safetensors")
+    engine.export(out)
+    end(engine)
+    return {}
+
+
+def launch_errors(out: Path, source: Path) -> dict[str, Any]:
+    """Messages of mistakes that show at the start, and heads taken over from a finished run."""
+    found: dict[str, Any] = {"loaded": []}
+    heads = {"init_from": str(source)}
+
+    load_backbone, builder.load_backbone = builder.load_backbone, lambda *a, **k: found["loaded"].append(1)
+    for name, sections in (("shapes", {"heads": heads | {"num": 2}}), ("batch", {"train": {"micro_batch_size": 3}})):
+        try:
+            MedusaEngine(make_recipe(out, **sections), STEPS)
+        except UserError as error:
+            found[name] = str(error)
+    builder.load_backbone = load_backbone
+    engine = MedusaEngine(make_recipe(out, heads=heads), STEPS)
+    wanted = load_heads(source)[1]
+    found["warm_start"] = all(torch.equal(w, wanted[n]) for n, w in engine.model.heads.state_dict().items())
+
+    def forward(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    engine.model.heads[0].forward = forward
+    try:
+        train(engine, 0, 1)
+    except UserError as error:
+        found["memory"] = str(error)
+    end(engine)
+    return found
+
+
+def refusals(out: Path) -> dict[str, Any]:
+    """What an engine says to checkpoints of other data and of another model."""
+    found = {}
+    for name, fingerprint, layers in (("data", "changed", 1), ("model", "fingerprint", 2)):
+        engine = MedusaEngine(make_recipe(out, heads={"layers": layers}), STEPS)
+        try:
+            engine.resume_newest(fingerprint)
+        except UserError as error:
+            found[name] = str(error)
+        end(engine)
+    return found
+
+
+def main() -> None:
+    folder, jobs = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
+    torch.set_num_threads(1)
+    rank, results = os.environ["RANK"], {}
+    for name, scenario, arguments in jobs:
+        paths = {key: Path(value) for key, value in arguments.items() if key == "source"}
+        results[name] = globals()[scenario](folder / name, **(arguments | paths))
+    (folder / f"rank{rank}.json").write_text(json.dumps(results))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
