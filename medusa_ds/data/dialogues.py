@@ -252,9 +252,9 @@ class _Coder:
         starts = np.concatenate([[0], ends[:-1]])  # a token covers what follows the one before it, trimmed or not
         for turn, begin, limit in zip(turns, begins, [*begins[1:], len(text) + 1], strict=True):
             close = closes.get(chr(_INDEX + turn), -1)
-            end = next((k for k in controls if starts[k] >= close and ids[k] in self.ending), None)
+            end = next((k for k in controls if ends[k] > close and ids[k] in self.ending), None)
             following = min((start for start, _ in regions if start >= max(close, begin)), default=limit)
-            if close < begin or end is None or starts[end] >= min(following, limit):
+            if close < begin or end is None or ends[end] > min(following, limit):
                 raise UnusableRow("the chat template writes no special token after an assistant turn")
             first = max(np.searchsorted(starts, begin, "left"), np.searchsorted(ends, begin, "right"))
             labels[first : end + 1] = ids[first : end + 1]

@@ -108,6 +108,7 @@ def test_labels_are_the_assistants_turns_and_their_ends(family, template, args, 
 
 ORDINARY = [
     TWO, BRIEF, chat("u: Hi\n\n", "a: \n\nHi"), chat("u:  two\n\n\n", "a:   four \n\n "), chat("u: é 中\n😀", "a: 😀é"),
+    chat("u: cafe\u0301", "a: cafe\u0301"),
     chat("s:  Be brief.\n", "u: \n?", "a: 'll\n\n\n!", "u: \tx ", "a:  1234 5"), chat("u: x", "a: . "),
 ]  # fmt: skip
 
