@@ -64,12 +64,12 @@ def test_no_worse_than_plain_pytorch(n, vocab, hidden, impl, dtype, chunk_mib, u
     reference, best = run(plain, rows.double(), weight.double(), targets, upstream)
     usual, _ = run(plain, rows, weight, targets, upstream)
     found, predicted = run(by(impl, chunk_mib), rows, weight, targets, upstream)
-    eps = torch.finfo(dtype).eps
+    floor = 1e-6 if dtype == torch.float32 else 2e-3
     report, bad = [], []
     for name, exact in reference.items():
         error, plain_error = (float((x[name] - exact).norm() / exact.norm()) for x in (found, usual))
         report.append(f"{name} {error:.1e} (plain {plain_error:.1e})")
-        if not error <= 2 * plain_error + 4 * eps:
+        if not error <= 2 * plain_error + floor:
             bad.append(name)
     agreement = float((predicted == best).double().mean())
     print(
@@ -98,12 +98,13 @@ def test_frozen_weights_and_inputs_without_graph(impl, dtype):
 def test_weight_gradient_of_many_chunks_accumulates_in_fp32():
     """Mutation: no `accum_dtype` (bf16 accumulation loses late chunks)."""
     rows, weight, targets = planted(4096, 32003, 64, torch.bfloat16)
-    rows = rows.abs()
+    rows, targets = rows.abs() + 0.5, targets % 3  # all chunks add to the same gradient rows, in the same direction
     reference, _ = run(plain, rows.double(), weight.double(), targets, 1.0)
     found, _ = run(by("liger", 1), rows, weight, targets, 1.0)  # 16 rows a chunk
-    error = float((found["target rows"] - reference["target rows"]).norm() / reference["target rows"].norm())
-    print(f"relative error over 256 chunks: {error:.1e}")
-    assert error < 8e-3
+    errors = {name: float((found[name] - exact).norm() / exact.norm()) for name, exact in reference.items()}
+    print("256 chunks:", ", ".join(f"{name} {error:.1e}" for name, error in errors.items()))
+    assert errors["target rows"] < 4e-3
+    assert errors["other rows"] < 1e-2
 
 
 @pytest.mark.parametrize("impl", ["liger", "torch"])
@@ -119,9 +120,7 @@ def test_peak_memory_keeps_to_the_budget(impl, dtype, chunk_mib):
         before = torch.cuda.memory_allocated()
         linear_cross_entropy(rows, weight, targets, impl, chunk_mib)
     used_mib = (torch.cuda.max_memory_allocated() - before) / 2**20
-    print(
-        f"{impl} {dtype}: {used_mib:.1f} MiB of {chunk_mib} MiB; all logits would be {n * vocab * rows.itemsize / 2**20:.0f}"
-    )
+    print(f"{impl} {dtype}: {used_mib:.1f} of {chunk_mib} MiB; all: {n * vocab * rows.itemsize / 2**20:.0f} MiB")
     assert used_mib <= (1.1 if impl == "liger" else 2.2) * chunk_mib + 8
 
 
@@ -157,8 +156,10 @@ def test_model_with_liger_layers_matches_plain_layers(family, stage):
     from medusa_ds.model.backbone import load_backbone
     from medusa_ds.recipe import ModelSpec
 
-    sizes = {"model_type": family, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-             "intermediate_size": 256, "vocab_size": 1009, "initializer_range": 0.1}  # fmt: skip
+    # fmt: off
+    sizes = {"model_type": family, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "intermediate_size": 256, "vocab_size": 1009, "initializer_range": 0.1}
+    # fmt: on
     config = AutoConfig.for_model(**sizes)
     torch.manual_seed(0)
     ids = torch.randint(0, 1009, (2, 96), device="cuda")

@@ -35,7 +35,7 @@ def run(function, rows, weight, targets, upstream=1.0):
 
 
 def plain(rows, weight, targets):
-    logits = rows @ weight.T
+    logits = (rows @ weight.T).to(torch.promote_types(rows.dtype, torch.float32))
     return nn.functional.cross_entropy(logits, targets, reduction="sum"), logits.argmax(-1)
 
 
@@ -60,25 +60,26 @@ def test_float64_matches_eager_math(impl, n, vocab, hidden, upstream):
     assert torch.equal(found["predicted"], reference["predicted"])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "floor"), [(torch.float32, 3e-7), (torch.bfloat16, 5e-4)])
 @pytest.mark.parametrize("impl", ["torch", "eager"])
 @pytest.mark.parametrize(("n", "vocab", "hidden"), SIZES)
-def test_working_precision_is_no_worse_than_plain_pytorch(impl, dtype, n, vocab, hidden):
-    """Mutation: accumulate the weight's gradient in the working dtype (bf16 rows then err more than plain PyTorch)."""
+def test_working_precision_is_no_worse_than_plain_pytorch(impl, dtype, floor, n, vocab, hidden):
+    """Mutation: compute the softmax in the working dtype."""
     rows, weight, targets = planted(n, vocab, hidden, dtype)
     reference = run(plain, rows.double(), weight.double(), targets)
     found, usual = (errors(run(f, rows, weight, targets), reference) for f in (by(impl, 1), plain))
     for part, error in found.items():
-        assert error <= 1.5 * usual[part] + 2 * torch.finfo(dtype).eps, (part, error, usual[part])
+        assert error <= 1.5 * usual[part] + floor, (part, error, usual[part])
 
 
 def test_weight_gradient_accumulates_in_fp32_over_many_chunks():
-    """Mutation: accumulate in bf16 (the error grows with the number of chunks)."""
-    rows, weight, targets = planted(400, 262147, 4, torch.bfloat16)  # one row a chunk at 1 MiB
-    rows, targets = rows[:120].abs() + 0.5, targets[:120]
+    """Mutation: accumulate in bf16 (errors of 5e-3 in target rows and 2e-2 in others)."""
+    rows, weight, targets = planted(128, 262147, 4, torch.bfloat16)  # one row a chunk
+    rows, targets = rows.abs() + 0.5, targets % 3  # all chunks add to the same gradient rows, in the same direction
     reference = run(plain, rows.double(), weight.double(), targets)
     found = errors(run(by("torch", 1), rows, weight, targets), reference)
-    assert found["target rows"] < 4e-3, found
+    assert found["target rows"] < 3e-3
+    assert found["other rows"] < 1e-2
 
 
 @pytest.mark.parametrize("impl", ["torch", "eager"])
@@ -132,14 +133,19 @@ def test_no_matrix_of_rows_by_vocabulary_exceeds_the_budget(dtype, Watch):
 
 
 def test_nothing_is_computed_for_gradients_that_nobody_wants(Watch):
+    """Mutation: ask `needs_input_grad` alone, which is true under `no_grad` too."""
     rows, weight, targets = planted(20, 101, 8)
     weight.requires_grad_()
-    with torch.no_grad(), Watch(8) as watch:
-        linear_cross_entropy(rows, weight, targets, "torch")
-    assert watch.products == 0
     with Watch(8) as watch:
         linear_cross_entropy(rows, weight, targets, "torch")
     assert watch.products == 0, "the gradient of rows that need none"
+    rows.requires_grad_()
+    with torch.no_grad(), Watch(8) as watch:
+        linear_cross_entropy(rows, weight, targets, "torch")
+    assert watch.products == 0, "gradients under no_grad"
+    with Watch(8) as watch:
+        linear_cross_entropy(rows, weight, targets, "torch")
+    assert watch.products == 1
 
 
 def ligers_chunk(num_rows, vocab, hidden, multiplier):

@@ -197,11 +197,14 @@ def test_stage_1_keeps_the_backbone(own):
     """Mutation: leave the backbone's parameters trainable, or run it with a graph."""
     model = build(own=own, tied=True)
     before = {name: p.clone() for name, p in model.named_parameters()}
+    model.backbone.model.layers[0].register_forward_hook(lambda *_: graphs.append(torch.is_grad_enabled()))
+    graphs = []
     _, grads = gradients(model.train(), PACKED)
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
     assert grads.keys() == {name for name in before if name.startswith("heads.")}
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) == name.startswith("backbone."), name
+    assert graphs == [False]
     assert not model.backbone.training
     assert model.heads.training
 
