@@ -22,8 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
+from medusa_ds.config_files import parse_yaml, read_text
 from medusa_ds.errors import UserError, exit_on_user_error
 from medusa_ds.recipe import Recipe, find_recipe
 
@@ -134,7 +133,7 @@ def _claim(output: Path, recipe: Recipe) -> int:
     os.ftruncate(lock, 0)
     os.write(lock, f"host {socket.gethostname()} pid {os.getpid()}".encode())
     if kept.exists():
-        before, now = _flat(yaml.safe_load(kept.read_text())), _flat(recipe.model_dump(mode="json"))
+        before, now = _flat(parse_yaml(read_text(kept), str(kept))[0]), _flat(recipe.model_dump(mode="json"))
         changed = [key for key in {*before, *now} if before.get(key) != now.get(key) and key not in FREE_TO_CHANGE]
         if changed:
             raise UserError(

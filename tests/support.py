@@ -82,7 +82,7 @@ def launch(
     target = ["--module", "medusa_ds", str(recipe)] if module else [str(recipe)]
     command = [deepspeed, "--num_gpus", str(ranks), "--master_port", str(port), *target, *overrides]
     log = log_dir / f"log-{os.getpid()}-{next(_LAUNCHES)}.txt"
-    surroundings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "", **(env or {})}
+    surroundings = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "PYTHONPATH": "", **(env or {})}
     with open(log, "w") as stream:
         process = subprocess.Popen(
             command, stdout=stream, stderr=subprocess.STDOUT, text=True, cwd=cwd or log_dir, env=surroundings,
