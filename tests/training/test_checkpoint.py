@@ -176,14 +176,11 @@ class Killed(BaseException):
     """Stands for SIGKILL: nothing after it runs."""
 
 
-CALLS = {"os": ("fsync", "rename", "replace", "open", "close"), "pathlib": ("mkdir",), "builtins": ("open",)}
-
-
 class Interruption:
     """Raises at the n-th file call of the package, and at all later ones when it stands for a kill."""
 
     def __init__(self, patch: pytest.MonkeyPatch, at: int, error: type[BaseException]) -> None:
-        self.left, self.error = at, error
+        self.left, self.error, self.rmtree = at, error, shutil.rmtree
         for name in ("fsync", "rename", "replace", "open"):
             patch.setattr(os, name, self.wrap(getattr(os, name)))
         patch.setattr(Path, "mkdir", self.wrap(Path.mkdir))
@@ -197,6 +194,8 @@ class Interruption:
             if self.left == 0 or (self.left < 0 and self.error is Killed):
                 if call is open and "wb" in arguments:  # the file is there, and half of it may be
                     call(*arguments, **options).close()
+                if call is self.rmtree and Path(arguments[0]).is_dir():  # half of it is gone
+                    next(iter(Path(arguments[0]).iterdir())).unlink()
                 raise self.error() if self.error is Killed else OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return call(*arguments, **options)
 

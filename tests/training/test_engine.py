@@ -45,7 +45,7 @@ def test_two_ranks_train_as_plain_pytorch_does(zero: str, stage: int, two_ranks:
 
 @pytest.mark.parametrize(("zero", "stage"), CASES)
 def test_one_rank_and_two_give_the_same_losses(zero: str, stage: int, two_ranks: Runs, one_rank: Runs) -> None:
-    """Mutation: leaving out the factor `world_size * accumulation` changes the gradient norm."""
+    """Mutation: without the all-reduce of the counts, losses on two ranks are twice those on one."""
     two, one = two_ranks[f"{zero}-{stage}"], one_rank[f"{zero}-{stage}"]
     assert numbers(two["loss"]) == pytest.approx(numbers(one["loss"]), rel=1e-6)
     assert numbers(two["grad_norm"]) == pytest.approx(numbers(one["grad_norm"]), rel=1e-5)
@@ -57,7 +57,7 @@ def test_one_rank_and_two_give_the_same_losses(zero: str, stage: int, two_ranks:
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("size", [2, 4])
 def test_loss_does_not_depend_on_the_micro_batch_size(stage: int, size: int, one_rank: Runs) -> None:
-    """Mutation: dividing by each micro-batch's own count moves the loss by percents."""
+    """Mutation: leaving out the factor `world_size * accumulation` changes the gradient norm."""
     cut, whole = one_rank[f"micro{size}-{stage}"], one_rank[f"zero0-{stage}"]
     assert numbers(cut["loss"]) == pytest.approx(numbers(whole["loss"]), rel=1e-6)
     assert numbers(cut["grad_norm"]) == pytest.approx(numbers(whole["grad_norm"]), rel=1e-5)
