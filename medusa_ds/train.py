@@ -46,6 +46,8 @@ def main(recipe_file: str | None = None) -> None:
         recipe_file: the recipe when it is itself the program; None takes it from the first argument.
     """
     arguments = [text for text in sys.argv[1:] if not text.startswith("--local_rank=")]
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        _adopt_slurm()
     with exit_on_user_error():
         options = [text for text in arguments if text.startswith("-")]
         if options:
@@ -109,6 +111,17 @@ def run(recipe: Recipe, recipe_file: Path) -> None:
         supervisor.close()
         if lock is not None:
             os.close(lock)
+
+
+def _adopt_slurm() -> None:
+    """Name rank and master as torch expects them; `deepspeed --launcher slurm` leaves that to the job's variables."""
+    slurm = os.environ
+    nodes = slurm.get("SLURM_STEP_NODELIST") or slurm["SLURM_JOB_NODELIST"]
+    call = ["scontrol", "show", "hostnames", nodes]
+    first = subprocess.run(call, capture_output=True, text=True, check=True).stdout.split()[0]
+    os.environ.update(RANK=slurm["SLURM_PROCID"], LOCAL_RANK=slurm["SLURM_LOCALID"], WORLD_SIZE=slurm["SLURM_NTASKS"])
+    os.environ.setdefault("MASTER_ADDR", first)
+    os.environ.setdefault("MASTER_PORT", str(20000 + int(slurm.get("SLURM_JOB_ID", "0")) % 20000))
 
 
 def _claim(output: Path, recipe: Recipe) -> int:

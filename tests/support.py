@@ -69,18 +69,23 @@ class Run:
 _LAUNCHES = iter(range(10**9))
 
 
-def launch(
-    recipe: str | Path, *overrides: str, ranks: int = 1, module: bool = False, env: dict[str, str] | None = None,
-    cwd: Path | None = None, log_dir: Path,
-) -> Run:  # fmt: skip
-    """Start `deepspeed RECIPE overrides` in a session of its own, so that a test can signal the whole tree."""
+def free_port() -> int:
+    """A port that nobody listens on at the moment."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return int(free.getsockname()[1])
+
+
+def launch(
+    recipe: str | Path, *overrides: str, ranks: int = 1, module: bool = False, env: dict[str, str] | None = None,
+    cwd: Path | None = None, port: int | None = None, options: tuple[str, ...] | None = None, log_dir: Path,
+) -> Run:  # fmt: skip
+    """Start `deepspeed RECIPE overrides` in a session of its own, so that a test can signal the whole tree."""
     deepspeed = shutil.which("deepspeed", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     assert deepspeed is not None
+    options = options or ("--num_gpus", str(ranks))
     target = ["--module", "medusa_ds", str(recipe)] if module else [str(recipe)]
-    command = [deepspeed, "--num_gpus", str(ranks), "--master_port", str(port), *target, *overrides]
+    command = [deepspeed, "--master_port", str(port or free_port()), *options, *target, *overrides]
     log = log_dir / f"log-{os.getpid()}-{next(_LAUNCHES)}.txt"
     surroundings = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "PYTHONPATH": "", **(env or {})}
     with open(log, "w") as stream:

@@ -3,12 +3,14 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
-from support import launch, losses_of, metrics_of, train
+from support import free_port, launch, losses_of, metrics_of, train
 
 
 def test_recipe_trains_heads_and_says_where_they_are(tiny_recipe: Path, tmp_path: Path) -> None:
@@ -135,3 +137,37 @@ def test_second_run_into_an_output_in_use_is_refused(tiny_recipe: Path, tmp_path
     run.process.send_signal(signal.SIGTERM)
     psutil.wait_procs(psutil.Process(run.process.pid).children(recursive=True), timeout=60)
     run.wait()
+
+
+def test_two_nodes_of_a_hostfile_train_as_one_does(tiny_recipe: Path, tmp_path: Path) -> None:
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("first slots=1\nsecond slots=1\n")
+    train(tiny_recipe, f"output={tmp_path / 'one'}", log_dir=tmp_path)
+    port = free_port()
+    nodes = [
+        launch(
+            tiny_recipe, f"output={tmp_path / 'two'}", port=port, log_dir=tmp_path,
+            options=("--hostfile", str(hostfile), "--no_ssh", "--node_rank", str(node), "--master_addr", "127.0.0.1"),
+        )
+        for node in (0, 1)
+    ]  # fmt: skip
+    assert [node.wait() for node in nodes] == [0, 0], nodes[0].text + nodes[1].text
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-5)
+
+
+def test_slurm_tasks_find_each_other(tiny_recipe: Path, tmp_path: Path) -> None:
+    """As `deepspeed --launcher slurm` starts them: srun runs the recipe itself, with SLURM's variables only."""
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text("#!/bin/sh\n[ \"$*\" = 'show hostnames node[1-2]' ] && echo 127.0.0.1 && echo other\n")
+    scontrol.chmod(0o755)
+    common = {
+        **os.environ, "PATH": f"{scontrol.parent}:{os.environ['PATH']}", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0",
+        "SLURM_STEP_NODELIST": "node[1-2]", "SLURM_JOB_ID": str(free_port() - 20000), "TORCHDYNAMO_DISABLE": "1",
+    }  # fmt: skip
+    tasks = [
+        subprocess.Popen([sys.executable, str(tiny_recipe), "train.steps=2"], env={**common, "SLURM_PROCID": str(rank)})
+        for rank in (0, 1)
+    ]
+    assert [task.wait(240) for task in tasks] == [0, 0]
+    assert json.loads((tmp_path / "out" / "launches.jsonl").read_text())["ranks"] == 2
