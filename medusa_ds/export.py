@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, save_torch_state_dict
 from huggingface_hub import errors as hub_errors
 from pydantic import ValidationError
@@ -30,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
-from medusa_ds.config_files import read_json, read_text
+from medusa_ds.config_files import parse_yaml, read_json, read_text
 from medusa_ds.decoding import custom_generate
 from medusa_ds.decoding.runs import load_run, save_tree
 from medusa_ds.errors import UserError
@@ -69,7 +68,8 @@ class Source(NamedTuple):
     @property
     def recipe(self) -> dict[str, Any]:
         """The resolved recipe, or of imported heads the few keys that are known."""
-        return yaml.safe_load(self.meta["recipe"])
+        raw, _ = parse_yaml(self.meta["recipe"], "heads.json: recipe")
+        return raw
 
     @property
     def base(self) -> PreTrainedModel:
@@ -169,8 +169,8 @@ def _dtype_of(recipe: Recipe) -> torch.dtype:
 def _recipe(text: str, where: Path) -> Recipe:
     """A recipe that a run has kept; its data need not be on this machine."""
     try:
-        return Recipe.model_validate(yaml.safe_load(text))
-    except (ValidationError, yaml.YAMLError) as error:
+        return Recipe.model_validate(parse_yaml(text, str(where))[0])
+    except ValidationError as error:
         raise UserError(f"{where}: not a resolved recipe ({' '.join(str(error).split())[:200]})") from None
 
 
@@ -202,6 +202,10 @@ def _write(work: Path, target: Path, source: Source, engine: str) -> None:
     if "vllm" in engines:
         layout = to_vllm(heads, projections[:1] if shared else projections)
         save_torch_state_dict(layout, work, max_shard_size=MAX_SHARD_SIZE)
+        index = work / "model.safetensors.index.json"
+        if not index.exists():  # without one, vLLM reads every safetensors file in the directory
+            names = {"metadata": {}, "weight_map": dict.fromkeys(layout, "model.safetensors")}
+            index.write_text(json.dumps(names, indent=2) + "\n", encoding="utf-8")
     if "tgi" in engines:
         layout = to_medusa(heads, meta, [] if shared and meta["layers"] == 1 else projections)
         save_file(layout, work / "medusa_lm_head.safetensors", metadata={"format": "pt"})
@@ -256,7 +260,8 @@ def _figures(run: Path, step: int | None) -> dict[str, float]:
     lines = read_text(run / "metrics.jsonl").splitlines() if (run / "metrics.jsonl").is_file() else []
     records = [record for record in map(json.loads, lines) if record["kind"] == "validation"]
     chosen = [record for record in records if step in (None, record["step"])]
-    return {name: value for name, value in (chosen or [{}])[-1].items() if "acc" in name}
+    last = chosen[-1] if chosen else {}
+    return {name: value for name, value in last.items() if "acc" in name and value is not None}
 
 
 def _check_free(target: Path, force: bool) -> None:

@@ -2,11 +2,12 @@
 
     model.generate(**inputs, custom_generate="DIRECTORY or owner/repo", trust_remote_code=True)
 
-Works with transformers 5.17 to 5.23 (the oldest and newest tried), every causal language model with a dynamic cache, any batch size. The
-heads' best guesses form a chain that the next forward pass verifies: greedy output is the model's own, sampling has its
-distribution (a token is drawn from the model first and then compared with the guess). A chain, not a tree: it needs no
-attention mask of its own, so that flash attention, sliding windows and padding work as in plain `generate`. Rows of a
-batch advance together, by the guesses right in all of them. Beam search and the output of scores are refused.
+Works with transformers 5.17 to 5.23 (the oldest and the newest tried), with every causal language model that has a
+dynamic cache, at any batch size. The heads' best guesses form a chain that the next forward pass verifies: greedy
+output is the model's own, sampling has its distribution (a token is drawn from the model first and then compared with
+the guess). A chain, not a tree: it needs no attention mask of its own, so that flash attention, sliding windows and
+padding work as in plain `generate`. Rows of a batch advance together, by the guesses that are right in all of them.
+Beam search and the output of scores are refused.
 """
 
 import functools
@@ -95,9 +96,6 @@ def decode(
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     filler = config.pad_token_id if config.pad_token_id is not None else (ends[0] or 0)
     mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
-    if positions is None:
-        positions = torch.ones_like(input_ids) if mask is None else mask
-        positions = (positions.cumsum(-1) - 1).clamp(min=0)
     finished = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
     guesses, seen_hidden = input_ids[:, :0], []
     hook = heads.lm_head.register_forward_pre_hook(lambda _, args: seen_hidden.append(args[0]))
@@ -105,8 +103,10 @@ def decode(
         while not finished.all():
             length, width = input_ids.shape[1], guesses.shape[1] + 1
             tokens, known = torch.cat([input_ids, guesses], 1), cache.get_seq_length()
-            ahead = torch.arange(1, tokens.shape[1] - positions.shape[1] + 1, device=positions.device)
-            passed: dict[str, Any] = {"position_ids": torch.cat([positions, positions[:, -1:] + ahead], 1)[:, known:]}
+            passed: dict[str, Any] = {}
+            if positions is not None:
+                ahead = torch.arange(1, tokens.shape[1] - positions.shape[1] + 1, device=positions.device)
+                passed["position_ids"] = torch.cat([positions, positions[:, -1:] + ahead], 1)[:, known:]
             if mask is not None:
                 passed["attention_mask"] = pad(mask, (0, tokens.shape[1] - mask.shape[1]), value=1)
             if "logits_to_keep" in inputs:

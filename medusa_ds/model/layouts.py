@@ -64,7 +64,7 @@ def from_other(
         elif short != "lm_head.weight":
             unknown.append(name)
     own = bool(projections) and not shared
-    num = 1 + max((h for h, *_ in blocks) if blocks else projections, default=-1)
+    num = 1 + max([*(h for h, *_ in blocks), *projections], default=-1)
     layers = 1 + max((layer for _, layer, _ in blocks), default=-1)
     if unknown or num == 0 or (not own and layers == 0):
         raise UserError(f"{where}: found {(unknown or list(tensors) or ['nothing'])[0]}; not heads of a known layout")
