@@ -24,6 +24,9 @@ setup(
         "torch>=2.6", "deepspeed>=0.19.8", "transformers>=5.17", "liger-kernel>=0.8.5", "datasets>=4.0", "triton",
         "pyyaml", "accelerate", "gguf",
     ],
-    extras_require={"test": ["pytest", "hypothesis", "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML", "tensorboard"]},
+    extras_require={
+        "plots": ["matplotlib"],
+        "test": ["pytest", "hypothesis", "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML", "tensorboard"],
+    },
     entry_points={"console_scripts": ["medusa-ds=medusa_ds.cli:main"]},
 )  # fmt: skip

@@ -75,7 +75,10 @@ class Decoder:
         self.heads = list(heads)[: tree.depth]
         self.acceptance = acceptance or Acceptance()
         self.use_graph = backbone.device.type == "cuda" if graph is None else graph
-        self._run = torch.compile(self._step, dynamic=False) if compile_step else self._step
+        self._run: Callable[[Session], None] = self._step
+        if compile_step:
+            torch._dynamo.config.recompile_limit = 256  # one compilation a tree and session, over all decoders
+            self._run = torch.compile(self._step, dynamic=False)
         self._session: Session | None = None
         ends = backbone.generation_config.eos_token_id if backbone.generation_config else backbone.config.eos_token_id
         self.ends = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
@@ -157,6 +160,7 @@ class Decoder:
                 return kept
         return len(tokens)
 
+    @torch.no_grad()
     def prepare(self, batch: int, tokens: int) -> Session:
         """A session with room for so many tokens a row, captured and empty; the last one is reused if it fits."""
         slots = self.tree.nodes + tokens + self.tree.depth + 1  # the last step may run over the end

@@ -54,12 +54,12 @@ def random_heads(vocab: int = VOCAB) -> MedusaHeads:
 class Oracle(MedusaHead):
     """A head that knows a text: it finds the position whose hidden state it is given and reads what comes later.
 
-    `right(position)` says on which positions it is right; elsewhere it guesses the token after the right one.
+    `rank(position)` says where among its guesses the right token stands; others, close to it, stand before.
     """
 
-    def __init__(self, k, model, text, right=lambda position: True):
+    def __init__(self, k, model, text, rank):
         super().__init__(0, 1, 1, True)
-        self.k, self.text, self.right = k, text, right
+        self.k, self.text, self.rank = k, text, rank
         with torch.no_grad():
             self.known_TH = model.base_model(input_ids=torch.tensor([text])).last_hidden_state[0]
 
@@ -68,10 +68,10 @@ class Oracle(MedusaHead):
         for row, state in enumerate(hidden):
             position = int((self.known_TH - state).norm(dim=-1).argmin())
             if position + self.k + 1 < len(self.text):
-                wrong = 0 if self.right(position) else 1
-                logits[row, (self.text[position + self.k + 1] + wrong) % VOCAB] = 1.0
+                for place in range(self.rank(position) + 1):
+                    logits[row, (self.text[position + self.k + 1] + place) % VOCAB] = 1.0 + place
         return logits
 
 
-def oracles(model: PreTrainedModel, text: list[int], right=lambda k, position: True) -> list[Oracle]:
-    return [Oracle(k, model, text, lambda position, k=k: right(k, position)) for k in range(1, NUM + 1)]
+def oracles(model: PreTrainedModel, text: list[int], rank=lambda k, position: 0) -> list[Oracle]:
+    return [Oracle(k, model, text, lambda position, k=k: rank(k, position)) for k in range(1, NUM + 1)]

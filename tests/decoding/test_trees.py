@@ -61,7 +61,7 @@ def _ranks(positions: int = 400) -> torch.Tensor:
 
 
 def test_best_tree_is_the_best_of_all_trees_of_its_size():
-    """Mutation: push a path's children when the path is pushed, not when it is taken."""
+    """Mutation: end the search one head early."""
     counts = RankCounts(_ranks(), 2)
     paths = [path for length in (1, 2) for path in itertools.product(range(2), repeat=length)]
     for nodes in range(1, 8):

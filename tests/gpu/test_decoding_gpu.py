@@ -56,7 +56,7 @@ def _heads(model, num=3, own=True):
 @pytest.mark.parametrize("rule", ["greedy", "typical", "exact"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
 def test_graph_step_equals_eager_step(family, rule):
-    """Batches of unequal prompts, fp32. Mutation: fill the draws inside the step with the global generator."""
+    """Batches of unequal prompts, fp32."""
     model = _model(family, **SMALL, **({"head_dim": 8} if family == "qwen3" else {}))
     heads, tree = _heads(model), default_tree(3, 24)
     prompts = [[5, 9, 12], [7], list(range(10, 60))]
@@ -88,7 +88,7 @@ def test_compiled_step_gives_the_same_text():
 
 
 @pytest.mark.parametrize("shape", os.environ.get("MEDUSA_DS_SHAPES", "smollm2_135m").split(","))
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [True, False])  # Liger patches modules for good: last
 def test_step_times(shape, compiled):
     """Prints milliseconds of a plain step and of tree steps, bf16, batch 1, 512 tokens of text. `MEDUSA_DS_SHAPES`
     names shapes of `SHAPES`, comma-separated; with `-k "not True"` nothing is compiled."""
