@@ -13,9 +13,11 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,14 +38,7 @@ from medusa_ds.model.rows import count_targets
 from medusa_ds.recipe import Recipe
 from medusa_ds.training import checkpoint, optim
 from medusa_ds.training.build import Gathered, Partitioned, build_model, heads_meta
-from medusa_ds.training.step import (
-    NonFiniteError,
-    StepResult,
-    memory_hint,
-    non_finite,
-    norm_of,
-    sum_over_ranks,
-)
+from medusa_ds.training.step import NonFiniteError, StepResult, memory_hint, non_finite, norm_of, sum_over_ranks
 from medusa_ds.training.tensors import LogicalTensors
 
 if TYPE_CHECKING:
@@ -67,6 +62,7 @@ class MedusaEngine:
         accumulation: micro-batches of a step on one rank.
         ds_config: what DeepSpeed was given.
         model: in training.
+        steps_taken: optimizer steps behind the current weights.
         monitor: DeepSpeed's (TensorBoard, Weights & Biases).
 
     Raises:
@@ -85,18 +81,15 @@ class MedusaEngine:
         self._zero_stage: int = self._zero.get("stage", 0)
         partitioned: Partitioned | None = None
         if self._zero_stage == 3:
-            loading = HfDeepSpeedConfig(config)  # while it lives, transformers builds and loads partitioned
-            partitioned = lambda: deepspeed.zero.Init(config_dict_or_path=loading.config)  # noqa: E731
+            _alive = HfDeepSpeedConfig(config)  # while it lives, transformers builds and loads partitioned
+            partitioned = partial(deepspeed.zero.Init, config_dict_or_path=config)
         dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
         model = build(recipe, dtype, self.device, partitioned, self._gathered)
-        if self._zero_stage == 3:
-            del loading, partitioned
         groups = optim.parameter_groups(model, recipe.train)
         optimizer, self.ds_config = self._optimizer(groups), config
         self._engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
-        parts = (self._engine, deepspeed.utils, self._gathered, self.rank, self.world_size)
-        self._tensors = LogicalTensors(*parts)
-        self._steps_taken, self._best = 0, -math.inf
+        self._tensors = LogicalTensors(self._engine, deepspeed.utils, self._gathered, self.rank, self.world_size)
+        self.steps_taken, self._best = 0, -math.inf
         self._has_states = bool(self._engine.basic_optimizer.state)
         if self._has_states:  # made by a step without gradients, which ZeRO 0 in bf16 takes and Adam has counted
             self._tensors.set_adam_step(0)
@@ -177,14 +170,14 @@ class MedusaEngine:
         if best:
             self._best = float(acceptance_length or 0)
         versions = {"torch": torch.__version__, "deepspeed": deepspeed.__version__}
-        own: dict[str, Any] = {"step": self._steps_taken, "best": self._best if math.isfinite(self._best) else None}
+        own: dict[str, Any] = {"step": self.steps_taken, "best": self._best if math.isfinite(self._best) else None}
         own |= {"world_size": self.world_size, "zero_stage": self._zero_stage, "versions": versions}
         size = int(4.04 * sum(math.prod(shape) for shape in self._tensors.shapes.values())) + (1 << 20)
         root = self._root()
-        path = checkpoint.save(root, self._steps_taken, self._tensors.read(), {"engine": own, "loop": state}, size)
+        path = checkpoint.save(root, self.steps_taken, self._tensors.read(), {"engine": own, "loop": state}, size)
         if self.rank == 0:
             if best:
-                checkpoint.mark_best(root, self._steps_taken)
+                checkpoint.mark_best(root, self.steps_taken)
             checkpoint.prune(root, self.recipe.train.keep_last)
         return path
 
@@ -221,10 +214,10 @@ class MedusaEngine:
         self._make_optimizer_states()
         self._tensors.write(reader.tensor)
         state = reader.state["engine"]
-        self._steps_taken, self._best = state["step"], -math.inf if state["best"] is None else state["best"]
-        self._tensors.set_adam_step(self._steps_taken)
-        self._engine.global_steps = self._steps_taken
-        self._engine.global_samples = self._steps_taken * self.recipe.train.global_batch_size
+        self.steps_taken, self._best = state["step"], -math.inf if state["best"] is None else state["best"]
+        self._tensors.set_adam_step(self.steps_taken)
+        self._engine.global_steps = self.steps_taken
+        self._engine.global_samples = self.steps_taken * self.recipe.train.global_batch_size
 
     def export(self, output: Path) -> None:
         """Save what was trained: in stage 2 the backbone in `output/backbone`, then the heads in `output/heads`.
@@ -260,11 +253,6 @@ class MedusaEngine:
         """Name of the GPU, or `cpu`."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
 
-    @property
-    def steps_taken(self) -> int:
-        """Optimizer steps behind the current weights."""
-        return self._steps_taken
-
     def whole_state_dict(self, module: nn.Module) -> dict[str, torch.Tensor]:
         """A module's state dict on the CPU of rank 0 (empty elsewhere), gathered one parameter at a time."""
         self._engine.empty_partition_cache()  # ZeRO-3 may still be fetching what it expects next
@@ -290,7 +278,7 @@ class MedusaEngine:
         if not self._engine.was_step_applied() or not math.isfinite(norm):
             raise non_finite("the gradient", step, [batch.sources for batch in micro_batches])
         self._has_states = True
-        self._steps_taken = step + 1
+        self.steps_taken = step + 1
         return norm
 
     def _on_device(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -332,9 +320,11 @@ class MedusaEngine:
 
 
 def _start_process_group(on_gpu: bool, timeout_s: int) -> torch.device:
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-    if "RANK" not in os.environ:  # started without a launcher
-        os.environ.update(alone)
+    if "MASTER_ADDR" not in os.environ:  # started without a launcher
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
