@@ -5,11 +5,12 @@ line calls `main(__file__)`) or this package (`deepspeed --module medusa_ds X.ya
 
 Exit status: 0 finished; 2 a mistake of the user; 3 a non-finite loss or gradient; 143, 130 or 129 stopped after
 SIGTERM, SIGINT or a lost launcher, with a checkpoint written; 124 hung; 1 anything else. The same command again goes on
-from the newest whole checkpoint.
+from the newest whole checkpoint. docs/reliability.md says what every fault does at every moment.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -18,6 +19,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,11 +31,15 @@ from medusa_ds.recipe import Recipe, find_recipe
 
 if TYPE_CHECKING:
     from medusa_ds.training.engine import MedusaEngine
+    from medusa_ds.training.supervisor import Supervisor
 
 NON_FINITE_STATUS = 3
+_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
+_LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # gloo's words
 
 FREE_TO_CHANGE = (
-    "deepspeed", "loss.impl", "loss.chunk_mib", "model.attention", "model.liger_kernels", "train.micro_batch_size",
+    "output", "deepspeed", "loss.impl", "loss.chunk_mib", "model.attention", "model.liger_kernels",
+    "train.micro_batch_size",
     "train.eval_every", "train.save_every", "train.keep_last", "train.hang_timeout", "train.activation_checkpointing",
     "train.tensorboard", "train.wandb",
 )  # fmt: skip
@@ -62,8 +69,22 @@ def main(recipe_file: str | None = None) -> None:
 
 def run(recipe: Recipe, recipe_file: Path) -> None:
     """Train a validated recipe, on every rank."""
+    from medusa_ds.training.supervisor import Supervisor
+
     rank, output = int(os.environ.get("RANK", "0")), Path(recipe.output)
-    lock = _claim(output, recipe) if rank == 0 else None
+    supervisor = Supervisor(rank, int(os.environ.get("LOCAL_SIZE", "0")), recipe.train.hang_timeout)
+    lock = None
+    try:
+        lock = _claim(output, recipe) if rank == 0 else None
+        with _failures(rank, output):
+            _run(recipe, recipe_file, rank, output, supervisor)
+    finally:
+        supervisor.close()
+        if lock is not None:
+            os.close(lock)
+
+
+def _run(recipe: Recipe, recipe_file: Path, rank: int, output: Path, supervisor: Supervisor) -> None:
     if (output / "heads" / "heads.json").exists():
         _say(
             rank,
@@ -77,7 +98,7 @@ def run(recipe: Recipe, recipe_file: Path) -> None:
     from medusa_ds.training.engine import MedusaEngine, NonFiniteError
     from medusa_ds.training.loop import Loop
     from medusa_ds.training.report import Report, quiet_libraries
-    from medusa_ds.training.supervisor import Supervisor
+    from medusa_ds.training.step import memory_hint
 
     quiet_libraries(rank)
     tokenizer = load_tokenizer(recipe.model)
@@ -87,9 +108,9 @@ def run(recipe: Recipe, recipe_file: Path) -> None:
     )
     _say(rank, _describe_data(data.report, steps))
 
-    engine = MedusaEngine(recipe, steps)
-    supervisor = Supervisor(rank, int(os.environ.get("LOCAL_SIZE", "0")), recipe.train.hang_timeout)
     try:
+        with memory_hint(recipe):
+            engine = MedusaEngine(recipe, steps)
         state = engine.resume_newest(data.fingerprint)
         report = Report(output, rank, steps, engine.steps_taken)
         if rank == 0:
@@ -98,19 +119,37 @@ def run(recipe: Recipe, recipe_file: Path) -> None:
             report.say(f"resuming after step {engine.steps_taken} of {steps}")
         loop = Loop(recipe, engine, data, report, supervisor, steps)
         loop.run(state)
-        engine.export(output)
         if rank == 0:
             tokenizer.save_pretrained(output / "heads")
+        engine.export(output)  # heads.json last: it is what makes a run a finished one
+        if rank == 0:
             report.say(loop.summary(output))
         report.close()
         engine.close()  # waits for all ranks
     except NonFiniteError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(NON_FINITE_STATUS)
-    finally:
-        supervisor.close()
-        if lock is not None:
-            os.close(lock)
+
+
+@contextmanager
+def _failures(rank: int, output: Path) -> Iterator[None]:
+    """One line for a disk that is full or cannot be written, and for a rank that has gone."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _STORAGE:
+            raise
+        problem = UserError(
+            f"{error.filename or output}: cannot be written ({error.strerror}); make room, or make it writable; "
+            "checkpoints are whole"
+        )
+        problem.one_rank = True
+        raise problem from None
+    except RuntimeError as error:
+        if not any(text in str(error) for text in _LOST_RANK):
+            raise
+        print(f"rank {rank}: another rank has died; ending (its own message says why)", file=sys.stderr, flush=True)
+        sys.exit(1)
 
 
 def _adopt_slurm() -> None:

@@ -172,7 +172,7 @@ def _convert(rows: Callable[[], Iterator[tuple[str, Any]]], key: str) -> Dataset
     try:
         return Dataset.from_generator(generate, features=_FEATURES, fingerprint=key)
     except DatasetGenerationError as error:
-        raise error.__cause__ if isinstance(error.__cause__, UserError) else error from None
+        raise error.__cause__ if isinstance(error.__cause__, UserError | OSError) else error from None
     except ValueError as error:
         if "corresponds to no data" not in str(error):
             raise

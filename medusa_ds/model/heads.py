@@ -182,6 +182,11 @@ def save_heads(directory: str | Path, state_dict: dict[str, Tensor], meta: dict[
         with open(directory / f".{name}.tmp", "rb") as file:
             os.fsync(file.fileno())
         os.replace(directory / f".{name}.tmp", directory / name)
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def load_heads(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

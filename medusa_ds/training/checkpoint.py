@@ -29,6 +29,7 @@ from medusa_ds.errors import UserError
 FORMAT = 1
 MAX_FILE_BYTES = 1 << 29  # a file holds tensors up to here, or one larger tensor: bounds the memory of a save
 _MAX_JSON_BYTES = 1 << 24
+_ENTRY = [int, str]
 _STEP = re.compile(r"step-(\d{6,})")
 _FILE = re.compile(r"rank\d{5}-\d{5}\.safetensors|state\.json")
 
@@ -89,8 +90,10 @@ def save(
         os.rename(temporary, final)
         _sync_directory(root)
 
+    what = f"the checkpoint cannot be written ({{}}); it needs {bytes_needed} bytes in a writable directory; older "
+    what = f"{root}: {what}checkpoints are whole"
     problem = _attempt(begin) if rank == 0 else None
-    if _agree(problem, files, root, temporary, bytes_needed)[0]:
+    if _agree(problem, files, what, temporary)[0]:
         return final
     batch: dict[str, torch.Tensor] = {}
 
@@ -108,9 +111,9 @@ def save(
             problem = f"{name} is not finite"
     if problem is None and batch:
         problem = _attempt(flush)
-    parts = _agree(problem, files, root, temporary, bytes_needed)
+    parts = _agree(problem, files, what, temporary)
     problem = _attempt(finish) if rank == 0 else None
-    _agree(problem, files, root, temporary, bytes_needed)
+    _agree(problem, files, what, temporary)
     return final
 
 
@@ -157,6 +160,8 @@ def check(path: Path, part: int = 0, parts: int = 1) -> list[str]:
     Returns:
         A line a problem, each with file and reason.
     """
+    if path.is_symlink():
+        return [f"{path}: is a link; a checkpoint is a directory"]
     try:
         entries = read_manifest(path)
     except (OSError, ValueError) as error:
@@ -165,7 +170,7 @@ def check(path: Path, part: int = 0, parts: int = 1) -> list[str]:
     for name in sorted(entries)[part::parts]:
         try:
             _check_file(path / name, entries[name])
-        except (OSError, ValueError, SafetensorError) as error:
+        except (OSError, ValueError, SafetensorError, RecursionError) as error:
             problems.append(f"{path / name}: {error}")
     return problems
 
@@ -187,14 +192,16 @@ def read_manifest(path: Path) -> dict[str, Any]:
         step, entries = found["step"], found["files"]
         outside = [name for name in entries if not _FILE.fullmatch(name)]
         damaged = _manifest(step, entries) != content
+        strange = [name for name, entry in entries.items() if [type(entry["bytes"]), type(entry["blake2b"])] != _ENTRY]
+        named = name_of(step)
     except (UnicodeDecodeError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"not a manifest ({type(error).__name__})") from None
     if outside:
         raise ValueError(f"names {outside[0]!r}, which is no checkpoint file")
     if damaged:
         raise ValueError("its own checksum differs: damaged, or written by another version")
-    if name_of(step) != path.name or "state.json" not in entries:
-        raise ValueError(f"belongs to step {step} or lacks state.json")
+    if named != path.name or "state.json" not in entries or strange:
+        raise ValueError(f"belongs to step {step}, lacks state.json, or a file's size and checksum")
     return entries
 
 
@@ -202,7 +209,7 @@ class Reader:
     """The tensors and the state of a checkpoint that `check` found whole."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.step = path, int(path.name[5:])
         self.state: dict[str, Any] = json.loads((path / "state.json").read_bytes())
         names = [name for name in read_manifest(path) if name != "state.json"]
         self._files = [safe_open(path / name, framework="pt") for name in names]
@@ -217,18 +224,48 @@ class Reader:
         return self._of[name].get_tensor(name)
 
 
-def mark_best(root: Path, step: int) -> None:
-    """Let `best` name a step's checkpoint; replaced in one move."""
-    link = root / ".tmp-best"
-    link.unlink(missing_ok=True)
-    link.symlink_to(name_of(step))
-    os.replace(link, root / "best")
+def keep(root: Path, step: int, best: int | None, keep_last: int | None = None) -> None:
+    """Let `best` name the best checkpoint, and remove those that are no longer kept; every rank calls it.
+
+    Args:
+        root: `OUTPUT/checkpoints`.
+        step: of the checkpoint that has just been written or read.
+        best: step of the best one so far; the link of an interrupted run is put right.
+        keep_last: checkpoints to keep beside the best; None removes nothing.
+
+    Raises:
+        UserError: on all ranks, when a file operation has failed.
+    """
+
+    def tidy() -> None:
+        mark_best(root, best)
+        if keep_last is not None:
+            prune(root, step, keep_last)
+
+    problem = _attempt(tidy) if dist.get_rank() == 0 else None
+    _agree(problem, {}, f"{root}: older checkpoints cannot be removed ({{}}); make it writable; step {step} is whole")
 
 
-def prune(root: Path, keep_last: int) -> None:
-    """Remove all but the newest `keep_last` checkpoints and the best one."""
+def mark_best(root: Path, step: int | None) -> None:
+    """Let `best` name a step's checkpoint, replaced in one move; no link when that checkpoint is not there."""
+    link, temporary = root / "best", root / ".tmp-best"
+    if step is None or not (root / name_of(step)).is_dir():
+        link.unlink(missing_ok=True)
+    elif not link.is_symlink() or os.readlink(link) != name_of(step):
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(name_of(step))
+        os.replace(temporary, link)
+
+
+def prune(root: Path, step: int, keep_last: int) -> None:
+    """Remove all but the `keep_last` checkpoints up to `step` and the best one.
+
+    Later ones than `step`, which has just been written, are damaged ones that resuming has skipped: they must not
+    take a whole one's place.
+    """
     best = os.readlink(root / "best") if (root / "best").is_symlink() else None
-    for path in completed(root)[keep_last:]:
+    later = [path for path in completed(root) if int(path.name[5:]) > step]
+    for path in later + completed(root)[len(later) :][keep_last:]:
         if path.name != best:
             discard(path)
 
@@ -253,6 +290,8 @@ def remove_leftovers(root: Path) -> None:
 def _check_file(file: Path, entry: dict[str, Any]) -> None:
     if file.is_symlink() or not file.is_file():
         raise ValueError("missing")
+    if file.suffix == ".json" and entry["bytes"] > _MAX_JSON_BYTES:
+        raise ValueError("larger than any state")
     if file.stat().st_size != entry["bytes"]:
         raise ValueError(f"found {file.stat().st_size} bytes; the manifest says {entry['bytes']}")
     digest = hashlib.blake2b(digest_size=32)
@@ -284,6 +323,14 @@ def _write(file: Path, content: bytes) -> dict[str, Any]:
     return {file.name: {"bytes": len(content), "blake2b": hashlib.blake2b(content, digest_size=32).hexdigest()}}
 
 
+def sync_files(path: Path) -> None:
+    """Flush a directory of files."""
+    for file in path.iterdir():
+        with open(file, "rb") as stream:
+            os.fsync(stream.fileno())
+    _sync_directory(path)
+
+
 def _sync_directory(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -302,17 +349,14 @@ def _attempt(action: Any) -> str | None:
 
 
 def _agree(
-    problem: str | None, files: dict[str, Any], root: Path, temporary: Path, bytes_needed: int
+    problem: str | None, files: dict[str, Any], what: str, temporary: Path | None = None
 ) -> list[dict[str, Any]]:
     """Every rank's files, or one error on all of them when any has failed: no rank goes on alone."""
     answers: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(answers, (problem, files))
     failed = [(rank, answer[0]) for rank, answer in enumerate(answers) if answer[0] is not None]
     if failed:
-        if dist.get_rank() == 0:
+        if dist.get_rank() == 0 and temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(
-            f"{root}: the checkpoint cannot be written ({failed[0][1]}, rank {failed[0][0]}); it needs {bytes_needed} "
-            "bytes in a writable directory; older checkpoints are whole"
-        )
+        raise UserError(what.format(f"{failed[0][1]}, rank {failed[0][0]}"))
     return [answer[1] for answer in answers]

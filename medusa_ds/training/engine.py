@@ -90,6 +90,7 @@ class MedusaEngine:
         self._engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
         self._tensors = LogicalTensors(self._engine, deepspeed.utils, self._gathered, self.rank, self.world_size)
         self.steps_taken, self._best = 0, -math.inf
+        self._best_step: int | None = None
         self._has_states = bool(self._engine.basic_optimizer.state)
         if self._has_states:  # made by a step without gradients, which ZeRO 0 in bf16 takes and Adam has counted
             self._tensors.set_adam_step(0)
@@ -166,19 +167,16 @@ class MedusaEngine:
             UserError: the checkpoint could not be written.
         """
         self._make_optimizer_states()
-        best = acceptance_length is not None and acceptance_length > self._best
-        if best:
-            self._best = float(acceptance_length or 0)
+        if acceptance_length is not None and acceptance_length > self._best:
+            self._best, self._best_step = acceptance_length, self.steps_taken
         versions = {"torch": torch.__version__, "deepspeed": deepspeed.__version__}
-        own: dict[str, Any] = {"step": self.steps_taken, "best": self._best if math.isfinite(self._best) else None}
+        own: dict[str, Any] = {"step": self.steps_taken, "best_step": self._best_step}
+        own["best"] = None if self._best_step is None else self._best
         own |= {"world_size": self.world_size, "zero_stage": self._zero_stage, "versions": versions}
         size = int(4.04 * sum(math.prod(shape) for shape in self._tensors.shapes.values())) + (1 << 20)
         root = self._root()
         path = checkpoint.save(root, self.steps_taken, self._tensors.read(), {"engine": own, "loop": state}, size)
-        if self.rank == 0:
-            if best:
-                checkpoint.mark_best(root, self.steps_taken)
-            checkpoint.prune(root, self.recipe.train.keep_last)
+        checkpoint.keep(root, self.steps_taken, self._best_step, self.recipe.train.keep_last)
         return path
 
     def resume_newest(self, data_fingerprint: str) -> dict[str, Any]:
@@ -193,7 +191,18 @@ class MedusaEngine:
         reader = checkpoint.newest(self._root())
         if reader is None:
             return {}
-        state: dict[str, Any] = reader.state["loop"]
+        state, own = reader.state.get("loop"), reader.state.get("engine")
+        if not (
+            isinstance(state, dict)
+            and isinstance(state.get("before", {}), dict)
+            and isinstance(own, dict)
+            and own.get("step") == reader.step
+            and isinstance(own.get("best"), float | None)
+            and isinstance(own.get("best_step"), int | None)
+        ):
+            raise UserError(
+                f"{reader.path / 'state.json'}: not what a run writes; remove the directory to resume from an older one"
+            )
         if state.get("data") != data_fingerprint:
             raise UserError(
                 f"{reader.path}: made with other training data (fingerprint {state.get('data')}, now "
@@ -215,6 +224,8 @@ class MedusaEngine:
         self._tensors.write(reader.tensor)
         state = reader.state["engine"]
         self.steps_taken, self._best = state["step"], -math.inf if state["best"] is None else state["best"]
+        self._best_step = state.get("best_step")
+        checkpoint.keep(self._root(), self.steps_taken, self._best_step)
         self._tensors.set_adam_step(self.steps_taken)
         self._engine.global_steps = self.steps_taken
         self._engine.global_samples = self.steps_taken * self.recipe.train.global_batch_size
@@ -233,6 +244,7 @@ class MedusaEngine:
                 if self.rank == 0:
                     shutil.rmtree(output / ".tmp-backbone", ignore_errors=True)
                     self.model.backbone.save_pretrained(output / ".tmp-backbone", state_dict=weights)
+                    checkpoint.sync_files(output / ".tmp-backbone")
                     shutil.rmtree(output / "backbone", ignore_errors=True)
                     os.rename(output / ".tmp-backbone", output / "backbone")
                 del weights

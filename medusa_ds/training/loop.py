@@ -41,6 +41,7 @@ class Loop:
         """
         train, engine = self.recipe.train, self.engine
         self.before = state.get("before", {})
+        self.supervisor.start()
         if engine.steps_taken == 0:
             self.before = self.after = self.validate(0)
         for step in range(engine.steps_taken, self.steps):

@@ -57,7 +57,8 @@ class Report:
             return
         self.file = output / "metrics.jsonl"
         if self.file.exists():
-            kept = [line for line in self.file.read_text().splitlines() if _step_of(line) <= first_step]
+            lines = self.file.read_text(errors="replace").splitlines() if first_step else []
+            kept = [line for line in lines if _step_of(line) <= first_step]
             temporary = self.file.with_name(".tmp-metrics.jsonl")
             temporary.write_text("".join(line + "\n" for line in kept))
             os.replace(temporary, self.file)

@@ -91,8 +91,9 @@ def memory_hint(recipe: Recipe) -> Iterator[None]:
     """Turn an out-of-memory error into one that names the settings to change."""
     try:
         yield
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        out = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not out and "can't allocate memory" not in str(error):
             raise
         settings = [
             f"train.micro_batch_size (now {recipe.train.micro_batch_size})",
@@ -100,9 +101,10 @@ def memory_hint(recipe: Recipe) -> Iterator[None]:
             f"data.max_length (now {recipe.data.max_length})",
         ]
         more = "train.activation_checkpointing=true or " if recipe.stage == 2 else ""
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         problem = UserError(
-            f"out of memory ({str(error).splitlines()[0][:200]}); lower {', '.join(settings)}, or use {more}a "
+            f"out of memory ({reason}); lower {', '.join(settings)}, or use {more}a "
             f"DeepSpeed config of a higher ZeRO stage or with offload (now {recipe.deepspeed})"
         )
-        problem.one_rank = dist.get_world_size() > 1
+        problem.one_rank = dist.is_initialized() and dist.get_world_size() > 1
         raise problem from error

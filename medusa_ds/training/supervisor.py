@@ -1,11 +1,14 @@
-"""What ends a rank early, and how: signals, a lost launcher, a dead or a hung rank.
+"""What ends a rank early, and how: signals, a lost launcher, a dead, a stopped or a hung rank.
 
 A thread does the watching, because the main thread may be inside a collective call that never returns, where Python's
 signal handlers do not run; signals reach the thread through `signal.set_wakeup_fd`. The stock launcher leaves much to
 its ranks: SIGTERM to `deepspeed` leaves them orphaned, and Ctrl-C reaches each of them twice (from the terminal and
-from the launcher), which counts as one signal here.
+from the launcher), which counts as one signal here. Before `start` there is nothing to save, so a signal ends the rank
+at once.
 """
 
+import contextlib
+import ctypes
 import faulthandler
 import os
 import signal
@@ -13,6 +16,7 @@ import socket
 import sys
 import threading
 import time
+from typing import NoReturn
 
 import psutil
 
@@ -23,9 +27,11 @@ DEAD_RANK_GRACE_S = 5.0
 HUNG_STATUS = 124
 """Exit status of a rank that finished no step within `train.hang_timeout`."""
 
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
 
 class Supervisor:
-    """Watches from construction to `close`.
+    """Watches from construction to `close`; finished steps count from `start` on.
 
     Args:
         rank: this process's rank, for messages.
@@ -38,10 +44,13 @@ class Supervisor:
         self.stop_status: int | None = None
         """Exit status to end with after the next step's checkpoint, or None to go on."""
         self._stop_at = 0.0
-        self._beat_at = time.monotonic()
+        self._beat_at: float | None = None
         self._dead_at: float | None = None
+        self._stopped_at: dict[int, float] = {}
         self._parent = psutil.Process().parent()
         self._grandparent_pid = self._parent.ppid() if self._parent and _is_launcher(self._parent) else None
+        if _is_orphan(self._parent):
+            self._end(128 + signal.SIGHUP, "the launcher is gone; ending")
         self._read_fd, write_fd = os.pipe()
         os.set_blocking(self._read_fd, False)
         os.set_blocking(write_fd, False)
@@ -49,8 +58,13 @@ class Supervisor:
         self._old = [(number, signal.signal(number, _ignore)) for number in (signal.SIGTERM, signal.SIGINT)]
         self._old_fd = signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
         self._closed = threading.Event()
+        os.register_at_fork(after_in_child=self._after_fork)
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
         self._thread.start()
+
+    def start(self) -> None:
+        """Steps begin: from here on a signal waits for a checkpoint, and a rank without a `beat` counts as hung."""
+        self.beat()
 
     def beat(self) -> None:
         """Say that work goes on: after a step, a validation, a checkpoint."""
@@ -77,10 +91,10 @@ class Supervisor:
             if self.stop_status is None and self._launcher_is_lost():
                 self._request_stop(128 + signal.SIGHUP, "the launcher is gone")
             self._check_ranks()
-            idle = time.monotonic() - self._beat_at
-            if idle > self.hang_timeout:
+            if self._beat_at is not None and time.monotonic() - self._beat_at > self.hang_timeout:
                 self._say(f"no step finished within train.hang_timeout ({self.hang_timeout:.0f} s); stacks follow")
                 faulthandler.dump_traceback(all_threads=True)
+                self._wake_stopped()
                 os._exit(HUNG_STATUS)
 
     def _on_signal(self, number: int) -> None:
@@ -89,10 +103,11 @@ class Supervisor:
         if self.stop_status is None:
             self._request_stop(128 + number, f"received {signal.Signals(number).name}")
         elif time.monotonic() - self._stop_at > SAME_SIGNAL_S:
-            self._say(f"received {signal.Signals(number).name} again; ending at once")
-            os._exit(128 + number)
+            self._end(128 + number, f"received {signal.Signals(number).name} again; ending at once")
 
     def _request_stop(self, status: int, reason: str) -> None:
+        if self._beat_at is None:
+            self._end(status, f"{reason}; no step has begun, ending at once")
         self.stop_status, self._stop_at = status, time.monotonic()
         self._say(f"{reason}; a checkpoint is written after this step, then the run ends")
 
@@ -109,16 +124,43 @@ class Supervisor:
         if self.local_world_size < 2 or self._parent is None or os.getppid() != self._parent.pid:
             return
         try:
-            alive = [child for child in self._parent.children() if child.status() != psutil.STATUS_ZOMBIE]
+            states = {child.pid: child.status() for child in self._parent.children()}
         except psutil.NoSuchProcess:
             return
+        alive = [pid for pid, state in states.items() if state != psutil.STATUS_ZOMBIE]
+        now = time.monotonic()
+        stopped = [pid for pid, state in states.items() if state == psutil.STATUS_STOPPED]
+        self._stopped_at = {pid: self._stopped_at.get(pid, now) for pid in stopped}
+        if stopped and now - min(self._stopped_at.values()) > self.hang_timeout:
+            self._wake_stopped()
+            self._end(HUNG_STATUS, "a rank was stopped for longer than train.hang_timeout; ending")
         if len(alive) >= self.local_world_size:
             self._dead_at = None
         elif self._dead_at is None:
             self._dead_at = time.monotonic()
         elif time.monotonic() - self._dead_at > DEAD_RANK_GRACE_S and not self._closed.is_set():
-            self._say("another rank has died; ending (its own message says why)")
-            os._exit(1)
+            self._end(1, "another rank has died; ending (its own message says why)")
+
+    def _wake_stopped(self) -> None:
+        """Name ranks that SIGSTOP holds, and let them run for a moment so that they show their own stacks."""
+        for pid in self._stopped_at:
+            self._say(f"the rank with pid {pid} was stopped (SIGSTOP)")
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGCONT)
+        if self._stopped_at:
+            time.sleep(1)
+
+    def _end(self, status: int, text: str) -> NoReturn:
+        self._say(text)
+        os._exit(status)
+
+    def _after_fork(self) -> None:
+        """A forked worker takes signals as any process does, and dies with its rank, whose locks it holds open."""
+        if not self._closed.is_set():
+            signal.set_wakeup_fd(-1)
+            for number, handler in self._old:
+                signal.signal(number, handler)
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
     def _say(self, text: str) -> None:
         print(f"rank {self.rank} on {socket.gethostname()} (pid {os.getpid()}): {text}", file=sys.stderr, flush=True)
@@ -126,6 +168,20 @@ class Supervisor:
 
 def _ignore(number: int, frame: object) -> None:
     """The thread acts on the signal; a handler must be set so that it reaches `set_wakeup_fd`."""
+
+
+def _is_orphan(parent: psutil.Process | None) -> bool:
+    """Whether the stock launcher died before this rank could look: on one node its parent was the runner."""
+    if "CROSS_SIZE" not in os.environ:  # not the stock launcher's child
+        return False
+    if parent is None or not _is_launcher(parent):
+        return True
+    try:
+        above = parent.parent()
+        adopted = above is not None and (above.pid == 1 or above.name() == "systemd") and not _is_launcher(above)
+        return os.environ["CROSS_SIZE"] == "1" and adopted
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _is_launcher(process: psutil.Process) -> bool:

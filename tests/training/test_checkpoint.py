@@ -217,7 +217,7 @@ def test_save_cut_off_at_any_file_call_leaves_a_whole_checkpoint(tmp_path: Path)
             try:
                 save(root, 60)
                 checkpoint.mark_best(root, 60)
-                checkpoint.prune(root, 1)
+                checkpoint.prune(root, 60, 1)
             except Killed:
                 pass
         assert all(checkpoint.check(path) == [] for path in checkpoint.completed(root))
@@ -279,11 +279,11 @@ def test_pruning_keeps_the_last_and_the_best(root: Path) -> None:
     checkpoint.mark_best(root, 20)
     for step in (60, 80):
         save(root, step)
-        checkpoint.prune(root, 2)
+        checkpoint.prune(root, step, 2)
     assert sorted(path.name for path in root.iterdir()) == ["best", "step-000020", "step-000060", "step-000080"]
     assert os.readlink(root / "best") == "step-000020"
     checkpoint.mark_best(root, 80)
-    checkpoint.prune(root, 1)
+    checkpoint.prune(root, 80, 1)
     assert sorted(path.name for path in root.iterdir()) == ["best", "step-000080"]
     assert json.loads((root / "best" / "state.json").read_bytes()) == {"loop": {"step": 80}}
 
@@ -294,3 +294,42 @@ def test_what_an_interrupted_run_has_left_is_removed(root: Path) -> None:
     (root / ".tmp-best").symlink_to("step-000060")
     assert found_step(root) == 40
     assert not list(root.glob(".tmp*"))
+
+
+def test_damaged_later_checkpoint_does_not_take_a_whole_ones_place(root: Path) -> None:
+    """Mutation: counting it among the kept ones removes the only whole checkpoint."""
+    damage_flip(root / "step-000040" / "state.json")
+    assert found_step(root) == 20
+    save(root, 30)
+    checkpoint.keep(root, 30, None, 1)
+    assert [path.name for path in root.iterdir()] == ["step-000030"]
+
+
+def test_link_to_the_best_is_put_right_after_an_interruption(root: Path) -> None:
+    checkpoint.mark_best(root, 20)
+    checkpoint.keep(root, 40, 40)
+    assert os.readlink(root / "best") == "step-000040"
+    checkpoint.keep(root, 40, 60)
+    assert not os.path.lexists(root / "best")
+    assert found_step(root) == 40
+
+
+def test_checkpoint_that_is_a_link_is_named_and_not_followed(root: Path, capsys: Any) -> None:
+    os.rename(root / "step-000040", root.parent / "step-000040")
+    (root / "step-000040").symlink_to(root.parent / "step-000040")
+    assert found_step(root) == 20
+    assert "is a link" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("entry", [3, [], {"bytes": "1", "blake2b": "x"}, {"bytes": True, "blake2b": ""}, {}])
+def test_strange_entries_of_a_manifest_are_named(root: Path, entry: Any) -> None:
+    rewrite_manifest(root / "step-000040", lambda files: files.update({"state.json": entry}))
+    assert found_step(root) == 20
+
+
+def test_manifest_with_a_strange_step_is_named(root: Path) -> None:
+    path = root / "step-000040"
+    files = json.loads((path / "manifest.json").read_bytes())["files"]
+    for step in ([40], "40", None, {}, 40.5):
+        (path / "manifest.json").write_bytes(checkpoint._manifest(step, files))
+        assert checkpoint.check(path), step
