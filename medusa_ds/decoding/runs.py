@@ -93,7 +93,8 @@ def load_run(name: str | Path, device: torch.device, dtype: torch.dtype) -> Run:
     has_tokenizer = checkpoint is None and (folder / "tokenizer_config.json").is_file()
     tokenizer = AutoTokenizer.from_pretrained(folder) if has_tokenizer else load_tokenizer(spec)
     measured = "tree" in config
-    tree = Tree.parse(config["tree"], heads_spec.num, str(where)) if measured else default_tree(heads_spec.num)
+    guess = default_tree(heads_spec.num, 32 if device.type == "cuda" else 6)  # a CPU pays for every node
+    tree = Tree.parse(config["tree"], heads_spec.num, str(where)) if measured else guess
     config_file = where if checkpoint is None else None
     return Run(backbone, [*heads.to(device)], tokenizer, tree, measured, config_file, template_args)
 
