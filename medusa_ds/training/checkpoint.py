@@ -10,7 +10,6 @@ name in a manifest leads out of its directory. Unlike DeepSpeed's format there i
 at something unfinished, and order is by step, never by a clock.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -21,22 +20,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save as to_bytes
 
 from medusa_ds.errors import UserError
+from medusa_ds.training.manifest import (
+    check,
+    encode_manifest,
+    name_of,
+    read_manifest,
+    sync_directory,
+    write_file,
+)
 
-FORMAT = 1
 MAX_FILE_BYTES = 1 << 29  # a file holds tensors up to here, or one larger tensor: bounds the memory of a save
-_MAX_JSON_BYTES = 1 << 24
-_ENTRY = [int, str]
 _STEP = re.compile(r"step-(\d{6,})")
-_FILE = re.compile(r"rank\d{5}-\d{5}\.safetensors|state\.json")
-
-
-def name_of(step: int) -> str:
-    """Directory name of a step's checkpoint."""
-    return f"step-{step:06d}"
 
 
 def completed(root: Path) -> list[Path]:
@@ -82,13 +80,13 @@ def save(
 
     def finish() -> None:
         entries = {name: entry for part in parts for name, entry in part.items()}
-        entries |= _write(temporary / "state.json", json.dumps(state).encode())
-        _write(temporary / "manifest.json", _manifest(step, entries))
-        _sync_directory(temporary)
+        entries |= write_file(temporary / "state.json", json.dumps(state).encode())
+        write_file(temporary / "manifest.json", encode_manifest(step, entries))
+        sync_directory(temporary)
         if final.exists():  # a damaged one, which resuming has skipped
             discard(final)
         os.rename(temporary, final)
-        _sync_directory(root)
+        sync_directory(root)
 
     what = f"the checkpoint cannot be written ({{}}); it needs {bytes_needed} bytes in a writable directory; older "
     what = f"{root}: {what}checkpoints are whole"
@@ -98,7 +96,7 @@ def save(
     batch: dict[str, torch.Tensor] = {}
 
     def flush() -> None:
-        files.update(_write(temporary / f"rank{rank:05d}-{len(files):05d}.safetensors", to_bytes(batch)))
+        files.update(write_file(temporary / f"rank{rank:05d}-{len(files):05d}.safetensors", to_bytes(batch)))
         batch.clear()
 
     for index, (name, tensor) in enumerate(tensors):
@@ -147,62 +145,6 @@ def newest(root: Path) -> "Reader | None":
             *(f"{line}; no whole checkpoint is left, remove the directory to start anew" for line in problems)
         )
     return None
-
-
-def check(path: Path, part: int = 0, parts: int = 1) -> list[str]:
-    """What is wrong with a checkpoint, empty when it is whole.
-
-    Args:
-        path: a checkpoint directory.
-        part: which files to read through: those whose index is `part` modulo `parts`; the manifest always.
-        parts: number of callers that share the work.
-
-    Returns:
-        A line a problem, each with file and reason.
-    """
-    if path.is_symlink():
-        return [f"{path}: is a link; a checkpoint is a directory"]
-    try:
-        entries = read_manifest(path)
-    except (OSError, ValueError) as error:
-        return [f"{path / 'manifest.json'}: {error}"]
-    problems = []
-    for name in sorted(entries)[part::parts]:
-        try:
-            _check_file(path / name, entries[name])
-        except (OSError, ValueError, SafetensorError, RecursionError) as error:
-            problems.append(f"{path / name}: {error}")
-    return problems
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """Files of a checkpoint with size and checksum.
-
-    Raises:
-        OSError: missing or unreadable.
-        ValueError: not a manifest, not this directory's, or damaged: what it says must be, byte for byte, what
-            `save` writes for it.
-    """
-    file = path / "manifest.json"
-    if file.is_symlink() or file.stat().st_size > _MAX_JSON_BYTES:
-        raise ValueError("is a link or larger than any manifest")
-    content = file.read_bytes()
-    try:
-        found = json.loads(content)
-        step, entries = found["step"], found["files"]
-        outside = [name for name in entries if not _FILE.fullmatch(name)]
-        damaged = _manifest(step, entries) != content
-        strange = [name for name, entry in entries.items() if [type(entry["bytes"]), type(entry["blake2b"])] != _ENTRY]
-        named = name_of(step)
-    except (UnicodeDecodeError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-        raise ValueError(f"not a manifest ({type(error).__name__})") from None
-    if outside:
-        raise ValueError(f"names {outside[0]!r}, which is no checkpoint file")
-    if damaged:
-        raise ValueError("its own checksum differs: damaged, or written by another version")
-    if named != path.name or "state.json" not in entries or strange:
-        raise ValueError(f"belongs to step {step}, lacks state.json, or a file's size and checksum")
-    return entries
 
 
 class Reader:
@@ -285,58 +227,6 @@ def remove_leftovers(root: Path) -> None:
             path.unlink()
         else:
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _check_file(file: Path, entry: dict[str, Any]) -> None:
-    if file.is_symlink() or not file.is_file():
-        raise ValueError("missing")
-    if file.suffix == ".json" and entry["bytes"] > _MAX_JSON_BYTES:
-        raise ValueError("larger than any state")
-    if file.stat().st_size != entry["bytes"]:
-        raise ValueError(f"found {file.stat().st_size} bytes; the manifest says {entry['bytes']}")
-    digest = hashlib.blake2b(digest_size=32)
-    with open(file, "rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    if digest.hexdigest() != entry["blake2b"]:
-        raise ValueError("its checksum differs from the manifest: damaged")
-    if file.suffix == ".safetensors":
-        with safe_open(file, framework="pt"):
-            pass
-    else:
-        if not isinstance(json.loads(file.read_bytes()), dict):
-            raise ValueError("not a JSON object")
-
-
-def _manifest(step: int, entries: dict[str, Any]) -> bytes:
-    body = {"format": FORMAT, "step": step, "files": entries}
-    text = json.dumps(body, sort_keys=True).encode()
-    return json.dumps(body | {"blake2b": hashlib.blake2b(text, digest_size=32).hexdigest()}, sort_keys=True).encode()
-
-
-def _write(file: Path, content: bytes) -> dict[str, Any]:
-    """Write and flush a file; returns its manifest entry."""
-    with open(file, "wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    return {file.name: {"bytes": len(content), "blake2b": hashlib.blake2b(content, digest_size=32).hexdigest()}}
-
-
-def sync_files(path: Path) -> None:
-    """Flush a directory of files."""
-    for file in path.iterdir():
-        with open(file, "rb") as stream:
-            os.fsync(stream.fileno())
-    _sync_directory(path)
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _attempt(action: Any) -> str | None:

@@ -38,6 +38,7 @@ from medusa_ds.model.rows import count_targets
 from medusa_ds.recipe import Recipe
 from medusa_ds.training import checkpoint, optim
 from medusa_ds.training.build import Gathered, Partitioned, build_model, heads_meta
+from medusa_ds.training.manifest import sync_files
 from medusa_ds.training.step import NonFiniteError, StepResult, memory_hint, non_finite, norm_of, sum_over_ranks
 from medusa_ds.training.tensors import LogicalTensors
 
@@ -191,18 +192,10 @@ class MedusaEngine:
         reader = checkpoint.newest(self._root())
         if reader is None:
             return {}
-        state, own = reader.state.get("loop"), reader.state.get("engine")
-        if not (
-            isinstance(state, dict)
-            and isinstance(state.get("before", {}), dict)
-            and isinstance(own, dict)
-            and own.get("step") == reader.step
-            and isinstance(own.get("best"), float | None)
-            and isinstance(own.get("best_step"), int | None)
-        ):
-            raise UserError(
-                f"{reader.path / 'state.json'}: not what a run writes; remove the directory to resume from an older one"
-            )
+        state, own = reader.state.get("loop", {}), reader.state.get("engine", {})
+        good = isinstance(state.get("before", {}), dict) and isinstance(own.get("best"), float | None)
+        if not good or own.get("step") != reader.step or not isinstance(own.get("best_step"), int | None):
+            raise UserError(f"{reader.path / 'state.json'}: not what a run writes; remove the directory")
         if state.get("data") != data_fingerprint:
             raise UserError(
                 f"{reader.path}: made with other training data (fingerprint {state.get('data')}, now "
@@ -244,7 +237,7 @@ class MedusaEngine:
                 if self.rank == 0:
                     shutil.rmtree(output / ".tmp-backbone", ignore_errors=True)
                     self.model.backbone.save_pretrained(output / ".tmp-backbone", state_dict=weights)
-                    checkpoint.sync_files(output / ".tmp-backbone")
+                    sync_files(output / ".tmp-backbone")
                     shutil.rmtree(output / "backbone", ignore_errors=True)
                     os.rename(output / ".tmp-backbone", output / "backbone")
                 del weights

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from medusa_ds.errors import UserError
 from medusa_ds.training import checkpoint
+from medusa_ds.training.manifest import encode_manifest, write_file
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -127,12 +128,12 @@ def rewrite_manifest(path: Path, change: Any) -> None:
     """What somebody who knows the format would write."""
     manifest = json.loads((path / "manifest.json").read_bytes())
     change(manifest["files"])
-    (path / "manifest.json").write_bytes(checkpoint._manifest(manifest["step"], manifest["files"]))
+    (path / "manifest.json").write_bytes(encode_manifest(manifest["step"], manifest["files"]))
 
 
 def test_pickle_under_a_safetensors_name_is_never_unpickled(root: Path, capsys: Any) -> None:
     path = root / "step-000040"
-    entry = checkpoint._write(path / "rank00000-00000.safetensors", pickle.dumps(Bomb()))
+    entry = write_file(path / "rank00000-00000.safetensors", pickle.dumps(Bomb()))
     rewrite_manifest(path, lambda files: files.update(entry))
     assert found_step(root) == 20
     assert "rank00000-00000.safetensors: " in capsys.readouterr().out
@@ -331,5 +332,5 @@ def test_manifest_with_a_strange_step_is_named(root: Path) -> None:
     path = root / "step-000040"
     files = json.loads((path / "manifest.json").read_bytes())["files"]
     for step in ([40], "40", None, {}, 40.5):
-        (path / "manifest.json").write_bytes(checkpoint._manifest(step, files))
+        (path / "manifest.json").write_bytes(encode_manifest(step, files))
         assert checkpoint.check(path), step
