@@ -36,18 +36,18 @@ def _text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def _at_least(low: int) -> Callable[[Any], bool]:
-    return lambda value: type(value) is int and value >= low
+def _between(low: int, high: int) -> Callable[[Any], bool]:
+    return lambda value: type(value) is int and low <= value <= high
 
 
 _META: dict[str, Callable[[Any], bool]] = {
     "base_model": _text,
     "revision": lambda value: value is None or _text(value),
-    "num": _at_least(1),
-    "layers": _at_least(0),
+    "num": _between(1, 64),
+    "layers": _between(0, 64),
     "lm_head": lambda value: value in ("own", "shared"),
-    "hidden_size": _at_least(1),
-    "vocab_size": _at_least(1),
+    "hidden_size": _between(1, 1 << 20),
+    "vocab_size": _between(1, 1 << 24),
     "recipe": _text,
 }
 

@@ -1,0 +1,261 @@
+"""Faults of real launches: the stock launcher, two ranks, ended, stopped or failed at a file call from outside."""
+
+import json
+import os
+import re
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from support import Run, launch, losses_of, metrics_of, train
+
+INJECT = Path(__file__).with_name("inject")
+STEPS = ("train.steps=6", "train.save_every=2")
+
+
+def fault(under: Path, rank: int | None, do: str, call: int = 1, match: str = "") -> dict[str, str]:
+    """The environment in which a launch meets a fault."""
+    values = {"under": str(under), "rank": rank, "do": do, "call": call, "match": match}
+    return {"PYTHONPATH": str(INJECT), "FAULT": json.dumps(values)}
+
+
+def processes(run: Run) -> dict[str, psutil.Process]:
+    """The launch's processes by name, once they are all there."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        runner = psutil.Process(run.process.pid)
+        found = {"runner": runner}
+        for child in runner.children(recursive=True):
+            command = " ".join(child.cmdline())
+            if rank := re.search(r"--local_rank=(\d)", command):
+                found.setdefault(f"rank {rank[1]}", child)
+            elif "deepspeed.launcher.launch" in command:
+                found.setdefault("launcher", child)
+        if len(found) == 4:
+            return found
+        time.sleep(0.05)
+    raise AssertionError(run.text)
+
+
+def ended(run: Run, members: Any, timeout: float = 60) -> int:
+    """Nothing is left running; the exit status of `deepspeed`."""
+    end = time.monotonic() + timeout
+    status = run.wait(timeout)
+    _, alive = psutil.wait_procs([one for one in members if one.pid != run.process.pid], end - time.monotonic())
+    assert not alive, run.text
+    return status
+
+
+def checkpoints(out: Path) -> list[str]:
+    return sorted(path.name for path in (out / "checkpoints").glob("*") if path.name != "best")
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, conversations: Path) -> Path:
+    """A run of two ranks that nothing disturbs, with secrets in its environment."""
+    folder = tmp_path_factory.mktemp("straight")
+    recipe = folder / "tiny.yaml"
+    recipe.write_text(
+        f"model:\n  name: {tiny_model}\nheads:\n  num: 3\nstage: 1\ndata:\n  path: {conversations}\n"
+        "  max_length: 64\n  validation: 0.2\ntrain:\n  global_batch_size: 4\n  micro_batch_size: 2\n  steps: 6\n"
+        f"  lr: 1e-2\n  save_every: 2\ndeepspeed: ds_configs/zero2.json\noutput: {folder / 'out'}\n"
+    )
+    secrets = {"HF_TOKEN": "hf_" + "Q" * 34, "WANDB_API_KEY": "c0ffee" * 6 + "abcd"}
+    text = train(recipe, *STEPS, ranks=2, module=True, env=secrets, log_dir=folder)
+    written = b"".join(file.read_bytes() for file in (folder / "out").rglob("*") if file.is_file()) + text.encode()
+    assert not any(secret.encode() in written for secret in secrets.values()), "a secret was written"
+    return folder / "out"
+
+
+def test_rank_killed_while_it_writes_then_another_layout_goes_on(
+    tiny_recipe: Path, straight: Path, tmp_path: Path
+) -> None:
+    """The newest whole checkpoint is that of step 2; one rank under ZeRO 3 goes on from it with the same losses."""
+    out = tmp_path / "out"
+    run = launch(tiny_recipe, *STEPS, ranks=2, env=fault(out, 1, "kill", 2, "step-000004"), log_dir=tmp_path)
+    members = processes(run).values()
+    assert ended(run, members) == 247, run.text
+    assert "fault: kill at write" in run.text
+    assert "another rank has died" in run.text and "Traceback" not in run.text
+    assert "step-000002" in checkpoints(out) and "step-000004" not in checkpoints(out)
+    text = train(tiny_recipe, *STEPS, "deepspeed=ds_configs/zero3.json", log_dir=tmp_path)
+    assert "resuming after step 2 of 6" in text
+    assert losses_of(out) == pytest.approx(losses_of(straight), rel=1e-6)
+    assert losses_of(out)[:2] == losses_of(straight)[:2]
+
+
+def test_all_killed_in_the_final_save_then_the_same_command_finishes(
+    tiny_recipe: Path, straight: Path, tmp_path: Path
+) -> None:
+    """A heads directory that lacks heads.json is no finished run. Mutation: saving the tokenizer after it."""
+    out = tmp_path / "out"
+    run = launch(tiny_recipe, *STEPS, ranks=2, env=fault(out, 0, "kill_all", 1, "heads/heads.json$"), log_dir=tmp_path)
+    assert ended(run, processes(run).values()) < 0
+    assert (out / "heads" / "heads.safetensors").exists() and not (out / "heads" / "heads.json").exists()
+    assert (out / "heads" / "tokenizer.json").exists()
+    text = train(tiny_recipe, *STEPS, ranks=2, log_dir=tmp_path)
+    assert "resuming after step 6 of 6" in text and "heads saved in" in text
+    assert losses_of(out) == losses_of(straight)
+    tensors = [folder / "heads" / "heads.safetensors" for folder in (out, straight)]
+    assert tensors[0].read_bytes() == tensors[1].read_bytes()
+
+
+def test_full_disk_is_one_line_and_data_that_changed_is_refused(
+    tiny_recipe: Path, conversations: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    run = launch(tiny_recipe, *STEPS, ranks=2, env=fault(out, 1, "ENOSPC", 1, "step-000004/rank"), log_dir=tmp_path)
+    assert run.wait() == 2
+    errors = [line for line in run.text.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in run.text, run.text
+    assert (
+        f"error: {out / 'checkpoints'}: the checkpoint cannot be written (No space left on device, rank 1)" in errors[0]
+    )
+    assert re.search(r"it needs \d+ bytes in a writable directory; older checkpoints are whole", errors[0])
+    assert checkpoints(out) == ["step-000002"]
+    changed = tmp_path / "changed.jsonl"
+    changed.write_text("".join(conversations.read_text().splitlines(keepends=True)[:-1]))
+    kept = (out / "recipe.yaml").read_text()
+    (out / "recipe.yaml").write_text(kept.replace(str(conversations), str(changed)))
+    again = launch(tiny_recipe, *STEPS, f"data.path={changed}", log_dir=tmp_path)
+    assert again.wait() == 2
+    assert "step-000002: made with other training data" in again.text and "Traceback" not in again.text
+
+
+def test_signal_to_the_runner_before_any_rank_has_begun(tiny_recipe: Path, tmp_path: Path) -> None:
+    """Mutation: without the look at the launcher at the start, both ranks train on as orphans."""
+    run = launch(tiny_recipe, "train.steps=3000", ranks=2, log_dir=tmp_path)
+    members = processes(run)
+    run.process.send_signal(signal.SIGTERM)
+    assert ended(run, members.values()) == -signal.SIGTERM
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_metrics_that_cannot_be_written_are_one_line(tiny_recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run = launch(tiny_recipe, *STEPS, ranks=2, env=fault(out, 0, "ENOSPC", 4, "metrics.jsonl"), log_dir=tmp_path)
+    assert run.wait() == 2
+    assert f"error: {out / 'metrics.jsonl'}: cannot be written (No space left on device)" in run.text
+    assert "Traceback" not in run.text
+
+
+LIVING = ("train.steps=3000", "train.save_every=1000", "train.eval_every=1000")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("target", ["runner", "launcher", "rank 0", "rank 1"])
+def test_signal_to_any_process_of_the_tree(
+    target: str, number: signal.Signals, tiny_recipe: Path, tmp_path: Path
+) -> None:
+    run = launch(tiny_recipe, *LIVING, ranks=2, log_dir=tmp_path)
+    run.wait_for("step 1/3000")
+    members = processes(run)
+    before = len(metrics_of(tmp_path / "out"))
+    members[target].send_signal(number)
+    status = ended(run, members.values())
+    done = len(metrics_of(tmp_path / "out"))
+    assert checkpoints(tmp_path / "out") == [f"step-{done:06d}"] and done >= before
+    wanted = {"runner": {-number, 128 + number, 1}, "launcher": {1}}.get(target, {128 + number})
+    assert status in wanted, (status, run.text)
+
+
+@pytest.mark.long
+def test_lost_launcher(tiny_recipe: Path, tmp_path: Path) -> None:
+    """The stock runner then ends with 0, which nothing in its child can change."""
+    run = launch(tiny_recipe, *LIVING, ranks=2, log_dir=tmp_path)
+    run.wait_for("step 1/3000")
+    members = processes(run)
+    members["launcher"].kill()
+    ended(run, members.values())
+    assert checkpoints(tmp_path / "out") == [f"step-{len(metrics_of(tmp_path / 'out')):06d}"]
+
+
+@pytest.mark.long
+def test_second_signal_ends_at_once(tiny_recipe: Path, tmp_path: Path) -> None:
+    """The first waits for a save that never ends."""
+    out = tmp_path / "out"
+    run = launch(tiny_recipe, *LIVING, ranks=2, env=fault(out, 0, "sleep", 1, "step-"), log_dir=tmp_path)
+    run.wait_for("step 1/3000")
+    members = processes(run)
+    members["rank 0"].send_signal(signal.SIGTERM)
+    run.wait_for("fault: sleep")
+    time.sleep(4)
+    members["rank 0"].send_signal(signal.SIGTERM)
+    started = time.monotonic()
+    members["rank 0"].wait(2)
+    assert ended(run, members.values(), 30) == 128 + signal.SIGTERM
+    assert time.monotonic() - started < 10
+    assert "ending at once" in run.text
+
+
+@pytest.mark.long
+def test_stopped_rank_ends_the_job_with_its_name_and_stack(tiny_recipe: Path, tmp_path: Path) -> None:
+    run = launch(tiny_recipe, *LIVING, "train.hang_timeout=30", ranks=2, log_dir=tmp_path)
+    run.wait_for("step 1/3000")
+    members = processes(run)
+    stopped = members["rank 1"]
+    stopped.suspend()
+    began = time.monotonic()
+    status = ended(run, members.values(), 60)
+    assert time.monotonic() - began < 40, run.text
+    assert status not in (0, None), run.text
+    assert "no step finished within train.hang_timeout (30 s)" in run.text
+    assert f"the rank with pid {stopped.pid} was stopped" in run.text
+    assert re.search(rf"rank 1 on \S+ \(pid {stopped.pid}\): no step finished", run.text), run.text
+
+
+@pytest.mark.long
+def test_rank_stopped_while_data_is_read(tiny_recipe: Path, tmp_path: Path) -> None:
+    env = fault(tmp_path / "out", 0, "stop", 1, "lock$")
+    run = launch(tiny_recipe, *LIVING, "train.hang_timeout=30", ranks=2, env=env, log_dir=tmp_path)
+    members = processes(run)
+    run.wait_for("fault: stop")
+    began = time.monotonic()
+    status = ended(run, members.values(), 80)
+    assert status != 0 and time.monotonic() - began < 75, run.text
+    assert "was stopped" in run.text
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("rank", [0, 1, None])
+@pytest.mark.parametrize("phase", ["start", "data", "load", "deletion", "final"])
+def test_kill_in_every_phase_then_resume(
+    phase: str, rank: int | None, tiny_recipe: Path, straight: Path, tmp_path: Path
+) -> None:
+    out, do = tmp_path / "out", "kill_all" if rank is None else "kill"
+    cache = {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    if phase in ("start", "data"):
+        run = launch(tiny_recipe, *STEPS, ranks=2, env=cache, log_dir=tmp_path)
+        members = processes(run)
+        if phase == "data":
+            while not list((tmp_path / "cache").rglob("*.arrow")) and run.process.poll() is None:
+                time.sleep(0.01)
+        if rank is None:
+            os.killpg(run.process.pid, signal.SIGKILL)
+        else:
+            members[f"rank {rank}"].kill()
+    elif phase == "load":
+        train(tiny_recipe, *STEPS, ranks=2, env=cache, log_dir=tmp_path)
+        for file in (out / "heads").iterdir():
+            file.unlink()
+        run = launch(tiny_recipe, *STEPS, ranks=2, env=cache, log_dir=tmp_path)
+        members = processes(run)
+        run.wait_for("data:")
+        time.sleep(1)
+        if rank is None:
+            os.killpg(run.process.pid, signal.SIGKILL)
+        else:
+            members[f"rank {rank}"].kill()
+    else:
+        match = r"\.tmp-old-step" if phase == "deletion" else "heads/" if rank != 1 else "step-000006"
+        env = cache | fault(out, 0 if phase == "deletion" else rank if rank is not None else 0, do, 2, match)
+        run = launch(tiny_recipe, *STEPS, "train.keep_last=1", ranks=2, env=env, log_dir=tmp_path)
+        members = processes(run)
+    assert ended(run, members.values()) != 0, run.text
+    train(tiny_recipe, *STEPS, ranks=2, env=cache, log_dir=tmp_path)
+    assert losses_of(out) == losses_of(straight)
+    assert not list((out / "checkpoints").glob(".tmp*"))
