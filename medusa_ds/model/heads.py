@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from medusa_ds.config_files import read_json
+from medusa_ds.config_files import read_json, redact
 from medusa_ds.errors import UserError
 from medusa_ds.model.loss import Impl, linear_cross_entropy
 
@@ -232,11 +232,12 @@ def load_heads(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]
 def _check_config(config: Any, path: Path) -> None:
     version = config.get("format_version") if isinstance(config, dict) else None
     if version != FORMAT_VERSION:
-        raise UserError(f"{path}: found format_version {version}; this version reads {FORMAT_VERSION}")
+        raise UserError(f"{path}: found format_version {redact(repr(version))[:80]}; this version reads {FORMAT_VERSION}")
     checks = {**_META, "dtype": _text, "sha256": _text}
     wrong = [key for key, is_valid in checks.items() if not is_valid(config.get(key, ...))]
     if wrong:
-        raise UserError(*(f"{path}: {key}: found {config.get(key)!r}; save the heads again" for key in wrong))
+        found = {key: redact(repr(config.get(key)))[:80] for key in wrong}
+        raise UserError(*(f"{path}: {key}: found {found[key]}; save the heads again" for key in wrong))
 
 
 def _sha256(path: Path) -> str:
