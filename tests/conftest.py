@@ -3,6 +3,7 @@
 import json
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,11 @@ output: {tmp_path / "out"}
 """
     )
     return file
+
+
+@pytest.fixture(autouse=True)
+def no_shared_memory_left() -> Iterator[None]:
+    """Remove the 66 MiB that DeepSpeed leaves in /dev/shm for every rank and port of a CPU run."""
+    yield
+    for file in Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"):
+        file.unlink(missing_ok=True)
