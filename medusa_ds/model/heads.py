@@ -232,12 +232,13 @@ def load_heads(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]
 def _check_config(config: Any, path: Path) -> None:
     version = config.get("format_version") if isinstance(config, dict) else None
     if version != FORMAT_VERSION:
-        raise UserError(f"{path}: found format_version {redact(repr(version))[:80]}; this version reads {FORMAT_VERSION}")
+        found = redact(repr(version))[:80]
+        raise UserError(f"{path}: found format_version {found}; this version reads {FORMAT_VERSION}")
     checks = {**_META, "dtype": _text, "sha256": _text}
     wrong = [key for key, is_valid in checks.items() if not is_valid(config.get(key, ...))]
     if wrong:
-        found = {key: redact(repr(config.get(key)))[:80] for key in wrong}
-        raise UserError(*(f"{path}: {key}: found {found[key]}; save the heads again" for key in wrong))
+        values = {key: redact(repr(config.get(key)))[:80] for key in wrong}
+        raise UserError(*(f"{path}: {key}: found {values[key]}; save the heads again" for key in wrong))
 
 
 def _sha256(path: Path) -> str:

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 FORMAT = 1
@@ -105,13 +106,34 @@ def encode_manifest(step: int, entries: dict[str, Any]) -> bytes:
     return json.dumps(body | {"blake2b": hashlib.blake2b(text, digest_size=32).hexdigest()}, sort_keys=True).encode()
 
 
-def write_file(file: Path, content: bytes) -> dict[str, Any]:
-    """Write and flush a file; returns its manifest entry."""
+def write_file(file: Path, *parts: Any) -> dict[str, Any]:
+    """Write and flush a file from bytes or arrays of bytes; returns its manifest entry."""
+    digest, size = hashlib.blake2b(digest_size=32), 0
     with open(file, "wb") as stream:
-        stream.write(content)
+        for part in parts:
+            stream.write(part)
+            digest.update(part)
+            size += len(part)
         stream.flush()
         os.fsync(stream.fileno())
-    return {file.name: {"bytes": len(content), "blake2b": hashlib.blake2b(content, digest_size=32).hexdigest()}}
+    return {file.name: {"bytes": size, "blake2b": digest.hexdigest()}}
+
+
+def write_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Write and flush fp32 tensors on the CPU as safetensors, straight from their memory; returns the manifest entry.
+
+    The library's own `save` copies every tensor twice, which took half of a checkpoint's time.
+    """
+    header: dict[str, Any] = {}
+    end = 0
+    for name, tensor in tensors.items():
+        assert tensor.dtype == torch.float32, (name, tensor.dtype)
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # what follows is aligned
+    arrays = (tensor.contiguous().flatten().numpy().view("uint8") for tensor in tensors.values())
+    return write_file(file, len(text).to_bytes(8, "little"), text, *arrays)
 
 
 def sync_files(path: Path) -> None:
