@@ -12,6 +12,9 @@ import psutil
 import pytest
 from support import Run, launch, losses_of, metrics_of, train
 
+from medusa_ds.errors import UserError
+from medusa_ds.train import _claim
+
 INJECT = Path(__file__).with_name("inject")
 STEPS = ("train.steps=6", "train.save_every=2")
 
@@ -140,6 +143,20 @@ def test_metrics_that_cannot_be_written_are_one_line(tiny_recipe: Path, tmp_path
     assert run.wait() == 2
     assert f"error: {out / 'metrics.jsonl'}: cannot be written (No space left on device)" in run.text
     assert "Traceback" not in run.text
+
+
+def test_output_that_cannot_be_written_is_one_line() -> None:
+    with pytest.raises(UserError, match=r"/proc/no/such: cannot be written .*name a writable directory in output"):
+        _claim(Path("/proc/no/such"), None)  # type: ignore[arg-type]
+
+
+@pytest.mark.long
+def test_full_disk_in_the_final_save_is_one_line(tiny_recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run = launch(tiny_recipe, *STEPS, ranks=2, env=fault(out, 0, "ENOSPC", 1, r"heads/\.?heads"), log_dir=tmp_path)
+    assert run.wait() == 2
+    assert f"error: {out}: the heads cannot be written" in run.text and "Traceback" not in run.text, run.text
+    assert "heads saved in" in train(tiny_recipe, *STEPS, ranks=2, log_dir=tmp_path)
 
 
 LIVING = ("train.steps=3000", "train.save_every=1000", "train.eval_every=1000")
