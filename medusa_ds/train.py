@@ -149,6 +149,7 @@ def _failures(rank: int, output: Path) -> Iterator[None]:
         if not any(text in str(error) for text in _LOST_RANK):
             raise
         print(f"rank {rank}: another rank has died; ending (its own message says why)", file=sys.stderr, flush=True)
+        time.sleep(3)  # the launcher hands on the first status that it sees: let it be the other's
         sys.exit(1)
 
 

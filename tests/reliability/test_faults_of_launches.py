@@ -176,7 +176,7 @@ def test_signal_to_any_process_of_the_tree(
     status = ended(run, members.values())
     done = len(metrics_of(tmp_path / "out"))
     assert checkpoints(tmp_path / "out") == [f"step-{done:06d}"] and done >= before
-    wanted = {"runner": {-number, 128 + number, 1}, "launcher": {1}}.get(target, {128 + number})
+    wanted = {"runner": {-number, 128 + number, 1}, "launcher": {1}}.get(target, {128 + number, 128 + signal.SIGTERM})
     assert status in wanted, (status, run.text)
 
 
