@@ -112,6 +112,8 @@ def every_call(out: Path, zero: str, stage: int, short: bool) -> dict[str, Any]:
                 break
             dist.barrier()
             assert code is None or message is not None or at > calls or _harmless(root)
+            assert not any(checkpoint.check(path) for path in checkpoint.completed(root)), (victim, at, code)
+            dist.barrier()
             assert engine.resume_newest("fingerprint") == STATE, (victim, at, code)
             first = engine.steps_taken
             for name, tensor in engine._tensors.read():

@@ -58,8 +58,7 @@ def check(results: list[dict[str, Any]], folder: Path, trials: int, messages: in
 
 
 def test_save_cut_off_at_any_file_call_resumes_with_the_same_losses(tmp_path: Path) -> None:
-    """Mutations: renaming before the other ranks have finished; no flush of the link to the best one; counting a
-    damaged later checkpoint among the kept."""
+    """Mutations: writing the manifest after the rename; resuming without putting `best` right."""
     check(run_pair(tmp_path, [("zero2", 1, True)]), tmp_path, trials=30, messages=5)
 
 
