@@ -4,9 +4,9 @@ Each row of the cache holds the tree first (slots 0..N-1, overwritten at every s
 All layers share one tensor, so that keeping the accepted path is one gather and one scatter. Prompts are padded on the
 right, where causal attention never looks, and what lies beyond a row's length is hidden by the mask.
 
-Attention is scaled_dot_product_attention as a function of our own in transformers' registry, for two reasons:
-transformers repeats keys and values for grouped queries on every call with a mask, which copies the whole cache; here
-the query heads of a group become rows instead. And layers with a sliding window need another mask than the others.
+Attention is a function of our own in transformers' registry, for two reasons: transformers repeats keys and values for
+grouped queries on every call with a mask, which copies the whole cache; here the query heads of a group become rows
+instead. And layers with a sliding window need another mask than the others.
 
 Shape suffixes: B rows, N tree nodes, D tree depth + 1, L slots.
 """
@@ -40,8 +40,14 @@ def _attend(
     batch, heads, rows, size = query.shape
     if attention_mask is not None:  # tree step
         mask = attention_mask if sliding_window is None else window_mask
+        assert mask is not None
         grouped = query.reshape(batch, key.shape[1], -1, size)
-        out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
+        if query.is_cuda and batch == 1:  # fused kernels put one block on each key/value head: most of the GPU idles
+            score = torch.bmm(grouped[0], key[0].mT, out_dtype=torch.float32)
+            share = (score * (size**-0.5 if scaling is None else scaling) + mask[0]).softmax(-1)
+            out = torch.bmm(share.to(value.dtype), value[0])
+        else:
+            out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
         out = out.reshape(batch, heads, rows, value.shape[-1])
     else:  # prefill
         mask = None

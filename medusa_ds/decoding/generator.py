@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from medusa_ds.decoding.acceptance import Acceptance
 from medusa_ds.decoding.cache import Session, static_attention
+from medusa_ds.decoding.packed import pack_projections
 from medusa_ds.decoding.trees import Tree
 from medusa_ds.errors import UserError
 from medusa_ds.model.heads import MedusaHead
@@ -52,7 +53,8 @@ class Decoder:
 
     Args:
         backbone: a causal language model of transformers. Its attention implementation is set to ours while the
-            decoder runs, so the same model can serve `generate` of transformers in between.
+            decoder runs, so the same model can serve `generate` of transformers in between. On a GPU its projections
+            are packed in place.
         heads: the Medusa heads, head 1 first; more than the tree is deep are not run.
         tree: the candidates; `chain(0)` decodes plainly.
         acceptance: the rule.
@@ -75,10 +77,13 @@ class Decoder:
         self.heads = list(heads)[: tree.depth]
         self.acceptance = acceptance or Acceptance()
         self.use_graph = backbone.device.type == "cuda" if graph is None else graph
+        if backbone.device.type == "cuda":
+            pack_projections(backbone)
         self._run: Callable[[Session], None] = self._step
         if compile_step:
             torch._dynamo.config.recompile_limit = 256  # one compilation a tree and session, over all decoders
-            self._run = torch.compile(self._step, dynamic=False)
+            # multiplies one row by Triton reductions, which read weights faster than cuBLAS and fuse with the norms
+            self._run = torch.compile(self._step, dynamic=False, options={"coordinate_descent_tuning": True})
         self._session: Session | None = None
         ends = backbone.generation_config.eos_token_id if backbone.generation_config else backbone.config.eos_token_id
         self.ends = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
@@ -212,7 +217,7 @@ class Decoder:
         hidden_BH = hidden_BPH[torch.arange(len(prompts), device=device), session.length_B - 1]
         session.uniform_BN.uniform_(generator=generator)
         root_B = self.acceptance.choose(self.backbone.get_output_embeddings()(hidden_BH), session.uniform_BN[:, 0])
-        self._propose(session, hidden_BH, root_B)
+        self._propose(session, self._guess(hidden_BH), root_B)
 
     def _step(self, session: Session) -> None:
         tree = self.tree
@@ -225,18 +230,38 @@ class Decoder:
             use_cache=True,
             **session.masks(position_BN),
         ).last_hidden_state
-        logits_BNV = self.backbone.get_output_embeddings()(hidden_BNH)
-        verdict = self.acceptance.judge(logits_BNV, tokens_BN, tree, session.uniform_BN)
+        every_node = self._reads_lm_head_once(hidden_BNH)
+        if every_node:
+            parts = [hidden_BNH, *(head.blocks(hidden_BNH) for head in self.heads)]
+            logits_GBNV = self.backbone.get_output_embeddings()(torch.stack(parts))
+        else:
+            logits_GBNV = self.backbone.get_output_embeddings()(hidden_BNH)[None]
+        verdict = self.acceptance.judge(logits_GBNV[0], tokens_BN, tree, session.uniform_BN)
         session.keep(verdict.path_BD, verdict.count_B)
-        last_B1H = verdict.last_B[:, None, None].expand(-1, 1, hidden_BNH.shape[-1])
-        self._propose(session, hidden_BNH.gather(1, last_B1H)[:, 0], verdict.next_B)
+        row_B = torch.arange(len(tokens_BN), device=tokens_BN.device)
+        if every_node:
+            self._propose(session, logits_GBNV[1:, row_B, verdict.last_B], verdict.next_B)
+        else:
+            self._propose(session, self._guess(hidden_BNH[row_B, verdict.last_B]), verdict.next_B)
         session.out_BD.copy_(torch.cat([verdict.count_B[:, None], verdict.emitted_BD], 1))
 
-    def _propose(self, session: Session, hidden_BH: Tensor, root_B: Tensor) -> None:
+    def _reads_lm_head_once(self, hidden_BNH: Tensor) -> bool:
+        """Whether to ask the heads at every node, before the last accepted one is known.
+
+        That reads the LM head's weight once instead of twice, which pays while reading takes longer than multiplying.
+        """
+        rows = (1 + len(self.heads)) * hidden_BNH.shape[0] * hidden_BNH.shape[1]
+        shared = bool(self.heads) and all(head.projection is None for head in self.heads)
+        return shared and hidden_BNH.is_cuda and rows <= 256
+
+    def _guess(self, hidden_BH: Tensor) -> Tensor:
+        """Logits [heads, B, V] of the heads that the tree asks."""
+        return head_logits(self.heads, hidden_BH, self.backbone) if self.heads else hidden_BH.new_empty(0)
+
+    def _propose(self, session: Session, logits_KBV: Tensor, root_B: Tensor) -> None:
         """Write the root and every head's best guesses, the next tree's candidates."""
         parts = [root_B[:, None]]
-        if self.tree.depth:
-            logits_KBV = head_logits(self.heads, hidden_BH, self.backbone)
+        if self.heads:
             parts.append(logits_KBV.topk(self.tree.width, dim=-1).indices.transpose(0, 1).flatten(1))
         session.candidates_BC.copy_(torch.cat(parts, 1))
 

@@ -1,0 +1,56 @@
+"""Projections of one input as one matrix product.
+
+A decoding step multiplies few rows, so a layer's time is that of reading its weights plus a fixed cost for every
+product. transformers computes queries, keys and values, and the two inputs of a gated MLP, one after the other; side by
+side in one matrix they cost one product each.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Names of projections that get the same input, in the order in which all layers of transformers call them."""
+
+
+class _First(nn.Module):
+    """Multiplies by all weights of a group, returns its own part and keeps the others' for their calls."""
+
+    def __init__(self, linears: list[nn.Linear]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.cat([linear.weight.data for linear in linears]), requires_grad=False)
+        bias = [linear.bias.data for linear in linears if linear.bias is not None]
+        self.bias = nn.Parameter(torch.cat(bias), requires_grad=False) if bias else None
+        self.sizes = [linear.out_features for linear in linears]
+        self.rest: list[Tensor] = []
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        first, *self.rest = F.linear(hidden, self.weight, self.bias).split(self.sizes, -1)
+        return first
+
+
+class _Other(nn.Module):
+    first: _First
+
+    def __init__(self, first: _First, index: int) -> None:
+        super().__init__()
+        self.__dict__["first"] = first  # not a submodule: its weight is the first's
+        self.index = index
+
+    def forward(self, _: Tensor) -> Tensor:
+        return self.first.rest[self.index]
+
+
+@torch.no_grad()
+def pack_projections(backbone: nn.Module) -> None:
+    """Put the projections of `GROUPS` side by side, in place; needs room for one layer's copy. Inference only."""
+    for module in list(backbone.modules()):
+        for names in GROUPS:
+            linears = [getattr(module, name, None) for name in names]
+            plain = [linear for linear in linears if type(linear) is nn.Linear]
+            if len(plain) < len(names) or len({linear.bias is None for linear in plain}) > 1:
+                continue
+            first = _First(plain)
+            setattr(module, names[0], first)
+            for index, name in enumerate(names[1:]):
+                setattr(module, name, _Other(first, index))
