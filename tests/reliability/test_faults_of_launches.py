@@ -226,6 +226,18 @@ def test_stopped_rank_ends_the_job_with_its_name_and_stack(tiny_recipe: Path, tm
 
 
 @pytest.mark.long
+def test_out_of_memory_on_one_rank_ends_all_and_names_the_settings(tiny_recipe: Path, tmp_path: Path) -> None:
+    """Eager attention over 8,192 tokens asks for tensors of 1 GiB; rank 1 has room for none."""
+    env = fault(tmp_path / "out", 1, "memory", 3_300_000_000)
+    settings = ("data.max_length=8192", "model.attention=eager", "train.micro_batch_size=1", "train.eval_every=100")
+    run = launch(tiny_recipe, *settings, ranks=2, env=env, log_dir=tmp_path)
+    members = processes(run)
+    assert ended(run, members.values(), 300) == 2, run.text
+    assert re.search(r"out of memory .*lower train.micro_batch_size \(now 1\).*data.max_length \(now 8192\)", run.text)
+    assert "Traceback" not in run.text
+
+
+@pytest.mark.long
 def test_rank_stopped_while_data_is_read(tiny_recipe: Path, tmp_path: Path) -> None:
     env = fault(tmp_path / "out", 0, "stop", 1, "lock$")
     run = launch(tiny_recipe, *LIVING, "train.hang_timeout=30", ranks=2, env=env, log_dir=tmp_path)

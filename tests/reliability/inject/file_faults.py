@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import resource
 import shutil  # noqa: F401 - decides at import, from the unwrapped calls, how it walks directories
 import signal
 import time
@@ -114,6 +115,9 @@ def install_from_environment() -> None:
     if "RANK" not in os.environ or fault["rank"] not in (None, int(os.environ["RANK"])):
         return
     does = fault["do"]
+    if does == "memory":  # `call` bytes of address space
+        resource.setrlimit(resource.RLIMIT_AS, (fault["call"], fault["call"]))
+        return
 
     def act(number: int, name: str, path: str, half: Callable[[], None]) -> None:
         if number < fault["call"] or (number > fault["call"] and not does.startswith("E")):
