@@ -144,7 +144,7 @@ def export_run(args: argparse.Namespace) -> None:
     from medusa_ds.export import main
 
     main(args.run, args.out, args.engine, untrained=args.untrained, dtype=args.dtype, force=args.force,
-         push_to_hub=args.push_to_hub)  # fmt: skip
+         push_to_hub=args.push_to_hub, vocab=args.vocab)  # fmt: skip
 
 
 def import_run(args: argparse.Namespace) -> None:
@@ -233,6 +233,7 @@ COMMANDS = {
         _option("--untrained", metavar="RECIPE", help="in place of a run: a recipe's heads before training"),
         _option("--dtype", choices=["bfloat16", "float16", "float32"],
                 help="without it, the run's, or for a checkpoint the base model's"),
+        _option("--vocab", type=_count, metavar="N", help="cut heads to the N most frequent tokens of their training"),
         _option("--force", action="store_true", help="replace an earlier export"),
         _option("--push-to-hub", metavar="REPO", help="upload it, a tuned backbone to REPO-backbone"),
     ]),

@@ -59,7 +59,7 @@ def count_parameters(recipe: Recipe, config: Any) -> Parameters:
         backbone=total if tied else total - projection.numel(),
         lm_head=0 if tied else projection.numel(),
         blocks=heads.num * heads.layers * (hidden_size * hidden_size + hidden_size),
-        projections=heads.num * vocab_size * hidden_size if heads.lm_head == "own" else 0,
+        projections=heads.num * heads.rows(vocab_size) * hidden_size if heads.lm_head == "own" else 0,
         largest=projection.numel(),
     )
 
@@ -124,8 +124,9 @@ def loss_bytes(recipe: Recipe, config: Any, width: int) -> int:
     trained = (recipe.heads.num if recipe.heads.lm_head == "own" else 0) + (recipe.stage == 2)
     if recipe.loss.impl == "eager":
         rows = recipe.train.micro_batch_size * recipe.data.max_length
-        return (recipe.heads.num + (recipe.stage == 2)) * rows * config.vocab_size * (width + 3 * 4)
-    projection = config.vocab_size * config.hidden_size
+        logits = recipe.heads.num * recipe.heads.rows(config.vocab_size) + (recipe.stage == 2) * config.vocab_size
+        return logits * rows * (width + 3 * 4)
+    projection = recipe.heads.rows(config.vocab_size) * config.hidden_size
     return (recipe.loss.chunk_mib << 20) + 4 * projection + trained * width * projection
 
 

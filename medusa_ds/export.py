@@ -30,12 +30,14 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from medusa_ds.config_files import parse_yaml, read_json, read_text
+from medusa_ds.data.packing import load_data
+from medusa_ds.data.vocabulary import token_map
 from medusa_ds.decoding import custom_generate
-from medusa_ds.decoding.runs import load_run, save_tree
+from medusa_ds.decoding.runs import load_run, read_checkpoint, save_tree
 from medusa_ds.errors import UserError
 from medusa_ds.model.backbone import lm_head_weight, load_backbone, load_config, load_tokenizer
 from medusa_ds.model.heads import MedusaHeads, load_heads, save_heads
-from medusa_ds.model.layouts import to_medusa, to_vllm
+from medusa_ds.model.layouts import expand_rows, to_medusa, to_vllm
 from medusa_ds.recipe import Recipe
 from medusa_ds.training import checkpoint
 from medusa_ds.training.build import heads_meta
@@ -87,6 +89,7 @@ def main(
     dtype: str | None = None,
     force: bool = False,
     push_to_hub: str | None = None,
+    vocab: int | None = None,
 ) -> None:
     """Export heads.
 
@@ -98,6 +101,8 @@ def main(
         dtype: one of `DTYPES`; None: the run's, or for a checkpoint and untrained heads the base model's.
         force: replace an earlier export.
         push_to_hub: repository to upload to.
+        vocab: tokens that heads trained onto all of them are cut to. Heads that share the LM head stay as they are, but
+            vLLM reads a map (`token_map`) and cuts the LM head for them.
 
     Raises:
         UserError: nothing to export, a directory that is in the way, or the hub refuses.
@@ -108,6 +113,8 @@ def main(
     _check_free(target, force)
     wanted = DTYPES[dtype] if dtype else None
     source = _untrained(untrained, wanted) if untrained else _from_run(Path(str(run)), wanted)
+    if vocab is not None:
+        source = _truncate(source, _recipe(source.meta["recipe"], Path("heads.json: recipe")), vocab)
     with _directory(target) as work:
         _write(work, target, source, engine)
     print(f"exported {source.meta['num']} heads to {out}; README.md there has the launch lines")
@@ -123,11 +130,9 @@ def _from_run(run: Path, dtype: torch.dtype | None) -> Source:
         folder, output = run.resolve(), run.resolve().parents[1]
         if problems := checkpoint.check(folder):
             raise UserError(*problems)
-        reader = checkpoint.Reader(folder)
         recipe = _recipe(read_text(output / "recipe.yaml"), output / "recipe.yaml")
         meta, step = heads_meta(recipe), int(folder.name.removeprefix("step-"))
-        masters = [name for name in reader.shapes() if name.startswith("heads.") and name.endswith("/master")]
-        heads = {name[len("heads.") : -len("/master")]: reader.tensor(name) for name in masters}
+        heads = {name[6:]: tensor for name, tensor in read_checkpoint(folder).items() if name.startswith("heads.")}
         dtype = dtype or _dtype_of(recipe)
     else:
         output = run if (run / "heads").is_dir() else run.parent
@@ -140,7 +145,7 @@ def _from_run(run: Path, dtype: torch.dtype | None) -> Source:
         config, heads = load_heads(folder)
         meta, tree = {key: config[key] for key in META}, config.get("tree")
         dtype = dtype or getattr(torch, config["dtype"])
-    heads = {name: tensor.to(dtype) for name, tensor in heads.items()}
+    heads = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in heads.items()}
     source = Source(heads, meta, None, None, tree, _figures(output, step))
     if source.recipe["stage"] == 2 or meta["lm_head"] == "shared" or step is not None:
         loaded = load_run(run, torch.device("cpu"), dtype)
@@ -157,7 +162,19 @@ def _untrained(recipe_file: str, dtype: torch.dtype | None) -> Source:
     weight = lm_head_weight(model).detach()
     heads = MedusaHeads(meta["num"], meta["layers"], weight.shape[1], weight.shape[0], meta["lm_head"] == "own", dtype)
     heads.initialize(weight)
-    return Source(heads.state_dict(), meta, model, load_tokenizer(recipe.model))
+    source = Source(heads.state_dict(), meta, model, load_tokenizer(recipe.model))
+    return source if recipe.heads.vocab == "full" else _truncate(source, recipe, int(recipe.heads.vocab))
+
+
+def _truncate(source: Source, recipe: Recipe, number: int) -> Source:
+    """Keep the rows of the most frequent tokens of the recipe's training labels."""
+    if "token_map" in source.heads:
+        raise UserError(f"--vocab: found {number}, but the heads have {len(source.heads['token_map'])} tokens already")
+    tokenizer, config = load_tokenizer(recipe.model), load_config(recipe.model).get_text_config()
+    tokens = token_map(number, load_data(recipe, tokenizer), tokenizer, config)
+    assert tokens is not None
+    heads = {name: weight[tokens] if "projection" in name else weight for name, weight in source.heads.items()}
+    return source._replace(heads=heads | {"token_map": tokens})
 
 
 def _dtype_of(recipe: Recipe) -> torch.dtype:
@@ -177,7 +194,8 @@ def _recipe(text: str, where: Path) -> Recipe:
 def _write(work: Path, target: Path, source: Source, engine: str) -> None:
     """Fill the directory `work`, which will be `target`."""
     heads, meta, tuned = source.heads, source.meta, source.recipe["stage"] == 2
-    save_heads(work / "heads", heads, meta)
+    shared, tokens = meta["lm_head"] == "shared", heads.get("token_map")
+    save_heads(work / "heads", {k: v for k, v in heads.items() if not (shared and k == "token_map")}, meta)
     if source.tree:
         save_tree(work / "heads" / "heads.json", source.tree)
     if tuned:
@@ -186,21 +204,27 @@ def _write(work: Path, target: Path, source: Source, engine: str) -> None:
     if source.tokenizer is not None:
         for folder in (work, work / "heads", *([work / "backbone"] if tuned else [])):
             source.tokenizer.save_pretrained(folder)
-    shared, dtype = meta["lm_head"] == "shared", str(next(iter(heads.values())).dtype).removeprefix("torch.")
+    dtype = next(str(t.dtype).removeprefix("torch.") for t in heads.values() if t.is_floating_point())
     config = {
         "model_type": "medusa", "base_model_name_or_path": base, "hidden_size": meta["hidden_size"],
         "vocab_size": meta["vocab_size"], "medusa_num_heads": meta["num"], "num_medusa_heads": meta["num"],
         "medusa_num_layers": meta["layers"], "medusa_fc_bias": True, "dtype": dtype, "torch_dtype": dtype,
     } | ({"original_lm_head": True} if shared else {})  # fmt: skip
+    if shared and tokens is not None:
+        config["truncated_vocab_size"] = len(tokens)
     (work / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     numbers = range(meta["num"])
     projections = [lm_head_weight(source.base).detach() if shared else heads[f"{h}.projection.weight"] for h in numbers]
+    if tokens is not None and not shared:
+        projections = [expand_rows(weight, tokens, meta["vocab_size"]) for weight in projections]
     engines = ENGINES if engine == "all" else (engine,)
     if "transformers" in engines:
         (work / "custom_generate").mkdir()
         shutil.copyfile(custom_generate.__file__, work / "custom_generate" / "generate.py")
     if "vllm" in engines:
         layout = to_vllm(heads, projections[:1] if shared else projections)
+        if tokens is not None:  # beside own projections vLLM passes over it; `medusa-ds import` does not
+            layout["token_map"] = tokens
         save_torch_state_dict(layout, work, max_shard_size=MAX_SHARD_SIZE)
         index = work / "model.safetensors.index.json"
         if not index.exists():  # without one, vLLM reads every safetensors file in the directory
@@ -240,11 +264,13 @@ def _card(source: Source, out: str, base: str, engines: tuple[str, ...]) -> Mode
     }
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("medusa-ds", "torch", "transformers"))
     launch = "\n".join(f"- {name}: `{lines[name]}`" for name in engines)
+    size = len(source.heads.get("token_map", ()))
+    tokens = f", guesses among the {size} most frequent of {meta['vocab_size']} tokens" if size else ""
     measured = "\n".join(f"- {name}: {value:.4f}" for name, value in source.figures.items()) or "Nothing."
     return ModelCard(
         f"---\n{card.to_yaml()}\n---\n\n# Medusa heads for {meta['base_model']}\n\n{num} heads of {meta['layers']} "
-        f"residual blocks, LM head {meta['lm_head']}. Base model of the heads: {base}. Data: {named}. Exported with "
-        f"{versions}.\n\n## Use\n\n{launch}\n\n## Measured\n\n{measured}\n\n## Recipe\n\n```yaml\n"
+        f"residual blocks, LM head {meta['lm_head']}{tokens}. Base model of the heads: {base}. Data: {named}. Exported "
+        f"with {versions}.\n\n## Use\n\n{launch}\n\n## Measured\n\n{measured}\n\n## Recipe\n\n```yaml\n"
         f"{meta['recipe'].strip()}\n```\n"
     )
 

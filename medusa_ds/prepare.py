@@ -2,19 +2,26 @@
 
 import os
 import sys
+from typing import Any
 
 from medusa_ds.data.dialogues import IGNORED, describe
 from medusa_ds.data.packing import Data, load_data
-from medusa_ds.model.backbone import load_tokenizer
+from medusa_ds.data.vocabulary import always_in, coverage, label_counts, most_frequent
+from medusa_ds.model.backbone import load_config, load_tokenizer
 from medusa_ds.recipe import Recipe
 from medusa_ds.training.report import quiet_libraries
+
+_SIZES = (8192, 16384, 32768)  # of vocabularies to tell about where the recipe names none
 
 
 def main(recipe: Recipe) -> None:
     """Tokenise, cache and report; a run of the same recipe finds the cache."""
     quiet_libraries(rank=0)
-    data = load_data(recipe, load_tokenizer(recipe.model))
+    tokenizer = load_tokenizer(recipe.model)
+    data = load_data(recipe, tokenizer)
     _report(recipe, data)
+    for line in _vocabulary(recipe, data, tokenizer):
+        print(line)
     print(f"fingerprint of the training rows: {data.fingerprint}")
 
 
@@ -32,6 +39,22 @@ def show_examples(recipe: Recipe, number: int) -> None:
         print(text if colour else text.replace("\x1b[32m", "[[").replace("\x1b[0m", "]]"))
     print("---" if colour else "--- not a terminal: supervised tokens stand in [[ ]]")
     _report(recipe, data)
+
+
+def _vocabulary(recipe: Recipe, data: Data, tokenizer: Any) -> list[str]:
+    """What a truncated vocabulary covers, for the recipe's size or, where it has all tokens, for some."""
+    config, chosen = load_config(recipe.model).get_text_config(), recipe.heads.vocab
+    splits = {"training": data.train, "held-out": data.validation}
+    counts = {name: label_counts(sequences, config.vocab_size) for name, sequences in splits.items()}
+    always, lines = always_in(tokenizer, config), []
+    sizes = (
+        [chosen] if isinstance(chosen, int) else [size for size in _SIZES if len(always) <= size < config.vocab_size]
+    )
+    for size in sizes:
+        tokens = most_frequent(counts["training"], size, always)
+        shares = ", ".join(f"{coverage(of, tokens):.2%} of {name} labels" for name, of in counts.items() if of.any())
+        lines.append(f"heads.vocab: {size:,} of {config.vocab_size:,} tokens cover {shares}")
+    return lines
 
 
 def _report(recipe: Recipe, data: Data) -> None:

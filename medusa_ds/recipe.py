@@ -139,6 +139,8 @@ class Recipe(Section):
              "found shared with stage 2; there the LM head moves under the heads: use own"),
             (heads.lm_head == "shared" and heads.layers == 0, "heads.layers",
              "found 0 with lm_head: shared, which leaves nothing to learn; use layers >= 1 or lm_head: own"),
+            (heads.vocab != "full" and heads.lm_head == "shared", "heads.vocab",
+             f"found {heads.vocab} with lm_head: shared, which projects onto all tokens; use own, or vocab: full"),
             (stage == 1 and self.loss.coefficient is not None, "loss.coefficient",
              "has no meaning in stage 1, where only the heads' loss is there; remove it"),
             (stage == 1 and self.loss.coefficient_schedule != "constant", "loss.coefficient_schedule",

@@ -60,8 +60,15 @@ class HeadsSpec(Section):
     """Residual blocks `x + SiLU(Wx + b)` of each head."""
     lm_head: Literal["own", "shared"] = "own"
     """`own`: each head has a vocabulary projection, starting as a copy of the LM head. `shared`: the backbone's."""
+    vocab: Literal["full"] | Annotated[int, Field(ge=64)] = "full"
+    """`N`: own projections have rows for the N most frequent tokens of the training labels alone, special tokens always
+    among them. Targets outside are dropped from the loss and count as misses in every accuracy."""
     init_from: str | None = None
     """Output directory of a finished run (or its `heads` folder) whose heads are the start; weights only."""
+
+    def rows(self, vocab_size: int) -> int:
+        """Rows of a head's projection for a model of so many tokens."""
+        return vocab_size if self.vocab == "full" else self.vocab
 
 
 class LossSpec(Section):

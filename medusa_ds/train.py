@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,7 +95,9 @@ def _run(recipe: Recipe, recipe_file: Path, rank: int, output: Path, supervisor:
     recipe.ds_values(world_size=int(os.environ.get("WORLD_SIZE", "1")))
 
     from medusa_ds.data.packing import load_data
-    from medusa_ds.model.backbone import load_tokenizer
+    from medusa_ds.data.vocabulary import token_map
+    from medusa_ds.model.backbone import load_config, load_tokenizer
+    from medusa_ds.training.build import build_model
     from medusa_ds.training.engine import MedusaEngine, NonFiniteError
     from medusa_ds.training.loop import Loop
     from medusa_ds.training.report import Report, quiet_libraries
@@ -107,10 +110,11 @@ def _run(recipe: Recipe, recipe_file: Path, rank: int, output: Path, supervisor:
         1, round(recipe.train.epochs * data.train.steps_per_epoch(recipe.train.global_batch_size))
     )
     _say(rank, _describe_data(data.report, steps))
+    tokens = token_map(recipe.heads.vocab, data, tokenizer, load_config(recipe.model).get_text_config())
 
     try:
         with memory_hint(recipe):
-            engine = MedusaEngine(recipe, steps)
+            engine = MedusaEngine(recipe, steps, partial(build_model, token_map=tokens))
         state = engine.resume_newest(data.fingerprint)
         report = Report(output, rank, steps, engine.steps_taken)
         if rank == 0:

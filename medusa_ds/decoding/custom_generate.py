@@ -59,6 +59,8 @@ class Heads:
         with open(paths[0], encoding="utf-8") as file:
             self.config = json.load(file)
         weights = load_file(paths[1])
+        token_map = weights.pop("token_map", None)
+        self.token_map = None if token_map is None else token_map.to(self.lm_head.weight.device)
         self.weights = {name: self._like(tensor) for name, tensor in weights.items()}
 
     def _like(self, tensor: Tensor) -> Tensor:
@@ -75,7 +77,8 @@ class Heads:
             projection = self.weights.get(f"{k}.projection.weight")
             projection = self.lm_head.weight if projection is None else self._like(projection)
             tokens.append(linear(x, projection).argmax(-1))
-        return torch.stack(tokens, 1)
+        rows = torch.stack(tokens, 1)
+        return rows if self.token_map is None else self.token_map[rows]
 
 
 def decode(

@@ -262,12 +262,13 @@ class Decoder:
         """Write the root and every head's best guesses, the next tree's candidates."""
         parts = [root_B[:, None]]
         if self.heads:
-            parts.append(logits_KBV.topk(self.tree.width, dim=-1).indices.transpose(0, 1).flatten(1))
+            guesses_KBW = self.heads[0].tokens(logits_KBV.topk(self.tree.width, dim=-1).indices)
+            parts.append(guesses_KBW.transpose(0, 1).flatten(1))
         session.candidates_BC.copy_(torch.cat(parts, 1))
 
 
 def head_logits(heads: list[MedusaHead], hidden: Tensor, backbone: PreTrainedModel) -> Tensor:
-    """Logits [heads, ..., V] of hidden states [..., H]; heads without a projection read the LM head's weight once."""
+    """Logits [heads, ..., V or N] of hidden [..., H]; heads without a projection read the LM head's weight once."""
     lm_head = backbone.get_output_embeddings()
     if all(head.projection is None for head in heads):
         return lm_head(torch.stack([head.blocks(hidden) for head in heads]))

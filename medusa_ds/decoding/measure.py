@@ -41,8 +41,10 @@ def head_ranks(backbone: PreTrainedModel, heads: list[MedusaHead], prompt: list[
         end = min(begin + _ROWS, len(prompt) - 1 + positions)
         logits_KMV = head_logits(heads, hidden_TH[begin:end], backbone)
         targets_KM = torch.stack([text_T[0, begin + k + 1 : end + k + 1] for k in range(1, len(heads) + 1)])
-        own_KM = logits_KMV.gather(-1, targets_KM[..., None])
-        ranks.append((logits_KMV > own_KM).sum(-1).T.cpu())
+        rows_KM = heads[0].rows(targets_KM)
+        own_KM = logits_KMV.gather(-1, rows_KM.clamp(min=0)[..., None])
+        ranks_KM = (logits_KMV > own_KM).sum(-1).masked_fill(rows_KM < 0, backbone.config.vocab_size)
+        ranks.append(ranks_KM.T.cpu())
     return torch.cat(ranks)
 
 

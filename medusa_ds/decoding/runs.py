@@ -63,7 +63,7 @@ def load_run(name: str | Path, device: torch.device, dtype: torch.dtype) -> Run:
         config, weights = load_heads(folder)
         text, where = config["recipe"], folder / "heads.json"
     elif (folder / "manifest.json").is_file():
-        checkpoint, output = _read_checkpoint(folder), folder.resolve().parents[1]
+        checkpoint, output = read_checkpoint(folder), folder.resolve().parents[1]
         where, config = output / "recipe.yaml", {}
         text = read_text(where)
         weights = {name[6:]: tensor for name, tensor in checkpoint.items() if name.startswith("heads.")}
@@ -79,7 +79,8 @@ def load_run(name: str | Path, device: torch.device, dtype: torch.dtype) -> Run:
         spec = ModelSpec(name=str(tuned), attention=spec.attention, liger_kernels=spec.liger_kernels)
     backbone = load_backbone(spec, dtype, device=device)
     vocab_size, hidden_size = backbone.get_output_embeddings().weight.shape
-    heads = MedusaHeads(heads_spec.num, heads_spec.layers, hidden_size, vocab_size, heads_spec.lm_head == "own", dtype)
+    shape = (heads_spec.num, heads_spec.layers, hidden_size, vocab_size, heads_spec.lm_head == "own", dtype)
+    heads = MedusaHeads(*shape, weights.get("token_map"))
     try:
         heads.load_state_dict(weights)
         if stage == 2 and checkpoint is not None:
@@ -134,8 +135,8 @@ def _from_recipe(text: str, where: str) -> tuple[ModelSpec, HeadsSpec, int, dict
         raise UserError(f"{where}: not a resolved recipe ({' '.join(str(error).split())[:200]})") from None
 
 
-def _read_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
-    """Every parameter of a checkpoint, fp32; checksums are the trainer's business before it resumes."""
+def read_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
+    """Every parameter of a checkpoint, fp32, and the heads' token map; checksums are the trainer's business."""
     tensors = {}
     try:
         for file in sorted(folder.glob("rank*.safetensors")):
@@ -143,6 +144,9 @@ def _read_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
                 for name in content.keys():  # noqa: SIM118 - not a mapping
                     if name.endswith(_MASTER):
                         tensors[name.removesuffix(_MASTER)] = content.get_tensor(name)
-    except (OSError, SafetensorError) as error:
+        file = folder / "state.json"
+        if token_map := read_json(file)["engine"].get("token_map"):
+            tensors["heads.token_map"] = torch.tensor(token_map, dtype=torch.int64)
+    except (OSError, SafetensorError, KeyError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{file}: damaged ({error}); name another checkpoint") from None
     return tensors

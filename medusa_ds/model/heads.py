@@ -85,12 +85,26 @@ class VocabularyProjection(_ZeroLinear):
 
 
 class MedusaHead(nn.Module):
-    """One head: residual blocks and a projection, its own or one that is handed to it with every call."""
+    """One head: residual blocks and a projection, its own or one that is handed to it with every call.
+
+    With a token map, row i of its own projection stands for token `token_map[i]`; its logits are of these N tokens.
+    """
 
     def __init__(
-        self, layers: int, hidden_size: int, vocab_size: int, own_projection: bool, dtype: torch.dtype | None = None
+        self,
+        layers: int,
+        hidden_size: int,
+        vocab_size: int,
+        own_projection: bool,
+        dtype: torch.dtype | None = None,
+        token_map: Tensor | None = None,
     ):
         super().__init__()
+        self.token_map: Tensor | None
+        self.row_V: Tensor | None
+        self.register_buffer("token_map", token_map, persistent=False)
+        self.register_buffer("row_V", _rows_of_tokens(token_map, vocab_size), persistent=False)
+        vocab_size = vocab_size if token_map is None else len(token_map)
         self.blocks = nn.Sequential(*(ResBlock(hidden_size, dtype) for _ in range(layers)))
         self.projection = VocabularyProjection(hidden_size, vocab_size, dtype) if own_projection else None
 
@@ -106,7 +120,7 @@ class MedusaHead(nn.Module):
 
         Args:
             hidden_NH: the backbone's last hidden states at the head's rows.
-            targets_N: their token ids.
+            targets_N: their token ids, all of which have a row.
             impl: see `loss.linear_cross_entropy`, as `chunk_mib`.
             chunk_mib: memory that one chunk of logits may take, MiB.
             shared_projection: the backbone's LM head; used by heads without a projection of their own.
@@ -117,10 +131,20 @@ class MedusaHead(nn.Module):
         rows_NH = self.blocks(hidden_NH)
         if torch.is_grad_enabled() and not rows_NH.requires_grad:
             rows_NH = rows_NH.detach().requires_grad_()  # ZeRO-3 frees weights when a module's input gets its gradient
-        return self._projection(shared_projection)(rows_NH, targets_N, impl, chunk_mib)
+        projection = self._projection(shared_projection)
+        loss_sum, predicted_N = projection(rows_NH, self.rows(targets_N), impl, chunk_mib)
+        return loss_sum, self.tokens(predicted_N)
+
+    def rows(self, token_ids: Tensor) -> Tensor:
+        """Rows of the projection for token ids, -1 for tokens without one."""
+        return token_ids if self.row_V is None else self.row_V[token_ids]
+
+    def tokens(self, rows: Tensor) -> Tensor:
+        """Token ids of rows of the projection."""
+        return rows if self.token_map is None else self.token_map[rows]
 
     def logits(self, hidden: Tensor, shared_projection: nn.Module | None = None) -> Tensor:
-        """Logits [..., V] of hidden states [..., H]."""
+        """Logits [..., V or N] of hidden states [..., H]."""
         return self._projection(shared_projection)(self.blocks(hidden))
 
     def _projection(self, shared: nn.Module | None) -> nn.Module:
@@ -139,6 +163,7 @@ class MedusaHeads(nn.ModuleList):
         vocab_size: V, the rows of the LM head's weight.
         own_projection: whether each head has a projection; False uses the LM head handed to it.
         dtype: of all parameters.
+        token_map: LongTensor [N], the tokens of own projections' rows; None: all V.
     """
 
     def __init__(
@@ -149,15 +174,67 @@ class MedusaHeads(nn.ModuleList):
         vocab_size: int,
         own_projection: bool = True,
         dtype: torch.dtype | None = None,
+        token_map: Tensor | None = None,
     ):
-        super().__init__(MedusaHead(layers, hidden_size, vocab_size, own_projection, dtype) for _ in range(num))
+        shape = (layers, hidden_size, vocab_size, own_projection, dtype, token_map)
+        super().__init__(MedusaHead(*shape) for _ in range(num))
+        self.token_map: Tensor | None
+        self.register_buffer("token_map", token_map)
+
+    @property
+    def known_V(self) -> Tensor | None:
+        """Which tokens have a row, on the CPU; None: all."""
+        head = self[0]
+        assert isinstance(head, MedusaHead)
+        return None if head.row_V is None else (head.row_V >= 0).cpu()
 
     @torch.no_grad()
     def initialize(self, lm_head_weight: Tensor) -> None:
-        """Copy the LM head's weight [V, H] into every own projection (under ZeRO-3 with all of them gathered)."""
+        """Copy the LM head's weight [V, H], or its mapped rows, into own projections (ZeRO-3: all of them gathered)."""
+        rows = ... if self.token_map is None else self.token_map.to(lm_head_weight.device)
         for module in self.modules():
             if isinstance(module, VocabularyProjection):
-                module.weight.copy_(lm_head_weight)
+                module.weight.copy_(lm_head_weight[rows])
+
+
+def _rows_of_tokens(token_map: Tensor | None, vocab_size: int) -> Tensor | None:
+    """Row of each of V tokens, -1 for those without one."""
+    if token_map is None:
+        return None
+    row_V = torch.full((vocab_size,), -1, dtype=torch.long, device=token_map.device)
+    row_V[token_map] = torch.arange(len(token_map), device=token_map.device)
+    return row_V
+
+
+def check_token_map(token_map: Tensor, vocab_size: int, where: str | Path) -> None:
+    """Refuse what is not a list of different tokens of the vocabulary.
+
+    Raises:
+        UserError: naming the file.
+    """
+    problem = None
+    if token_map.dtype != torch.int64 or token_map.dim() != 1:
+        problem = f"is {list(token_map.shape)} of {token_map.dtype}, not a list of int64"
+    elif not 0 < len(token_map) <= vocab_size:
+        problem = f"has {len(token_map)} tokens; allowed are 1 to vocab_size {vocab_size}"
+    elif len(outside := token_map[(token_map < 0) | (token_map >= vocab_size)]):
+        problem = f"names token {int(outside[0])}, outside vocab_size {vocab_size}"
+    elif len(token_map.unique()) != len(token_map):
+        problem = "names a token twice"
+    if problem:
+        raise UserError(f"{where}: token_map {problem}; save the heads again")
+
+
+def different_maps(found: list[int] | None, wanted: list[int] | None) -> str | None:
+    """In what two token maps differ, in words; None where they do not."""
+    if found == wanted:
+        return None
+    if found is None or wanted is None or len(found) != len(wanted):
+        sizes = ("all tokens" if each is None else f"{len(each)} tokens" for each in (found, wanted))
+        return "found projections onto {}; this recipe has {}".format(*sizes)
+    ours = set(wanted)
+    other = [token for token in found if token not in ours]
+    return f"found {len(other)} other tokens among its {len(found)}, as {(other or found)[0]}"
 
 
 def save_heads(directory: str | Path, state_dict: dict[str, Tensor], meta: dict[str, Any]) -> None:
@@ -165,7 +242,7 @@ def save_heads(directory: str | Path, state_dict: dict[str, Tensor], meta: dict[
 
     Args:
         directory: made if missing.
-        state_dict: of `MedusaHeads`, whole tensors.
+        state_dict: of `MedusaHeads`, whole tensors; with its `token_map` where projections have one.
         meta: `base_model`, `revision` (or None), `num`, `layers`, `lm_head`, `hidden_size`, `vocab_size` and `recipe`
             (YAML text). Format version, dtype and the checksum that ties the two files together are added.
     """
@@ -173,7 +250,7 @@ def save_heads(directory: str | Path, state_dict: dict[str, Tensor], meta: dict[
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
-    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    dtype = str(next(t for t in tensors.values() if t.is_floating_point()).dtype).removeprefix("torch.")
     temporary = directory / f".{_TENSORS}.tmp"
     save_file(tensors, temporary)
     config = {"format_version": FORMAT_VERSION, **meta, "dtype": dtype, "sha256": _sha256(temporary)}
@@ -214,15 +291,22 @@ def load_heads(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]
         raise UserError(f"{path}: cannot be read ({error.strerror}); name the output of a finished run") from None
     except SafetensorError as error:
         raise UserError(f"{path}: not a safetensors file ({error}); save the heads again") from None
+    token_map = tensors.get("token_map")
+    if token_map is not None:
+        check_token_map(token_map, config["vocab_size"], path)
+        if config["lm_head"] == "shared":
+            raise UserError(f"{path}: token_map beside lm_head: shared, which has no rows of its own; save them again")
+        token_map = torch.empty_like(token_map, device="meta")
     with torch.device("meta"):
         shape = {key: config[key] for key in ("num", "layers", "hidden_size", "vocab_size")}
-        expected = MedusaHeads(**shape, own_projection=config["lm_head"] == "own").state_dict()
+        expected = MedusaHeads(**shape, own_projection=config["lm_head"] == "own", token_map=token_map).state_dict()
     problems = [f"missing {name}" for name in expected.keys() - tensors.keys()]
     problems += [f"unknown {name}" for name in tensors.keys() - expected.keys()]
     for name in expected.keys() & tensors.keys():
         found, wanted = tensors[name], expected[name]
-        if found.shape != wanted.shape or str(found.dtype) != f"torch.{config['dtype']}":
-            says = f"{_CONFIG} says {list(wanted.shape)} of {config['dtype']}"
+        dtype = "int64" if name == "token_map" else config["dtype"]
+        if found.shape != wanted.shape or str(found.dtype) != f"torch.{dtype}":
+            says = f"{_CONFIG} says {list(wanted.shape)} of {dtype}"
             problems.append(f"{name} is {list(found.shape)} of {found.dtype}; {says}")
     if problems:
         raise UserError(*(f"{path}: {problem}" for problem in sorted(problems)))

@@ -4,6 +4,10 @@
     {h}.blocks.{l}.weight|bias  {h}.{l}.linear.weight|bias            blocks.{h}.layers.{l}.weight|bias
     {h}.projection.weight       {h}.{L}.weight                        lm_heads.{h}.weight
 
+Projections onto N tokens (`token_map`) get rows for all V: of these programs vLLM alone knows such a map, and its code
+loads one only beside a shared projection. An unmapped row is the mean of the mapped ones: its logit is the mean of
+theirs and so never the greatest, where a row of zeros would win whenever all others are negative.
+
 Heads that share the LM head: every projection is a copy of it for FasterDecoding and TensorRT-LLM, there is none at
 all in TGI's second layout, and for vLLM (`original_lm_head`) a single one.
 """
@@ -15,6 +19,7 @@ import torch
 from torch import Tensor
 
 from medusa_ds.errors import UserError
+from medusa_ds.model.heads import check_token_map
 
 _BLOCK = re.compile(r"(?:blocks\.(?=\d+\.layers))?(\d+)\.(?:layers\.(\d+)|(\d+)\.linear)\.(weight|bias)")
 _PROJECTION = re.compile(r"(?:lm_heads\.(\d+)|(\d+)\.\d+)\.weight")
@@ -25,6 +30,13 @@ def to_medusa(heads: dict[str, Tensor], meta: dict[str, Any], projections: list[
     names = {name: re.sub(r"\.blocks\.(\d+)", r".\1.linear", name) for name in heads if ".blocks." in name}
     blocks = {theirs: heads[ours].clone() for ours, theirs in names.items()}
     return blocks | {f"{h}.{meta['layers']}.weight": weight.clone() for h, weight in enumerate(projections)}
+
+
+def expand_rows(weight_NH: Tensor, token_map: Tensor, vocab_size: int) -> Tensor:
+    """A projection [V, H] that guesses as one onto N tokens does."""
+    weight_VH = weight_NH.mean(0, dtype=torch.float32).to(weight_NH.dtype).repeat(vocab_size, 1)
+    weight_VH[token_map] = weight_NH
+    return weight_VH
 
 
 def to_vllm(heads: dict[str, Tensor], projections: list[Tensor]) -> dict[str, Tensor]:
@@ -42,7 +54,7 @@ def from_other(
     Args:
         tensors: what the files hold; missing biases, as vLLM allows them, are zero.
         shared: `original_lm_head`, one projection is the LM head's. Without any it is shared too.
-        vocab_size: of the config, used where there is no projection.
+        vocab_size: of the config, used where there is no projection or one with fewer rows.
         where: origin for messages.
 
     Returns:
@@ -54,13 +66,15 @@ def from_other(
     """
     blocks: dict[tuple[int, int, str], Tensor] = {}
     projections: dict[int, Tensor] = {}
-    unknown = []
+    unknown, token_map = [], None
     for name, tensor in tensors.items():
         short = re.sub(r"^medusa_heads?\.", "", name)
         if match := _BLOCK.fullmatch(short):
             blocks[int(match[1]), int(match[2] or match[3] or 0), match[4]] = tensor
         elif match := _PROJECTION.fullmatch(short):
             projections[int(match[1] or match[2])] = tensor
+        elif short == "token_map":
+            token_map = tensor
         elif short != "lm_head.weight":
             unknown.append(name)
     own = bool(projections) and not shared
@@ -69,11 +83,15 @@ def from_other(
     if unknown or num == 0 or (not own and layers == 0):
         raise UserError(f"{where}: found {(unknown or list(tensors) or ['nothing'])[0]}; not heads of a known layout")
     hidden_size = next(iter([*blocks.values(), *projections.values()])).shape[-1]
-    if projections:
+    if projections and (token_map is None or own):
         vocab_size = projections[min(projections)].shape[0]
-    dtype = next(iter(tensors.values())).dtype
+    rows = vocab_size
+    if token_map is not None and own and vocab_size is not None:
+        check_token_map(token_map, vocab_size, where)
+        rows, projections = len(token_map), {h: weight[token_map] for h, weight in projections.items()}
+    dtype = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
     heads = {f"{h}.projection.weight": projections.get(h) for h in range(num) if own}
-    wanted: dict[str, tuple[Any, ...]] = dict.fromkeys(heads, (vocab_size, hidden_size))
+    wanted: dict[str, tuple[Any, ...]] = dict.fromkeys(heads, (rows, hidden_size))
     for h, layer in ((h, layer) for h in range(num) for layer in range(layers)):
         prefix = f"{h}.blocks.{layer}"
         wanted |= {f"{prefix}.weight": (hidden_size, hidden_size), f"{prefix}.bias": (hidden_size,)}
@@ -86,4 +104,6 @@ def from_other(
         raise UserError(f"{where}: {text}; the files do not form heads of one shape")
     shape = {"num": num, "layers": layers, "lm_head": "own" if own else "shared"}
     state = {name: tensor.to(dtype) for name, tensor in heads.items() if tensor is not None}
+    if token_map is not None and own:
+        state["token_map"] = token_map
     return state, shape | {"hidden_size": hidden_size, "vocab_size": vocab_size}

@@ -27,13 +27,14 @@ class HeadLoss(NamedTuple):
     """What one head made of a micro-batch.
 
     `loss_sum`: scalar with graph. `count`: N, a LongTensor scalar. `predicted`: argmax token ids [N].
-    `rows`: indices into the B*S positions [N].
+    `rows`: indices into the B*S positions [N]. `missed`: those of rows left out, whose target has no row.
     """
 
     loss_sum: Tensor
     count: Tensor  # type: ignore[assignment]
     predicted: Tensor
     rows: Tensor
+    missed: Tensor
 
 
 class MedusaOutput(NamedTuple):
@@ -43,10 +44,11 @@ class MedusaOutput(NamedTuple):
     counters: Tensor
 
 
-COUNTERS = ("loss_sum", "count", "correct", "full_correct", "full_count", "cond_correct", "cond_count")
-"""Columns of the counters, a float64 tensor [K+1, 7] of sums: add them over micro-batches and ranks, then `metrics`.
+COUNTERS = ("loss_sum", "count", "correct", "full_correct", "full_count", "cond_correct", "cond_count", "missed")
+"""Columns of the counters, a float64 tensor [K+1, 8] of sums: add them over micro-batches and ranks, then `metrics`.
 
-Row 0 is the LM head (zeros in stage 1, and in the last four columns always), row k head k. `full_count`: positions
+Row 0 is the LM head (zeros in stage 1, and in the last five columns always), row k head k. `count`: rows of the loss;
+`missed`: rows that are not, since their target is outside `heads.vocab`: wrong ones. `full_count`: positions
 where heads 1..k all have targets; `full_correct`: where all of them are right. `cond_count`: positions of `full_count`
 where heads 1..k-1 are right; `cond_correct`: where head k is right too, which is `full_correct`.
 """
@@ -72,7 +74,7 @@ def metrics(counters: Tensor) -> dict[str, float]:
                 result |= {"lm_loss": sums["loss_sum"] / sums["count"], "lm_acc": sums["correct"] / sums["count"]}
             continue
         result[f"head{k}_loss"] = _share(sums["loss_sum"], sums["count"])
-        result[f"head{k}_acc"] = _share(sums["correct"], sums["count"])
+        result[f"head{k}_acc"] = _share(sums["correct"], sums["count"] + sums["missed"])
         result[f"full_acc_{k}"] = _share(sums["full_correct"], sums["full_count"])
         result[f"cond_acc_{k}"] = _share(sums["cond_correct"], sums["cond_count"])
         if sums["full_count"]:
@@ -129,9 +131,13 @@ class MedusaModel(nn.Module):
         right: list[Tensor | None] = [None] * first
         for k in range(first, len(self.heads) + 1):
             rows_N, targets_N = head_rows(labels, position_ids, k)
+            missed_M = rows_N[:0]
+            if k > 0 and self.heads.token_map is not None:
+                known_N = self.heads[k - 1].rows(targets_N) >= 0
+                missed_M, rows_N, targets_N = rows_N[~known_N], rows_N[known_N], targets_N[known_N]
             args = (hidden_RH[rows_N], targets_N, self.loss_impl, self.chunk_mib)
             loss_sum, predicted_N = lm_head(*args) if k == 0 else self.heads[k - 1](*args, shared_projection=lm_head)
-            losses.append(HeadLoss(loss_sum, targets_N.new_tensor(len(rows_N)), predicted_N, rows_N))
+            losses.append(HeadLoss(loss_sum, targets_N.new_tensor(len(rows_N)), predicted_N, rows_N, missed_M))
             right.append(predicted_N == targets_N)
         return MedusaOutput(losses, _count(losses, right, hidden_RH.shape[0]))
 
@@ -149,8 +155,9 @@ def _count(losses: list[HeadLoss | None], right: list[Tensor | None], num_positi
         if k == 0:
             continue
         nowhere_R = torch.zeros_like(all_present_R)
-        all_present_R = all_present_R & nowhere_R.index_fill(0, loss.rows, True)
+        all_present_R = all_present_R & nowhere_R.index_fill(0, torch.cat([loss.rows, loss.missed]), True)
         counters[k, 4], counters[k, 6] = all_present_R.sum(), (all_present_R & all_right_R).sum()
         all_right_R = all_right_R & nowhere_R.index_put((loss.rows,), right_N)
+        counters[k, 7] = len(loss.missed)
         counters[k, 3] = counters[k, 5] = (all_present_R & all_right_R).sum()
     return counters

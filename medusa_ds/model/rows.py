@@ -39,6 +39,17 @@ def head_rows(labels_BS: Tensor, position_ids_BS: Tensor, offset: int) -> tuple[
     return rows_N, labels_BS[sequence_N, position_N + offset + 1]
 
 
-def count_targets(labels_BS: Tensor, position_ids_BS: Tensor, num: int) -> Tensor:
-    """How many rows the LM head (index 0) and each head k = 1..num have: LongTensor of num+1 counts."""
-    return torch.stack([_learnable(labels_BS, position_ids_BS, offset).sum() for offset in range(num + 1)])
+def count_targets(labels_BS: Tensor, position_ids_BS: Tensor, num: int, known_V: Tensor | None = None) -> Tensor:
+    """How many rows the losses of the LM head (index 0) and of each head k = 1..num have: LongTensor of num+1 counts.
+
+    Args:
+        labels_BS: see `head_rows`.
+        position_ids_BS: see `head_rows`.
+        num: heads.
+        known_V: which tokens the heads have rows for; None: all.
+    """
+    masks = [_learnable(labels_BS, position_ids_BS, offset) for offset in range(num + 1)]
+    if known_V is not None:
+        known_BS = known_V[labels_BS.clamp(min=0)]
+        masks[1:] = [mask & known_BS[:, offset + 1 :] for offset, mask in enumerate(masks[1:], 1)]
+    return torch.stack([mask.sum() for mask in masks])

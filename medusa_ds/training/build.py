@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from medusa_ds import ds_config
 from medusa_ds.errors import UserError
 from medusa_ds.model.backbone import lm_head_weight, load_backbone, load_config
-from medusa_ds.model.heads import MedusaHeads, load_heads
+from medusa_ds.model.heads import MedusaHeads, different_maps, load_heads
 from medusa_ds.model.medusa import MedusaModel
 from medusa_ds.recipe import Recipe
 
@@ -23,7 +24,12 @@ Gathered = Callable[[Iterable[nn.Parameter]], AbstractContextManager[Any]]  # ze
 
 
 def build_model(
-    recipe: Recipe, dtype: torch.dtype, device: torch.device, partitioned: Partitioned | None, gathered: Gathered
+    recipe: Recipe,
+    dtype: torch.dtype,
+    device: torch.device,
+    partitioned: Partitioned | None,
+    gathered: Gathered,
+    token_map: torch.Tensor | None = None,
 ) -> MedusaModel:
     """Build backbone and heads.
 
@@ -33,12 +39,13 @@ def build_model(
         device: of all weights.
         partitioned: context in which modules are constructed partitioned (ZeRO-3), where there is one.
         gathered: context in which the given parameters are whole; what rank 0 leaves there is what all ranks get.
+        token_map: tokens that heads project onto, see `data.vocabulary`; None: all.
 
     Raises:
         UserError: the model or the heads cannot be loaded; shapes of `heads.init_from` are refused before the
             backbone is loaded.
     """
-    start = _start(Path(recipe.heads.init_from), _shape(recipe)) if recipe.heads.init_from else None
+    start = _start(Path(recipe.heads.init_from), _shape(recipe), token_map) if recipe.heads.init_from else None
     backbone = load_backbone(
         recipe.model,
         dtype,
@@ -49,8 +56,9 @@ def build_model(
     weight = lm_head_weight(backbone)
     vocab_size, hidden_size = getattr(weight, "ds_shape", weight.shape)
     own = recipe.heads.lm_head == "own"
+    tokens = None if token_map is None else token_map.to(device)
     with partitioned() if partitioned else device:
-        heads = MedusaHeads(recipe.heads.num, recipe.heads.layers, hidden_size, vocab_size, own, dtype)
+        heads = MedusaHeads(recipe.heads.num, recipe.heads.layers, hidden_size, vocab_size, own, dtype, tokens)
     with gathered([weight, *heads.parameters()]):
         if start is None:
             heads.initialize(weight)
@@ -73,12 +81,26 @@ def _shape(recipe: Recipe) -> dict[str, Any]:
     return shape | {"hidden_size": config.hidden_size, "vocab_size": config.vocab_size}
 
 
-def _start(directory: Path, shape: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Weights of a finished run's heads, of the wanted shape."""
+def complete_config(config: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """What a DeepSpeed config still lacks: sizes that follow from the model, fp32 accumulation, places of monitors."""
+    config = ds_config.fill_sizes(config, load_config(recipe.model).get_text_config().hidden_size)
+    if config["bf16"]["enabled"] and config.get("zero_optimization", {}).get("stage", 0) > 0:
+        # DeepSpeed's default adds micro-batches up in bf16; ZeRO 0 knows nothing else
+        config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    if config["tensorboard"]["enabled"]:
+        config["tensorboard"].setdefault("output_path", recipe.output)
+    return config
+
+
+def _start(directory: Path, shape: dict[str, Any], token_map: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """Weights of a finished run's heads, of the wanted shape and onto the wanted tokens."""
     config, tensors = load_heads(directory)
     differ = [key for key, value in shape.items() if config[key] != value]
     if differ:
         found = ", ".join(f"{key} {config[key]}" for key in differ)
         wanted = ", ".join(f"{key} {shape[key]}" for key in differ)
         raise UserError(f"heads.init_from: {directory}: found {found}; this recipe has {wanted}: make them equal")
+    maps = [None if each is None else each.tolist() for each in (tensors.get("token_map"), token_map)]
+    if problem := different_maps(*maps):
+        raise UserError(f"heads.init_from: {directory}: heads.vocab: {problem}; make them equal")
     return tensors

@@ -29,15 +29,13 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.integrations import HfDeepSpeedConfig
 
-from medusa_ds import ds_config
 from medusa_ds.errors import UserError
-from medusa_ds.model.backbone import load_config
-from medusa_ds.model.heads import save_heads
+from medusa_ds.model.heads import different_maps, save_heads
 from medusa_ds.model.medusa import MedusaModel
 from medusa_ds.model.rows import count_targets
 from medusa_ds.recipe import Recipe
 from medusa_ds.training import checkpoint, optim
-from medusa_ds.training.build import Gathered, Partitioned, build_model, heads_meta
+from medusa_ds.training.build import Gathered, Partitioned, build_model, complete_config, heads_meta
 from medusa_ds.training.manifest import sync_files
 from medusa_ds.training.step import NonFiniteError, StepResult, memory_hint, non_finite, norm_of, sum_over_ranks
 from medusa_ds.training.tensors import LogicalTensors
@@ -76,7 +74,7 @@ class MedusaEngine:
         config = recipe.ds_config(int(os.environ.get("WORLD_SIZE", "1")), on_gpu)
         self.device = _start_process_group(on_gpu, recipe.train.hang_timeout)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        config = _complete(config, recipe)
+        config = complete_config(config, recipe)
         self.accumulation: int = config["gradient_accumulation_steps"]
         self._zero = config.get("zero_optimization", {})
         self._zero_stage: int = self._zero.get("stage", 0)
@@ -96,6 +94,8 @@ class MedusaEngine:
         if self._has_states:  # made by a step without gradients, which ZeRO 0 in bf16 takes and Adam has counted
             self._tensors.set_adam_step(0)
         self.model, self.monitor = model, self._engine.monitor
+        self._known_V = model.heads.known_V
+        self._token_map = None if model.heads.token_map is None else model.heads.token_map.tolist()
 
     def train_batch(self, micro_batches: Sequence[MicroBatch], step: int, stop: bool = False) -> StepResult:
         """One optimizer step.
@@ -122,7 +122,7 @@ class MedusaEngine:
             counts = torch.zeros(num + 2, dtype=torch.int64, device=self.device)
             counts[-1] = stop
             for batch in micro_batches:
-                counts[:-1] += count_targets(batch.labels, batch.position_ids, num).to(self.device)
+                counts[:-1] += count_targets(batch.labels, batch.position_ids, num, self._known_V).to(self.device)
             dist.all_reduce(counts)
             weights = optim.loss_weights(step, self.total_steps, num, recipe.stage, recipe.loss)
             scales = [w / max(1, count) for w, count in zip(weights, counts.tolist()[:-1], strict=True)]
@@ -174,6 +174,7 @@ class MedusaEngine:
         own: dict[str, Any] = {"step": self.steps_taken, "best_step": self._best_step}
         own["best"] = None if self._best_step is None else self._best
         own |= {"world_size": self.world_size, "zero_stage": self._zero_stage, "versions": versions}
+        own["token_map"] = self._token_map
         size = int(4.04 * sum(math.prod(shape) for shape in self._tensors.shapes.values())) + (1 << 20)
         root = self._root()
         path = checkpoint.save(root, self.steps_taken, self._tensors.read(), {"engine": own, "loop": state}, size)
@@ -194,6 +195,7 @@ class MedusaEngine:
             return {}
         state, own = reader.state.get("loop", {}), reader.state.get("engine", {})
         good = isinstance(state.get("before", {}), dict) and isinstance(own.get("best"), float | None)
+        good = good and all(type(token) is int for token in own.get("token_map") or ())
         if not good or own.get("step") != reader.step or not isinstance(own.get("best_step"), int | None):
             raise UserError(f"{reader.path / 'state.json'}: not what a run writes; remove the directory")
         if state.get("data") != data_fingerprint:
@@ -201,6 +203,8 @@ class MedusaEngine:
                 f"{reader.path}: made with other training data (fingerprint {state.get('data')}, now "
                 f"{data_fingerprint}); bring the data back or choose another output"
             )
+        if differ := different_maps(own.get("token_map"), self._token_map):
+            raise UserError(f"{reader.path}: heads.vocab: {differ}; go back to that recipe or choose another output")
         self._load(reader)
         return state
 
@@ -336,14 +340,3 @@ def _start_process_group(on_gpu: bool, timeout_s: int) -> torch.device:
     backend = "nccl" if on_gpu else "gloo"
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(seconds=timeout_s))
     return device
-
-
-def _complete(config: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """What a DeepSpeed config still lacks: sizes that follow from the model, fp32 accumulation, places of monitors."""
-    config = ds_config.fill_sizes(config, load_config(recipe.model).get_text_config().hidden_size)
-    if config["bf16"]["enabled"] and config.get("zero_optimization", {}).get("stage", 0) > 0:
-        # DeepSpeed's default adds micro-batches up in bf16; ZeRO 0 knows nothing else
-        config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
-    if config["tensorboard"]["enabled"]:
-        config["tensorboard"].setdefault("output_path", recipe.output)
-    return config

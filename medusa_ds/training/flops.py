@@ -58,7 +58,9 @@ class StepFlops:
         return backbone + head_rows * self.head_row + lm_rows * self.lm_row
 
 
-def step_flops(config: Any, backbone_parameters: int, layers: int, own_projection: bool, stage: int) -> StepFlops:
+def step_flops(
+    config: Any, backbone_parameters: int, layers: int, own_projection: bool, stage: int, rows: int | None = None
+) -> StepFlops:
     """FLOPs by part.
 
     Args:
@@ -67,6 +69,7 @@ def step_flops(config: Any, backbone_parameters: int, layers: int, own_projectio
         layers: residual blocks of a head.
         own_projection: whether heads have vocabulary projections that learn.
         stage: 1 or 2.
+        rows: of a head's projection; None: as many as the vocabulary has tokens.
     """
     hidden, vocabulary = config.hidden_size, config.vocab_size
     head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
@@ -75,7 +78,9 @@ def step_flops(config: Any, backbone_parameters: int, layers: int, own_projectio
     if stage == 1 and layers:
         blocks -= 2 * block  # nobody needs the gradient of the frozen backbone's hidden states
     needs_input_gradient = layers > 0 or stage == 2
-    projections = (2 + (2 if own_projection else 0) + (2 if needs_input_gradient else 0)) * projection
+    projections = (
+        (2 + (2 if own_projection else 0) + (2 if needs_input_gradient else 0)) * hidden * (rows or vocabulary)
+    )
     return StepFlops(
         backbone=2.0 * backbone_parameters,
         attention=4.0 * config.num_hidden_layers * config.num_attention_heads * head_dim,

@@ -170,7 +170,8 @@ class Meter:
         )
         own = recipe.heads.lm_head == "own"
         config = model.backbone.config.get_text_config()
-        self.flops = step_flops(config, matrices, recipe.heads.layers, own, recipe.stage)
+        outputs = recipe.heads.rows(config.vocab_size)
+        self.flops = step_flops(config, matrices, recipe.heads.layers, own, recipe.stage, outputs)
         self.device, self.world_size, self.mean_context = device, world_size, mean_context
         self.peak = peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
