@@ -94,7 +94,8 @@ def vllm(path: Path, hidden: Tensor, _: Tensor, remaps: bool = True) -> Tensor:
     shared, bias = config.get("original_lm_head", False), config.get("medusa_fc_bias", False)
     size, vocab, num, layers = (config[k] for k in ("hidden_size", "vocab_size", "num_heads", "num_hidden_layers"))
     kinds = ["weight", "bias"] if bias else ["weight"]
-    params: dict[str, tuple[int, ...]] = {"lm_head.weight": (vocab, size)} if shared else {}
+    truncated, token_map = config.get("truncated_vocab_size") or vocab, None
+    params: dict[str, tuple[int, ...]] = {"lm_head.weight": (truncated, size)} if shared else {}
     for h in range(num):
         for layer in range(layers):
             params |= {
@@ -113,10 +114,16 @@ def vllm(path: Path, hidden: Tensor, _: Tensor, remaps: bool = True) -> Tensor:
             linear_at = parts.index("linear") if "linear" in parts else None
             rest = ".".join(parts[2:] if linear_at is None else parts[linear_at + 1 :])
             name = f"lm_heads.{parts[0]}.{rest}" if linear_at is None else f"blocks.{parts[0]}.layers.{parts[1]}.{rest}"
-        if name in params:
+        if name == "token_map":
+            token_map = tensor if truncated < vocab else None
+        elif name in params:
             found[name] = tensor
         elif shared and name == "lm_heads.0.weight":
             found["lm_head.weight"] = tensor
+    for name, tensor in found.items():
+        if "lm_head" in name and token_map is not None and len(tensor) > len(token_map):
+            found[name] = tensor[token_map]
+    assert truncated == vocab or token_map is not None
     assert {name: tuple(tensor.shape) for name, tensor in found.items()} == params
     logits = []
     for h in range(num):
@@ -124,4 +131,8 @@ def vllm(path: Path, hidden: Tensor, _: Tensor, remaps: bool = True) -> Tensor:
         for layer in range(layers):
             x = x + silu(linear(x, *(found[f"blocks.{h}.layers.{layer}.{kind}"] for kind in kinds)))
         logits.append(linear(x, found["lm_head.weight" if shared else f"lm_heads.{h}.weight"]))
-    return torch.stack(logits)
+    if token_map is None:
+        return torch.stack(logits)
+    whole = torch.full((num, len(hidden), vocab), -torch.inf)
+    whole[..., token_map] = torch.stack(logits)
+    return whole

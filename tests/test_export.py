@@ -35,11 +35,13 @@ MakeRun = Callable[..., Path]
 def make_run(tiny_recipe: Path, tiny_model: Path, tmp_path: Path) -> MakeRun:
     """Writes what a finished run leaves, with heads that differ from their start."""
 
-    def make(name: str = "run", *overrides: str, dtype: torch.dtype = torch.float32) -> Path:
+    def make(
+        name: str = "run", *overrides: str, dtype: torch.dtype = torch.float32, tokens: torch.Tensor | None = None
+    ) -> Path:
         recipe = Recipe.load(tiny_recipe, [*overrides, f"output={tmp_path / name}"])
         model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=dtype)
         spec, (vocab, size) = recipe.heads, model.lm_head.weight.shape
-        heads = MedusaHeads(spec.num, spec.layers, size, vocab, spec.lm_head == "own", dtype)
+        heads = MedusaHeads(spec.num, spec.layers, size, vocab, spec.lm_head == "own", dtype, tokens)
         heads.initialize(model.lm_head.weight)
         torch.manual_seed(1)
         with torch.no_grad():
@@ -105,6 +107,88 @@ def test_every_engine_gets_the_heads_bit_for_bit(
     second_layout = lm_head == "shared" and layers == 1
     assert ("0.1.weight" in load_file(both / "medusa_lm_head.safetensors")) == (layers == 1 and not second_layout)
     assert AutoTokenizer.from_pretrained(both).chat_template == loaded.tokenizer.chat_template
+
+
+@pytest.mark.parametrize(("layers", "dtype"), [(1, torch.float32), (2, torch.bfloat16)])
+def test_engines_without_token_maps_get_rows_whose_guesses_are_those_of_the_mapped_ones(
+    make_run: MakeRun, layers: int, dtype: torch.dtype
+) -> None:
+    """Turns red with zeros in place of the mean: they win where all mapped logits are negative."""
+    tokens = torch.arange(299, 40, -3)
+    run = make_run("run", f"heads.layers={layers}", dtype=dtype, tokens=tokens)
+    config, saved = load_heads(run)
+    saved |= {name: weight - 4 for name, weight in saved.items() if "projection" in name}  # negative logits too
+    save_heads(run / "heads", saved, {key: config[key] for key in export.META})
+    loaded, path = load_run(run, torch.device("cpu"), dtype), export_(run, "all")
+    hidden = torch.randn(64, 32, generator=torch.Generator().manual_seed(2)).to(dtype)
+    with torch.no_grad():
+        logits = torch.stack([head.logits(hidden) for head in loaded.heads])
+        for name, load in ENGINES.items():
+            whole = load(path, hidden, loaded.backbone.get_output_embeddings().weight)
+            assert whole[..., tokens].equal(logits), name
+            assert whole.topk(3).values.equal(logits.topk(3).values), name
+            assert torch.isin(whole.topk(3).indices, tokens).all(), name
+    assert (logits.amax(-1) < 0).any()
+    assert "truncated_vocab_size" not in json.loads((path / "config.json").read_text())
+    again = load_run(path, torch.device("cpu"), dtype)
+    assert again.heads[0].token_map.equal(tokens)
+    main(["import", str(path), str(run.parent / "back")])
+    assert {k: v.tolist() for k, v in load_heads(run.parent / "back")[1].items()} == {
+        k: v.tolist() for k, v in load_heads(run)[1].items()
+    }
+
+
+def test_transformers_alone_maps_the_guesses(make_run: MakeRun, tmp_path: Path, monkeypatch: Any) -> None:
+    """Turns red when rows are taken for tokens."""
+    tokens = torch.arange(299, 40, -3)
+    path = export_(make_run("run", tokens=tokens), "out", "--for", "transformers")
+    model = AutoModelForCausalLM.from_pretrained(
+        json.loads((path / "config.json").read_text())["base_model_name_or_path"]
+    )
+    heads, hidden = export.custom_generate.Heads(model, str(path), {}), torch.randn(5, 32)
+    loaded = load_run(path, torch.device("cpu"), torch.float32)
+    with torch.no_grad():
+        wanted = torch.stack([tokens[head.logits(hidden).argmax(-1)] for head in loaded.heads], 1)
+        assert heads.guess(hidden).equal(wanted)
+
+
+def test_export_cuts_heads_trained_in_full_to_the_most_frequent_tokens(
+    make_run: MakeRun, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run()
+    path = export_(run, "out", "--vocab", "120")
+    (_, whole), (config, cut) = load_heads(run), load_heads(path)
+    tokens = cut["token_map"]
+    assert config["vocab_size"] == 300 and len(tokens) == 120 and {0, 1, 2} <= set(tokens.tolist())
+    assert cut["2.projection.weight"].equal(whole["2.projection.weight"][tokens])
+    assert cut["2.blocks.0.bias"].equal(whole["2.blocks.0.bias"])
+    assert "guesses among the 120 most frequent of 300 tokens" in (path / "README.md").read_text()
+    with pytest.raises(SystemExit):
+        main(["export", str(path), str(run.parent / "again"), "--vocab", "100"])
+    assert "--vocab: found 100, but the heads have 120 tokens already" in capsys.readouterr().err
+    untrained = run.parent / "untrained"
+    recipe = str(run.parent / "tiny.yaml")
+    text = Path(recipe).read_text().replace("num: 3", "num: 3\n  vocab: 120")
+    Path(recipe).write_text(text)
+    main(["export", str(untrained), "--untrained", recipe])
+    assert load_heads(untrained)[1]["token_map"].equal(tokens)
+
+
+def test_vllm_reads_a_token_map_beside_a_shared_projection(make_run: MakeRun) -> None:
+    run = make_run("run", "heads.lm_head=shared")
+    path = export_(run, "out", "--vocab", "120")
+    loaded = load_run(path, torch.device("cpu"), torch.float32)
+    lm_head, hidden = loaded.backbone.get_output_embeddings(), torch.randn(7, 32)
+    tokens = load_file(path / "model.safetensors")["token_map"]
+    assert json.loads((path / "config.json").read_text())["truncated_vocab_size"] == len(tokens) == 120
+    with torch.no_grad():
+        logits = torch.stack([head.logits(hidden, lm_head) for head in loaded.heads])
+        found = engines.vllm(path, hidden, lm_head.weight)
+    assert torch.allclose(found[..., tokens], logits[..., tokens], rtol=1e-5, atol=1e-5)
+    assert found.isinf().sum() == 3 * 7 * 180
+    assert set(load_heads(path)[1]) == set(load_heads(run)[1])
+    main(["import", str(path), str(run.parent / "back")])
+    assert load_heads(run.parent / "back")[0]["vocab_size"] == 300
 
 
 def test_config_says_what_engines_ask_for_and_nothing_of_the_base_models_counts(make_run: MakeRun) -> None:

@@ -145,7 +145,7 @@ def read_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
                     if name.endswith(_MASTER):
                         tensors[name.removesuffix(_MASTER)] = content.get_tensor(name)
         file = folder / "state.json"
-        if token_map := read_json(file)["engine"].get("token_map"):
+        if token_map := json.loads(read_text(file))["engine"].get("token_map"):  # NaN may be in it
             tensors["heads.token_map"] = torch.tensor(token_map, dtype=torch.int64)
     except (OSError, SafetensorError, KeyError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{file}: damaged ({error}); name another checkpoint") from None

@@ -178,15 +178,20 @@ class MedusaHeads(nn.ModuleList):
     ):
         shape = (layers, hidden_size, vocab_size, own_projection, dtype, token_map)
         super().__init__(MedusaHead(*shape) for _ in range(num))
+        self.vocab_size = vocab_size
         self.token_map: Tensor | None
         self.register_buffer("token_map", token_map)
 
     @property
     def known_V(self) -> Tensor | None:
         """Which tokens have a row, on the CPU; None: all."""
+        return None if self.token_map is None else self.knows(torch.arange(self.vocab_size)).cpu()
+
+    def knows(self, token_ids: Tensor) -> Tensor:
+        """Whether each token has a row."""
         head = self[0]
         assert isinstance(head, MedusaHead)
-        return None if head.row_V is None else (head.row_V >= 0).cpu()
+        return head.rows(token_ids) >= 0
 
     @torch.no_grad()
     def initialize(self, lm_head_weight: Tensor) -> None:

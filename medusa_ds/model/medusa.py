@@ -133,7 +133,7 @@ class MedusaModel(nn.Module):
             rows_N, targets_N = head_rows(labels, position_ids, k)
             missed_M = rows_N[:0]
             if k > 0 and self.heads.token_map is not None:
-                known_N = self.heads[k - 1].rows(targets_N) >= 0
+                known_N = self.heads.knows(targets_N)
                 missed_M, rows_N, targets_N = rows_N[~known_N], rows_N[known_N], targets_N[known_N]
             args = (hidden_RH[rows_N], targets_N, self.loss_impl, self.chunk_mib)
             loss_sum, predicted_N = lm_head(*args) if k == 0 else self.heads[k - 1](*args, shared_projection=lm_head)

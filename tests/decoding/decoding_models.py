@@ -43,9 +43,9 @@ def reference(model: PreTrainedModel, prompt: list[int], max_new_tokens: int, **
     return out[0, len(prompt) :].tolist()
 
 
-def random_heads(vocab: int = VOCAB) -> MedusaHeads:
+def random_heads(vocab: int = VOCAB, token_map: torch.Tensor | None = None) -> MedusaHeads:
     torch.manual_seed(1)
-    heads = MedusaHeads(NUM, 1, 32, vocab)
+    heads = MedusaHeads(NUM, 1, 32, vocab, token_map=token_map)
     for parameter in heads.parameters():
         nn.init.normal_(parameter, std=0.3)
     return heads

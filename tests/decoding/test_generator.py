@@ -25,6 +25,22 @@ def test_greedy_with_random_heads_equals_transformers(case):
         assert decoder.generate([prompt], 20)[0].tokens == text
 
 
+def test_truncated_heads_decode_greedily_and_guess_tokens_of_their_map(case):
+    """Mutation: leave out `tokens` in `_propose`, which proposes rows in place of tokens."""
+    known = torch.arange(VOCAB - 1, 40, -2)
+    heads = random_heads(token_map=known)
+    decoder = Decoder(case.model, heads, TREES["bushy"])
+    for prompt, text in list(zip(case.prompts, case.texts, strict=True))[:8]:
+        assert decoder.generate([prompt], 20)[0].tokens == text
+    session = decoder.prepare(1, 20)
+    hidden = torch.randn(1, 32)
+    decoder._propose(session, hidden, torch.tensor([9]))
+    guesses = session.candidates_BC[0, 1:].reshape(NUM, -1).tolist()
+    for head, found in zip(heads, guesses, strict=True):
+        logits = head.logits(hidden)[0]
+        assert found == [int(known[i]) for i in logits.argsort(descending=True)[: decoder.tree.width]]
+
+
 def test_plain_decoding_equals_transformers(case):
     decoder = Decoder(case.model, [], chain(0))
     for prompt, text in zip(case.prompts[::5], case.texts[::5], strict=True):

@@ -22,6 +22,20 @@ def test_ranks_are_those_of_sorted_logits(llama, length):
             assert order.index(text[place + k + 1]) == rank
 
 
+def test_tokens_that_heads_do_not_know_are_misses_of_every_rank(llama):
+    """Mutation: without the fill, they get the rank of some other token."""
+    prompt, known = [9, 40, 77, 12], torch.arange(1, 120, 2)
+    answer, heads = reference(llama, prompt, 40, eos_token_id=120), random_heads(token_map=known)
+    ranks = head_ranks(llama, list(heads), prompt, answer)
+    hidden = llama.base_model(input_ids=torch.tensor([prompt + answer])).last_hidden_state[0]
+    assert 0 < (ranks == 120).sum() < ranks.numel()
+    for row, place in zip(ranks.tolist(), range(3, 60), strict=False):
+        for k, rank in enumerate(row, 1):
+            token = (prompt + answer)[place + k + 1]
+            order = known[heads[k - 1].logits(hidden[place]).argsort(descending=True)].tolist()
+            assert rank == (order.index(token) if token in order else 120)
+
+
 def test_first_difference_tells_a_tie_from_a_mistake(llama):
     prompt, text = [9, 40, 77], reference(llama, [9, 40, 77], 12, eos_token_id=120)
     assert first_difference(llama, prompt, text, list(text)) is None

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from medusa_ds.errors import UserError
-from medusa_ds.model.heads import MedusaHeads, VocabularyProjection, load_heads, save_heads
+from medusa_ds.model.heads import MedusaHeads, VocabularyProjection, different_maps, load_heads, save_heads
 
 H, V = 8, 23
 
@@ -160,3 +160,52 @@ def test_a_write_that_dies_leaves_the_old_heads(saved, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         save_heads(saved, make(layers=1).state_dict(), {**META, "layers": 1})
     assert load_heads(saved)[0]["layers"] == 2
+
+
+def truncated(tokens):
+    heads = MedusaHeads(2, 1, H, V, token_map=torch.tensor(tokens))
+    lm_head = torch.randn(V, H)
+    heads.initialize(lm_head)
+    assert torch.equal(heads[1].projection.weight, lm_head[tokens])
+    return heads
+
+
+def test_token_map_is_saved_beside_the_heads(tmp_path):
+    heads = truncated([2, 3, 11, 22])
+    save_heads(tmp_path, heads.state_dict(), META | {"num": 2, "layers": 1})
+    config, tensors = load_heads(tmp_path)
+    assert config["vocab_size"] == V and config["dtype"] == "float32"
+    assert tensors["token_map"].tolist() == [2, 3, 11, 22]
+    again = MedusaHeads(2, 1, H, V, token_map=tensors["token_map"])
+    again.load_state_dict(tensors)
+    hidden = torch.randn(3, H)
+    assert torch.equal(again[0].logits(hidden), heads[0].logits(hidden))
+    assert again[0].tokens(torch.tensor([3])).tolist() == [22]
+    assert again[0].rows(torch.tensor([11, 4])).tolist() == [2, -1]
+
+
+@pytest.mark.parametrize(("tokens", "says"), [
+    (torch.tensor([2, 3, 11, V]), f"names token {V}, outside"), (torch.tensor([-1, 3, 11, 4]), "names token -1"),
+    (torch.tensor([2, 3, 11, 3]), "names a token twice"), (torch.tensor([2, 3, 11]), "projection.weight is"),
+    (torch.tensor([2.0, 3, 11, 4]), "not a list of int64"), (torch.zeros(0, dtype=torch.int64), "has 0 tokens"),
+    (torch.tensor([[2, 3, 11, 4]]), "not a list of int64"),
+])  # fmt: skip
+def test_bad_token_maps_are_refused(tokens, says, tmp_path):
+    state = truncated([2, 3, 11, 22]).state_dict() | {"token_map": tokens}
+    save_heads(tmp_path, state, META | {"num": 2, "layers": 1})
+    with pytest.raises(UserError, match=says):
+        load_heads(tmp_path)
+
+
+def test_token_map_beside_a_shared_projection_is_refused(tmp_path):
+    state = make(1, own=False).state_dict() | {"token_map": torch.tensor([1, 2])}
+    save_heads(tmp_path, state, META | {"num": 3, "layers": 1, "lm_head": "shared"})
+    with pytest.raises(UserError, match="shared, which has no rows"):
+        load_heads(tmp_path)
+
+
+def test_token_maps_that_differ_are_told_apart():
+    assert different_maps(None, None) is None
+    assert different_maps([1, 2], [1, 2]) is None
+    assert different_maps(None, [1, 2]) == "found projections onto all tokens; this recipe has 2 tokens"
+    assert different_maps([1, 2, 3], [1, 2, 9]) == "found 1 other tokens among its 3, as 3"

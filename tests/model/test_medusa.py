@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from medusa_ds.model.heads import MedusaHeads
 from medusa_ds.model.medusa import COUNTERS, MedusaModel, metrics
+from medusa_ds.model.rows import count_targets
 
 H, V, NUM = 32, 101, 3
 SIZES = {"hidden_size": H, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -16,11 +17,21 @@ SIZES = {"hidden_size": H, "num_hidden_layers": 2, "num_attention_heads": 4, "nu
 FAMILIES = {"llama": {}, "qwen3": {"head_dim": 8}, "qwen2": {}, "mistral": {"sliding_window": None}}
 
 
-def build(family="llama", stage=1, own=True, layers=1, impl="torch", trained=True, tied=False, dtype=torch.float32):
+def build(
+    family="llama",
+    stage=1,
+    own=True,
+    layers=1,
+    impl="torch",
+    trained=True,
+    tied=False,
+    dtype=torch.float32,
+    tokens=None,
+):
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **SIZES, **FAMILIES[family], tie_word_embeddings=tied, initializer_range=0.3)
     backbone = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    heads = MedusaHeads(NUM, layers, H, V, own, dtype)
+    heads = MedusaHeads(NUM, layers, H, V, own, dtype, tokens)
     heads.initialize(backbone.get_output_embeddings().weight)
     if trained:
         with torch.no_grad():
@@ -124,14 +135,49 @@ def float64_head_losses(model, inputs):
                 x = x + nn.functional.silu(x @ block.weight.double().T + block.bias.double())
         owner = module.projection if module is not None and module.projection is not None else model.backbone.lm_head
         logits, total = x @ owner.weight.double().T, torch.zeros((), dtype=torch.float64)
+        tokens = model.heads.token_map.tolist() if k and model.heads.token_map is not None else list(range(V))
         for b in range(ids.shape[0]):
             for t in range(ids.shape[1] - k - 1):
                 target = int(labels[b, t + k + 1])
                 if target != -100 and int(positions[b, t + k + 1]) == int(positions[b, t]) + k + 1:
-                    total = total + logits[b, t].logsumexp(-1) - logits[b, t, target]
-                    right[k, b, t] = int(logits[b, t].argmax()) == target
+                    right[k, b, t] = tokens[int(logits[b, t].argmax())] == target
+                    if target in tokens:
+                        total = total + logits[b, t].logsumexp(-1) - logits[b, t, tokens.index(target)]
         sums.append(total)
     return sums, right
+
+
+TOKENS = torch.arange(V).roll(7)[: V // 2]  # not ascending: a map that another program wrote
+
+
+@pytest.mark.parametrize("impl", ["torch", "eager"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_truncated_vocabulary_drops_targets_outside_and_counts_them_as_misses(stage, impl):
+    """Against float64 sums over known targets alone. Mutations: keep the unknown rows with row 0 as target; leave
+    `missed` out of the accuracy; leave `loss.missed` out of `full_count`."""
+    model = build(stage=stage, impl=impl, tokens=TOKENS)
+    output, found = gradients(model, PACKED)
+    model.zero_grad()
+    sums, right = float64_head_losses(model, PACKED)
+    first = 0 if stage == 2 else 1
+    sum(w * s for w, s in list(zip((0.7, 1.0, 0.8, 0.5), sums, strict=True))[first:]).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert relative(found[name], parameter.grad) < 1e-5, name
+    figures = metrics(output.counters)
+    counts = count_targets(*PACKED[1:], NUM, model.heads.known_V)
+    for k in range(1, NUM + 1):
+        assert model.heads[k - 1].projection.weight.shape == (len(TOKENS), H)
+        torch.testing.assert_close(output.losses[k].loss_sum.double(), sums[k], rtol=1e-5, atol=0)
+        mine = [place for place in right if place[0] == k]
+        missed = len(output.losses[k].missed)
+        assert counts[k] == output.losses[k].count == output.counters[k, 1] == len(mine) - missed
+        assert 0 < missed < len(mine)
+        assert figures[f"head{k}_acc"] == sum(right[place] for place in mine) / len(mine)
+        full = [place for place in mine if all((j, *place[1:]) in right for j in range(1, k + 1))]
+        assert output.counters[k, 4] == len(full)
+        assert output.counters[k, 3] == sum(all(right[(j, *place[1:])] for j in range(1, k + 1)) for place in full)
+    assert counts[0] == count_targets(*PACKED[1:], NUM)[0]
 
 
 @pytest.mark.parametrize("impl", ["torch", "eager"])
@@ -171,7 +217,7 @@ def test_counters_match_loops_over_positions():
         full = [p for p in places if all((j, *p) in right for j in range(1, k + 1))]
         before = [p for p in full if all(right[(j, *p)] for j in range(1, k))]
         both = [p for p in before if right[(k, *p)]]
-        expected = [len(places), sum(right[(k, *p)] for p in places), len(both), len(full), len(both), len(before)]
+        expected = [len(places), sum(right[(k, *p)] for p in places), len(both), len(full), len(both), len(before), 0]
         assert counters[k, 1:].tolist() == expected
         acceptance += len(both) / len(full)
     assert counters[1, 3] > 5
@@ -181,12 +227,12 @@ def test_counters_match_loops_over_positions():
 
 
 def test_metrics_are_shares_of_summed_counters():
-    counters = torch.tensor([[8.0, 4, 1, 0, 0, 0, 0], [6, 4, 2, 2, 4, 2, 4], [9, 3, 2, 1, 2, 1, 1]])
+    counters = torch.tensor([[8.0, 4, 1, 0, 0, 0, 0, 0], [6, 4, 2, 2, 4, 2, 4, 0], [9, 3, 2, 1, 2, 1, 1, 1]])
     assert metrics(counters) == {
         "lm_loss": 2.0, "lm_acc": 0.25, "head1_loss": 1.5, "head1_acc": 0.5, "full_acc_1": 0.5, "cond_acc_1": 0.5,
-        "head2_loss": 3.0, "head2_acc": 2 / 3, "full_acc_2": 0.5, "cond_acc_2": 1.0, "acceptance_length": 2.0,
+        "head2_loss": 3.0, "head2_acc": 2 / 4, "full_acc_2": 0.5, "cond_acc_2": 1.0, "acceptance_length": 2.0,
     }  # fmt: skip
-    nothing = metrics(torch.zeros(2, 7))
+    nothing = metrics(torch.zeros(2, 8))
     assert nothing["acceptance_length"] == 1.0
     assert math.isnan(nothing["head1_loss"])
     assert "lm_loss" not in nothing

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +92,16 @@ def end(engine: MedusaEngine) -> None:
     engine._engine.destroy()
 
 
-def trajectory(out: Path, zero: str, stage: int, save: bool = False, **sections: Any) -> dict[str, Any]:
+def make_engine(recipe: Recipe, tokens: list[int] | None = None) -> MedusaEngine:
+    token_map = None if tokens is None else torch.tensor(tokens)
+    return MedusaEngine(recipe, STEPS, partial(builder.build_model, token_map=token_map))
+
+
+def trajectory(
+    out: Path, zero: str, stage: int, save: bool = False, tokens: list[int] | None = None, **sections: Any
+) -> dict[str, Any]:
     """Train `STEPS` steps; keep weights before and after, and a checkpoint of the second step."""
-    engine = MedusaEngine(make_recipe(out, zero, stage, **sections), STEPS)
+    engine = make_engine(make_recipe(out, zero, stage, **sections), tokens)
     dump(engine, out / "before.safetensors")
     result = train(engine, 0, 2)
     if save:
@@ -104,9 +112,11 @@ def trajectory(out: Path, zero: str, stage: int, save: bool = False, **sections:
     return {key: result[key] + rest[key] for key in result}
 
 
-def resumed(out: Path, zero: str, stage: int, source: Path, **sections: Any) -> dict[str, Any]:
+def resumed(
+    out: Path, zero: str, stage: int, source: Path, tokens: list[int] | None = None, **sections: Any
+) -> dict[str, Any]:
     """Go on from the checkpoint that another scenario has left in `source`."""
-    engine = MedusaEngine(make_recipe(source, zero, stage, **sections), STEPS)
+    engine = make_engine(make_recipe(source, zero, stage, **sections), tokens)
     state = engine.resume_newest("fingerprint")
     assert engine.steps_taken == 2, engine.steps_taken
     result = train(engine, 2)
@@ -196,6 +206,30 @@ def launch_errors(out: Path, source: Path) -> dict[str, Any]:
         train(engine, 0, 1)
     except UserError as error:
         found["memory"] = str(error)
+    end(engine)
+    return found
+
+
+def other_maps(out: Path, source: Path) -> dict[str, Any]:
+    """What an engine says to a checkpoint and to finished heads with another token map."""
+    found = {}
+    for name, tokens in (("full", None), ("fewer", list(range(10))), ("other", list(range(1, 41)))):
+        engine = make_engine(make_recipe(source), tokens)
+        try:
+            engine.resume_newest("fingerprint")
+        except UserError as error:
+            found[name] = str(error)
+        end(engine)
+    engine = make_engine(make_recipe(source), list(range(40)))
+    engine.resume_newest("fingerprint")
+    engine.export(source)
+    end(engine)
+    try:
+        make_engine(make_recipe(out, heads={"init_from": str(source)}), list(range(1, 41)))
+    except UserError as error:
+        found["start"] = str(error)
+    engine = make_engine(make_recipe(out, heads={"init_from": str(source)}), list(range(40)))
+    found["kept"] = engine.model.heads.token_map.tolist()
     end(engine)
     return found
 
