@@ -34,7 +34,7 @@ def test_truncated_heads_decode_greedily_and_guess_tokens_of_their_map(case):
         assert decoder.generate([prompt], 20)[0].tokens == text
     session = decoder.prepare(1, 20)
     hidden = torch.randn(1, 32)
-    decoder._propose(session, hidden, torch.tensor([9]))
+    decoder._propose(session, decoder._guess(hidden), torch.tensor([9]))
     guesses = session.candidates_BC[0, 1:].reshape(NUM, -1).tolist()
     for head, found in zip(heads, guesses, strict=True):
         logits = head.logits(hidden)[0]
