@@ -13,7 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=[
-        "medusa_ds", "medusa_ds.data", "medusa_ds.model", "medusa_ds.training", "medusa_ds.decoding",
+        "medusa_ds", "medusa_ds.data", "medusa_ds.model", "medusa_ds.training", "medusa_ds.decoding", "medusa_ds.distilling",
         "medusa_ds.recipes", "medusa_ds.ds_configs",
     ],
     package_dir={"medusa_ds": "medusa_ds", "medusa_ds.recipes": "recipes", "medusa_ds.ds_configs": "ds_configs"},
@@ -25,8 +25,9 @@ setup(
         "pyyaml", "accelerate", "gguf",
     ],
     extras_require={
+        "distill": ["openai"],
         "plots": ["matplotlib"],
-        "test": ["pytest", "hypothesis", "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML", "tensorboard"],
+        "test": ["pytest", "openai", "hypothesis", "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML", "tensorboard"],
     },
     entry_points={"console_scripts": ["medusa-ds=medusa_ds.cli:main"]},
 )  # fmt: skip

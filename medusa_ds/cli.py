@@ -47,6 +47,17 @@ def _positive(text: str) -> float:
     return value
 
 
+def _temperature(text: str) -> float:
+    return 0.0 if text in ("0", "0.0") else _positive(text)
+
+
+def _share(text: str) -> float:
+    value = _positive(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}; allowed is a share above 0 and up to 1")
+    return value
+
+
 def _count(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) >= 1):
         raise argparse.ArgumentTypeError(f"found {text!r}; allowed is a whole number of at least 1")
@@ -111,6 +122,22 @@ def estimate_needs(args: argparse.Namespace) -> None:
     from medusa_ds.estimate import main
 
     main(recipe, args.world_size or [1, 2, 4, 8], args.tokens_per_second, args.data)
+
+
+def distill_model(args: argparse.Namespace) -> None:
+    """Let the recipe's own model answer prompts, or make them up, as training data; goes on where it was interrupted.
+
+    Without a server the built-in engine decodes. Rows go to OUT in the format that `data.path` reads.
+    """
+    recipe = Recipe.load(args.recipe, args.overrides, planning=True)
+    from medusa_ds.distill import Sampling, Settings, distill
+
+    sampling = Sampling(args.temperature, args.top_p, args.max_new_tokens, args.max_prompt_tokens, args.seed)
+    distill(recipe, Settings(
+        args.out, args.prompts, args.split, args.limit, args.synthesize or 0, args.synthesize_temperature,
+        args.exclude, sampling, args.batch, args.server, args.server_model, args.timeout, args.retries, args.device,
+        args.dtype,
+    ))  # fmt: skip
 
 
 def generate_text(args: argparse.Namespace) -> None:
@@ -212,6 +239,32 @@ COMMANDS = {
         _option("--tokens-per-second", type=_positive, metavar="X",
                 help="speed of all GPUs together; without it, the one that a run into the recipe's output measured"),
         _option("--data", action="store_true", help="tokenise the data, as prepare does, to count its tokens"),
+    ]),
+    "distill": Command(distill_model, [
+        *RECIPE,
+        _option("--out", required=True, metavar="FILE", help="JSON lines to write, a conversation each"),
+        _option("--prompts", metavar="SOURCE",
+                help='JSON lines such as {"turns": ["Hello"]}, or what data.path takes; its user turns are answered'),
+        _option("--split", default="train", help="of a hub dataset"),
+        _option("--limit", type=_count, metavar="N", help="take the first N prompts"),
+        _option("--synthesize", type=_count, metavar="N", help="let the model make up N prompts"),
+        _option("--synthesize-temperature", type=_positive, default=1.0, metavar="T", help="of these"),
+        _option("--exclude", action="append", default=[], metavar="SOURCE",
+                help="leave out prompts that share eight words in a row with one of these; may be repeated"),
+        _option("--temperature", type=_temperature, default=0.0, metavar="T",
+                help="of the answers; 0, the default, takes the most probable token"),
+        _option("--top-p", type=_share, default=1.0, metavar="P", help="draw from the most probable tokens up to P"),
+        _option("--max-new-tokens", type=_count, default=512, metavar="N",
+                help="of an answer; longer ones are removed"),
+        _option("--max-prompt-tokens", type=_count, default=1024, metavar="N",
+                help="of a conversation before an answer"),
+        _option("--seed", type=int, default=0, help="of all draws"),
+        _option("--batch", type=_count, metavar="N", help="rows at once, or requests in flight"),
+        _option("--server", metavar="URL", help="an OpenAI-compatible server, as http://localhost:8000/v1"),
+        _option("--server-model", metavar="NAME", help="the model's name there; without it, the recipe's"),
+        _option("--timeout", type=_positive, default=300.0, metavar="SECONDS", help="of a request to the server"),
+        _option("--retries", type=_count, default=5, metavar="N", help="of a request to the server"),
+        *RUN[1:],
     ]),
     "generate": Command(generate_text, [
         *RUN, *ACCEPTANCE,

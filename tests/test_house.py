@@ -18,7 +18,7 @@ MODULES = {
 FOUNDATION = {"errors", "config_files", "ds_config", "recipe", "recipe_files", "recipe_sections"}
 COMMAND = {"cli", "__main__"}
 PROGRAMS = {name for name in MODULES if "." not in name} - FOUNDATION - COMMAND
-ROOMS = ("data", "model", "training", "decoding")
+ROOMS = ("data", "model", "training", "decoding", "distilling")
 
 # room or module: what of ours it may import, besides its own room
 ALLOWED = {
@@ -32,6 +32,7 @@ ALLOWED = {
     "model": FOUNDATION,
     "training": {*FOUNDATION, "model", "data"},
     "decoding": {*FOUNDATION, "model"},
+    "distilling": {*FOUNDATION, "decoding"},
     "program": {*FOUNDATION, *ROOMS},
     "__main__": {"train"},
     "cli": {*FOUNDATION, *PROGRAMS, "decoding"},  # whose settings it fills in for the programs

@@ -128,9 +128,22 @@ def _held_out(data: Dataset, usable: np.ndarray, spec: DataSpec, sample: bool) -
 
 def _read(where: str, source: SourceSpec) -> tuple[Dataset, str]:
     """A source's rows, and a digest of its state."""
+    rows, key = open_source(where, source)
+    return _convert(rows, key), key
+
+
+_Rows = Callable[[], Iterator[tuple[str, Any]]]
+
+
+def open_source(where: str, source: SourceSpec) -> tuple[_Rows, str]:
+    """What gives a source's rows, each with where it stands, and a digest of the source's state.
+
+    Raises:
+        UserError: the source cannot be found or read.
+    """
     path = _SAMPLE if source.path == "sample" else Path(source.path)
     if not path.exists():
-        return _read_hub(where, source)
+        return _open_hub(where, source)
     if source.split != "train":
         raise UserError(f"{where}: {path}: found split {source.split!r}, which only hub datasets have; remove it")
     files = sorted(path.iterdir()) if path.is_dir() else [path]
@@ -138,10 +151,10 @@ def _read(where: str, source: SourceSpec) -> tuple[Dataset, str]:
     if not files:
         raise UserError(f"{where}: {path}: found no file that ends with {', '.join(SUFFIXES)}; name one")
     key = _digest([[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files])
-    return _convert(functools.partial(_file_rows, files), key), key
+    return functools.partial(_file_rows, files), key
 
 
-def _read_hub(where: str, source: SourceSpec) -> tuple[Dataset, str]:
+def _open_hub(where: str, source: SourceSpec) -> tuple[_Rows, str]:
     name = f"{source.path}[{source.split}]"
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source.path):
         raise UserError(
@@ -153,10 +166,10 @@ def _read_hub(where: str, source: SourceSpec) -> tuple[Dataset, str]:
         why = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"
         raise UserError(f"{where}: {name}: cannot be loaded ({why}); check id, split, network and HF_TOKEN") from None
     key = _digest([name, data._fingerprint])
-    return _convert(lambda: ((f"{name}:{number}", row) for number, row in enumerate(data)), key), key
+    return lambda: ((f"{name}:{number}", row) for number, row in enumerate(data)), key
 
 
-def _convert(rows: Callable[[], Iterator[tuple[str, Any]]], key: str) -> Dataset:
+def _convert(rows: _Rows, key: str) -> Dataset:
     """Write rows in our one format into the cache of `datasets`, under a name that tells the source's state."""
 
     def generate() -> Iterator[dict[str, str]]:
@@ -246,16 +259,7 @@ _DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
 
 def _conversation(row: Any) -> str:
     """One row, ShareGPT or chat messages, in our one format."""
-    if isinstance(row, UnusableRow):
-        raise row
-    row = _without_none(row) if isinstance(row, dict) else {}
-    turns = row.get("messages", row.get("conversations"))
-    if not isinstance(turns, list):
-        raise UnusableRow("no list of messages or conversations")
-    messages = [_turn(turn) for turn in turns]
-    if isinstance(row.get("system"), str) and messages and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": row["system"]})
-    messages = [turn for turn in messages if turn["role"] != "system" or turn["content"].strip()]
+    messages, row = read_messages(row)
     if not any(turn["role"] == "assistant" for turn in messages):
         raise UnusableRow("no assistant turn" if messages else "an empty conversation")
     tools = _parsed(row.get("tools"))
@@ -266,7 +270,22 @@ def _conversation(row: Any) -> str:
     return text
 
 
-def _turn(turn: Any) -> dict[str, Any]:
+def read_messages(row: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The messages of a row, and the row without nulls."""
+    if isinstance(row, UnusableRow):
+        raise row
+    row = _without_none(row) if isinstance(row, dict) else {}
+    turns = row.get("messages", row.get("conversations"))
+    if not isinstance(turns, list):
+        raise UnusableRow("no list of messages or conversations")
+    messages = [read_turn(turn) for turn in turns]
+    if isinstance(row.get("system"), str) and messages and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": row["system"]})
+    return [turn for turn in messages if turn["role"] != "system" or turn["content"].strip()], row
+
+
+def read_turn(turn: Any) -> dict[str, Any]:
+    """One turn, ShareGPT or chat message, as a message."""
     turn = turn if isinstance(turn, dict) else {}
     role = turn.get("from", turn.get("role"))
     role = _ROLES.get(role.strip().lower()) if isinstance(role, str) else None

@@ -58,12 +58,14 @@ class Acceptance:
         temperature: divides the logits; no effect on greedy.
         epsilon: typical: hard threshold.
         delta: typical: entropy-dependent threshold.
+        top_p: exact: draw from the most probable tokens that together have this share; below 1 a step sorts.
     """
 
     rule: Literal["greedy", "typical", "exact"] = "greedy"
     temperature: float = 1.0
     epsilon: float = 0.09
     delta: float = 0.3
+    top_p: float = 1.0
 
     def choose(self, logits: Tensor, uniform: Tensor) -> Tensor:
         """The base model's token for every distribution.
@@ -78,7 +80,12 @@ class Acceptance:
         if self.rule != "exact":
             return logits.argmax(-1)
         # inverse of the cumulative distribution, in float64 so that 128k small terms do not drift
-        cumulative = (logits.float() / self.temperature).softmax(-1).double().cumsum(-1)
+        p = (logits.float() / self.temperature).softmax(-1)
+        if self.top_p < 1:
+            sorted_p, token = p.sort(-1, descending=True)
+            before = sorted_p.cumsum(-1) - sorted_p
+            p = torch.zeros_like(p).scatter_(-1, token, sorted_p.where(before < self.top_p, 0.0))
+        cumulative = p.double().cumsum(-1)
         threshold = uniform.double()[..., None] * cumulative[..., -1:]
         return torch.searchsorted(cumulative, threshold, right=True)[..., 0].clamp(max=logits.shape[-1] - 1)
 

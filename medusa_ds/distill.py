@@ -1,0 +1,328 @@
+"""The distillation program: the recipe's own model answers prompts, and its answers become training data.
+
+Medusa heads guess what their own backbone will say, so its answers are the best text to train them on. Prompts come
+from a source, or the model makes them up: a chat model that is given its template's beginning of a user turn writes
+one (Magpie, arXiv 2406.08464). Every row has a number. It ends in the output file, among the removed rows, or has
+failed, and whatever ended the process, the same command goes on with the rest.
+"""
+
+import hashlib
+import json
+import sys
+import time
+from collections import Counter, deque
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from medusa_ds.data.dialogues import chat_template, check_template
+from medusa_ds.data.prompts import load_prompts
+from medusa_ds.decoding.packed import pack_projections
+from medusa_ds.decoding.runs import place
+from medusa_ds.distilling.journal import Journal
+from medusa_ds.distilling.requests import MAKE_PROMPT, Engine, Reply, Request, Sampling
+from medusa_ds.distilling.sampler import Sampler
+from medusa_ds.distilling.server import Server
+from medusa_ds.distilling.texts import Excluded, Seen, repetitive
+from medusa_ds.errors import UserError
+from medusa_ds.model.backbone import load_backbone, load_tokenizer
+from medusa_ds.recipe import Recipe
+
+MADE_PROMPT_TOKENS = 256
+PLAIN_INTERVAL_S = 15.0
+_MARK = "\U0010fff0"
+Messages = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line says.
+
+    Attributes:
+        out: JSON lines to write; `OUT.progress` beside it keeps what was removed and the prompts that were made.
+        prompts: source of prompts, or None.
+        split: of a hub dataset.
+        limit: first prompts of the source that are taken; None takes all.
+        synthesize: how many prompts to make.
+        synthesize_temperature: of these.
+        exclude: sources of prompts that must not be answered.
+        sampling: of the answers.
+        batch: rows at once, or requests in flight; None: 512 on a GPU, 8 on a CPU, 64 with a server.
+        server: URL of an OpenAI-compatible server; None: the built-in engine.
+        server_model: the model's name there; None: the recipe's.
+        timeout_s, retries: of a request to the server.
+        device, dtype: see `place`.
+    """
+
+    out: str
+    prompts: str | None = None
+    split: str = "train"
+    limit: int | None = None
+    synthesize: int = 0
+    synthesize_temperature: float = 1.0
+    exclude: list[str] = field(default_factory=list)
+    sampling: Sampling = field(default_factory=Sampling)
+    batch: int | None = None
+    server: str | None = None
+    server_model: str | None = None
+    timeout_s: float = 300.0
+    retries: int = 5
+    device: str | None = None
+    dtype: str | None = None
+
+
+def distill(recipe: Recipe, settings: Settings) -> dict[str, Any]:
+    """Make the rows that are still missing, print a summary and return it.
+
+    Raises:
+        UserError: nothing to do, an output of other settings, or a source, model or server that cannot be used.
+    """
+    if settings.prompts is None and not settings.synthesize:
+        raise UserError("distill: found neither --prompts nor --synthesize; give one of them, or both")
+    chat = _Chat(recipe)
+    asked = _read(settings.prompts, settings.split)[: settings.limit] if settings.prompts else []
+    unwanted = [m["content"] for source in settings.exclude for row in _read(source) for m in row if m != row]
+    progress, rows = Journal(Path(f"{settings.out}.progress")), Journal(Path(settings.out))
+    try:
+        _check_state(progress, rows, _state(recipe, settings, asked, unwanted))
+        engines = _Engines(recipe, settings, chat.tokenizer)
+        prompts = asked + _make_prompts(settings, chat, engines, progress, len(asked))
+        removed = _removed(prompts, Excluded(unwanted), chat.tokenizer.all_special_tokens, len(asked))
+        failed = _answer(settings, chat, engines, prompts, removed, progress, rows)
+    finally:
+        progress.close()
+        rows.close()
+    return _summary(settings.out, len(prompts), failed, removed)
+
+
+class _Chat:
+    """The model's chat template."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.tokenizer, args = load_tokenizer(recipe.model), recipe.data.template_args
+        check_template(self.tokenizer, args)
+        self.args = {**args, "chat_template": chat_template(self.tokenizer, args, None), "tokenize": False}
+
+    def before_answer(self, messages: Messages) -> str:
+        return str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, **self.args))
+
+    def before_prompt(self) -> str:
+        """What the template writes before a user's first turn."""
+        text = str(self.tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], **self.args))
+        return text.partition(_MARK)[0]
+
+
+class _Engines:
+    """Makes engines; the model is loaded once, when it is first needed."""
+
+    def __init__(self, recipe: Recipe, settings: Settings, tokenizer: Any) -> None:
+        self.recipe, self.settings, self.tokenizer = recipe, settings, tokenizer
+        self.backbone: Any = None
+
+    def make(self, sampling: Sampling, rows: int) -> Engine:
+        settings = self.settings
+        if settings.server:
+            name = settings.server_model or self.recipe.model.name
+            in_flight = settings.batch or 64
+            return Server(settings.server, name, sampling, in_flight, settings.timeout_s, settings.retries)
+        if self.backbone is None:
+            device, dtype = place(settings.device, settings.dtype)
+            self.backbone = load_backbone(self.recipe.model, dtype, device=device)
+            pack_projections(self.backbone)
+        batch = settings.batch or (512 if self.backbone.device.type == "cuda" else 8)
+        return Sampler(self.backbone, self.tokenizer, sampling, min(batch, rows))
+
+
+def _read(source: str, split: str = "train") -> list[Any]:
+    """Messages of every prompt, or why a row cannot be used."""
+    return [row for _, row in load_prompts("--prompts", source, split)]
+
+
+def _state(recipe: Recipe, settings: Settings, asked: list[Any], unwanted: list[str]) -> dict[str, Any]:
+    """What an output depends on."""
+
+    def digest(value: Any) -> str:
+        return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+    return {
+        "model": recipe.model.name, "revision": recipe.model.revision, "template_args": recipe.data.template_args,
+        "prompts": len(asked), "prompts_digest": digest(asked), "exclude_digest": digest(unwanted),
+        "synthesize": settings.synthesize, "synthesize_temperature": settings.synthesize_temperature,
+        **asdict(settings.sampling),
+    }  # fmt: skip
+
+
+def _check_state(progress: Journal, rows: Journal, state: dict[str, Any]) -> None:
+    if not progress.rows:
+        if rows.rows:
+            raise UserError(f"{rows.path}: holds rows, but {progress.path} is missing; name another file in --out")
+        progress.append(state)
+        return
+    before = progress.rows[0]
+    changed = [key for key in state if before.get(key) != state[key]]
+    if changed:
+        raise UserError(
+            *(f"{rows.path}: {key}: was made with {before.get(key)!r}; now {state[key]!r}" for key in changed),
+            f"{rows.path}: belongs to other settings; name another file in --out, or go back to the values above",
+        )
+
+
+def _make_prompts(settings: Settings, chat: _Chat, engines: _Engines, progress: Journal, first: int) -> list[Any]:
+    """The prompts that the model makes, kept in the progress file: messages, or why one cannot be used."""
+    made = {row["row"]: row for row in progress.rows if "prompt" in row}
+    wanted = range(first, first + settings.synthesize)
+    if todo := deque(Request(row, MAKE_PROMPT, chat.before_prompt(), []) for row in wanted if row not in made):
+        print(f"making {len(todo):,} prompts", flush=True)
+        before = len(chat.tokenizer(todo[0].text, add_special_tokens=False)["input_ids"])
+        sampling = replace(
+            settings.sampling, temperature=settings.synthesize_temperature, top_p=1.0, max_prompt_tokens=before,
+            max_new_tokens=max(1, min(MADE_PROMPT_TOKENS, settings.sampling.max_prompt_tokens - before)),
+        )  # fmt: skip
+        bar = _Progress(len(todo))
+
+        def keep(request: Request, reply: Reply) -> None:
+            bar.add(1, reply.tokens)
+            if not reply.finish.startswith("failed"):
+                made[request.row] = {"row": request.row, "prompt": reply.text, "finish": reply.finish}
+                progress.append(made[request.row])
+
+        engines.make(sampling, len(todo)).run(todo, keep)
+        bar.close()
+    seen = Seen()
+    prompts: list[Any] = []
+    for number in wanted:
+        if number not in made:
+            raise UserError(f"{settings.server}: some prompts could not be made; the same command tries them again")
+        text, finish = made[number]["prompt"].strip(), made[number]["finish"]
+        if finish != "end" or not text:
+            prompts.append(f"made prompt: {finish if text else 'empty'}")
+        elif repetitive(text):
+            prompts.append("made prompt: repetition")
+        elif not seen.add(text):
+            prompts.append("made prompt: near-duplicate")
+        else:
+            prompts.append([{"role": "user", "content": text}])
+    return prompts
+
+
+def _removed(prompts: list[Any], excluded: Excluded, controls: list[str], asked: int) -> dict[int, str]:
+    """Rows that are not answered, with the reason."""
+    removed = {}
+    for number, messages in enumerate(prompts):
+        if isinstance(messages, str):
+            removed[number] = messages if number >= asked else f"unusable row: {messages}"
+        elif any(control in message["content"] for message in messages for control in controls):
+            removed[number] = "control tokens in a prompt"
+        elif any(excluded.overlap(message["content"]) for message in messages if message["role"] == "user"):
+            removed[number] = "overlap with --exclude"
+    return removed
+
+
+def _answer(
+    settings: Settings, chat: _Chat, engines: _Engines, prompts: list[Any], removed: dict[int, str], progress: Journal,
+    rows: Journal,
+) -> Counter[str]:  # fmt: skip
+    """Answer what is neither answered nor removed; the reasons of rows that failed."""
+    removed |= {row["row"]: row["removed"] for row in progress.rows if "removed" in row}
+    done = {row["row"] for row in rows.rows}
+    talks: dict[int, tuple[Messages, deque[dict[str, Any]], list[int]]] = {}
+    failed: Counter[str] = Counter()
+
+    def ask(number: int, turn: int) -> Request | None:
+        """The next answer of a conversation, if a user's turn is left."""
+        messages, rest, _ = talks[number]
+        while rest:
+            messages.append(rest.popleft())
+            if messages[-1]["role"] == "user":
+                return Request(number, turn, chat.before_answer(messages), list(messages))
+        return None
+
+    todo: deque[Request] = deque()
+    for number, messages in enumerate(prompts):
+        if number not in done and number not in removed:
+            talks[number] = ([], deque(messages), [])
+            request = ask(number, 0)
+            assert request is not None
+            todo.append(request)
+    if not todo:
+        return failed
+    print(f"answering {len(todo):,} of {len(prompts):,} rows", flush=True)
+    bar = _Progress(len(todo))
+
+    def keep(request: Request, reply: Reply) -> Request | None:
+        number, finish = request.row, reply.finish
+        messages, _, tokens = talks[number]
+        if finish == "end" and (not reply.text.strip() or repetitive(reply.text)):
+            finish = "repetition" if reply.text.strip() else "empty"
+        if finish == "end":
+            messages.append({"role": "assistant", "content": reply.text})
+            tokens.append(reply.tokens)
+            following = ask(number, request.turn + 1)
+            if following is not None:
+                bar.add(0, reply.tokens)
+                return following
+            rows.append({"row": number, "messages": messages, "tokens": tokens})
+        elif finish.startswith("failed"):
+            failed[finish] += 1
+        else:
+            removed[number] = f"answer: {finish}"
+            progress.append({"row": number, "removed": removed[number]})
+        bar.add(1, reply.tokens)
+        del talks[number]
+        return None
+
+    engines.make(settings.sampling, len(todo)).run(todo, keep)
+    bar.close()
+    return failed
+
+
+class _Progress:
+    """Rows, tokens a second and the time left: a line that is rewritten, or on no terminal one every 15 seconds."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.rows, self.tokens = total, 0, 0
+        self.started = self.printed = time.monotonic()
+        self.terminal = sys.stderr.isatty()
+
+    def add(self, rows: int, tokens: int) -> None:
+        self.rows, self.tokens = self.rows + rows, self.tokens + tokens
+        if time.monotonic() - self.printed >= (0.5 if self.terminal else PLAIN_INTERVAL_S):
+            self._print()
+
+    def close(self) -> None:
+        self._print(last=True)
+
+    def _print(self, last: bool = False) -> None:
+        self.printed = time.monotonic()
+        seconds = max(self.printed - self.started, 1e-9)
+        left = "" if last else f", {seconds / max(self.rows, 1) * (self.total - self.rows):,.0f} s left"
+        line = (
+            f"{self.rows:,} of {self.total:,} rows, {self.tokens:,} tokens in {seconds:,.0f} s, "
+            f"{self.tokens / seconds:,.0f} tokens/s{left}"
+        )
+        end = "\n" if last or not self.terminal else ""
+        print(f"\r{line}\x1b[K" if self.terminal else line, end=end, file=sys.stderr, flush=True)
+
+
+def _summary(out: str, asked: int, failed: Counter[str], removed: dict[int, str]) -> dict[str, Any]:
+    written = Journal(Path(out))
+    lengths = sorted(tokens for row in written.rows for tokens in row["tokens"])
+    written.close()
+    report: dict[str, Any] = {
+        "asked": asked, "written": len(written.rows), "failed": sum(failed.values()), "removed": len(removed),
+        "answers": len(lengths), "tokens": sum(lengths),
+        "answer_tokens": {str(share): lengths[int(share / 100 * (len(lengths) - 1))] for share in (0, 50, 90, 100)}
+        if lengths else {},
+        "removed_by_reason": dict(Counter(removed.values()).most_common()), "failed_by_reason": dict(failed),
+    }  # fmt: skip
+    print(
+        f"{asked:,} rows asked = {report['written']:,} written to {out} + {report['removed']:,} removed + "
+        f"{report['failed']:,} failed"
+    )
+    reasons = {**report["removed_by_reason"], **report["failed_by_reason"]}
+    print("".join(f"  {count:,} x {reason}\n" for reason, count in reasons.items()), end="")
+    middle = ", ".join(f"{share}%: {tokens}" for share, tokens in report["answer_tokens"].items())
+    print(f"{report['answers']:,} answers with {report['tokens']:,} tokens; tokens of an answer by rank: {middle}")
+    if failed:
+        print("the same command asks the failed rows again")
+    return report

@@ -1,0 +1,71 @@
+"""What the engines are asked and what they answer; the same for the built-in one and for a server."""
+
+import hashlib
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+MAKE_PROMPT = -1  # as the turn of a request: it asks for a user's turn
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to draw.
+
+    Attributes:
+        temperature: 0 takes the most probable token.
+        top_p: draw from the most probable tokens that together have this share.
+        max_new_tokens: of one answer.
+        max_prompt_tokens: of the conversation before it.
+        seed: of all draws.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_new_tokens: int = 512
+    max_prompt_tokens: int = 1024
+    seed: int = 0
+
+
+class Request(NamedTuple):
+    """One answer that is wanted.
+
+    Attributes:
+        row: number of the conversation.
+        turn: which of its answers, from 0, or `MAKE_PROMPT`.
+        text: what the model reads: the conversation by its chat template, up to where the answer begins.
+        messages: the conversation; empty for a prompt that is to be made.
+    """
+
+    row: int
+    turn: int
+    text: str
+    messages: list[dict[str, Any]]
+
+    def key(self, seed: int) -> int:
+        """63 random bits that depend on seed, row and turn alone."""
+        digest = hashlib.blake2b(f"{seed} {self.row} {self.turn}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "big") >> 1
+
+
+class Reply(NamedTuple):
+    """An answer, and what ended it.
+
+    `finish`: `end`, or why it cannot be used: `cut off`, `repetition`, `prompt too long`, `failed: ...`.
+    """
+
+    text: str
+    tokens: int
+    finish: str
+
+
+Handle = Callable[[Request, Reply], Request | None]
+"""Takes a reply and gives the request that follows from it, if any."""
+
+
+class Engine(Protocol):
+    """What answers requests."""
+
+    def run(self, requests: deque[Request], handle: Handle) -> None:
+        """Answer all requests and those that follow from the answers, in any order."""
