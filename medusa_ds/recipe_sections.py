@@ -78,6 +78,11 @@ class LossSpec(Section):
     """`liger` (auto on a GPU), `torch` (auto on a CPU): chunked, no logits kept. `eager` keeps fp32 logits."""
     chunk_mib: Annotated[int, Field(ge=1)] = 1024
     """Memory that one chunk of logits may take, MiB."""
+    target: Literal["label", "argmax", "distribution"] = "label"
+    """What head k learns at position t. `label`: the text's token t+k+1. `argmax`, `distribution`: what the backbone's
+    own LM head predicts there, its first choice or its softmax (by forward KL); stage 1. Accuracies count labels."""
+    temperature: Positive = 1.0
+    """With `target: distribution`: divides both logits; the loss is multiplied by its square."""
     decay: Annotated[float, Field(gt=0, le=1)] = 0.8
     """Head k's loss is weighted by decay^k."""
     coefficient: Annotated[float, Field(gt=0)] | None = None

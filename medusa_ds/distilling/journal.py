@@ -27,18 +27,26 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.rows: list[dict[str, Any]] = []
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 - open for the whole run
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{path}: in use by another process; wait for it, or name another file in --out") from None
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror}); name another file in --out") from None
+        try:
+            self._read()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _read(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{self.path}: in use by another process; wait for it, or name another --out") from None
         self._file.seek(0)
         data = self._file.read()
         whole = data.rfind(b"\n") + 1
-        self.rows: list[dict[str, Any]] = []
         for number, line in enumerate(data[:whole].splitlines(), 1):
             try:
                 row = json.loads(line)
@@ -46,7 +54,8 @@ class Journal:
                     raise ValueError("not an object")
             except ValueError as error:
                 raise UserError(
-                    f"{path}:{number}: not a row that distill wrote ({str(error)[:80]}); remove the line or the file"
+                    f"{self.path}:{number}: not a row that distill wrote ({str(error)[:80]}); remove the line or the "
+                    "file"
                 ) from None
             self.rows.append(row)
         if whole < len(data):

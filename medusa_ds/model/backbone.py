@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from transformers.initialization import no_init_weights
 
 from medusa_ds.errors import UserError
-from medusa_ds.model.heads import VocabularyProjection
+from medusa_ds.model.projection import VocabularyProjection
 from medusa_ds.recipe import ModelPackage, ModelSpec
 
 _HUB_TIMEOUT_S = 5

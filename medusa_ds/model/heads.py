@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from medusa_ds.config_files import read_json, redact
 from medusa_ds.errors import UserError
-from medusa_ds.model.loss import Impl, linear_cross_entropy
+from medusa_ds.model.loss import Impl
+from medusa_ds.model.projection import VocabularyProjection, ZeroLinear
 
 FORMAT_VERSION = 1
 _TENSORS, _CONFIG = "heads.safetensors", "heads.json"
@@ -52,13 +53,7 @@ _META: dict[str, Callable[[Any], bool]] = {
 }
 
 
-class _ZeroLinear(nn.Linear):
-    def reset_parameters(self) -> None:
-        for parameter in self.parameters(recurse=False):
-            nn.init.zeros_(parameter)
-
-
-class ResBlock(_ZeroLinear):
+class ResBlock(ZeroLinear):
     """`x + SiLU(Wx + b)`, the identity at the start."""
 
     def __init__(self, hidden_size: int, dtype: torch.dtype | None = None):
@@ -67,21 +62,6 @@ class ResBlock(_ZeroLinear):
     def forward(self, hidden: Tensor) -> Tensor:
         """Apply the block to [..., H]."""
         return hidden + nn.functional.silu(super().forward(hidden))
-
-
-class VocabularyProjection(_ZeroLinear):
-    """A linear layer onto the vocabulary, without bias, that can give its loss in place of its logits."""
-
-    def __init__(self, hidden_size: int, vocab_size: int, dtype: torch.dtype | None = None, device: Any = None):
-        super().__init__(hidden_size, vocab_size, bias=False, dtype=dtype, device=device)
-
-    def forward(
-        self, hidden: Tensor, targets_N: Tensor | None = None, impl: Impl = "torch", chunk_mib: int = 1024
-    ) -> Any:
-        """Logits [..., V] of hidden states [..., H]; with targets `(loss_sum, predicted_N)` of rows [N, H]."""
-        if targets_N is None:
-            return super().forward(hidden)
-        return linear_cross_entropy(hidden, self.weight, targets_N, impl, chunk_mib)
 
 
 class MedusaHead(nn.Module):
@@ -115,6 +95,8 @@ class MedusaHead(nn.Module):
         impl: Impl = "torch",
         chunk_mib: int = 1024,
         shared_projection: nn.Module | None = None,
+        teacher_NH: Tensor | None = None,
+        temperature: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
         """Loss of supervised rows.
 
@@ -124,6 +106,9 @@ class MedusaHead(nn.Module):
             impl: see `loss.linear_cross_entropy`, as `chunk_mib`.
             chunk_mib: memory that one chunk of logits may take, MiB.
             shared_projection: the backbone's LM head; used by heads without a projection of their own.
+            teacher_NH: hidden states from which the LM head predicts the targets; with them the loss is the head's
+                divergence from that prediction, and the targets do not count.
+            temperature: see `loss.linear_kl`.
 
         Returns:
             `(loss_sum, predicted_N)`.
@@ -131,6 +116,11 @@ class MedusaHead(nn.Module):
         rows_NH = self.blocks(hidden_NH)
         if torch.is_grad_enabled() and not rows_NH.requires_grad:
             rows_NH = rows_NH.detach().requires_grad_()  # ZeRO-3 frees weights when a module's input gets its gradient
+        if teacher_NH is not None:  # both weights are whole inside the LM head's call
+            assert shared_projection is not None
+            own = self.projection
+            teacher = {"teacher_NH": teacher_NH, "temperature": temperature, "student": own}
+            return shared_projection(rows_NH, chunk_mib=chunk_mib, **teacher)
         projection = self._projection(shared_projection)
         loss_sum, predicted_N = projection(rows_NH, self.rows(targets_N), impl, chunk_mib)
         return loss_sum, self.tokens(predicted_N)

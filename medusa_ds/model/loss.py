@@ -4,6 +4,9 @@
     loss_sum  = sum_n (logsumexp(logits_n) - logits_n[targets_n])
     d loss_sum / d logits_NV = softmax(logits_NV) - onehot(targets_N)
 
+    KL_sum = T^2 sum_n sum_v p_nv (log p_nv - log q_nv),  p = softmax(teacher logits / T), q = softmax(logits / T)
+    d KL_sum / d logits_NV = T (q_NV - p_NV)
+
 Both chunked implementations compute the gradients in the forward pass, while a chunk's logits are there, and only
 scale them in the backward pass. The weight's gradient is accumulated in fp32: adding chunks in bf16 loses the small
 ones. `liger` is Liger's Triton kernel, `torch` the same algorithm in plain PyTorch, `eager` the textbook form with fp32
@@ -65,6 +68,46 @@ def linear_cross_entropy(
             return _liger_linear_cross_entropy(rows_NH, weight_VH, targets_N, multiplier)
     chunk_rows = max(1, (chunk_mib << 20) // (vocab * accumulate.itemsize))
     return _ChunkedLinearCrossEntropy.apply(rows_NH, weight_VH, targets_N, chunk_rows, torch.is_grad_enabled())
+
+
+def linear_kl(
+    rows_NH: Tensor,
+    weight_VH: Tensor,
+    teacher_NH: Tensor,
+    teacher_VH: Tensor,
+    temperature: float = 1.0,
+    chunk_mib: int = 1024,
+) -> tuple[Tensor, Tensor]:
+    """Summed forward Kullback-Leibler divergence of a linear layer from another one, and its predictions.
+
+    In plain PyTorch chunks on every device. The factor T^2 keeps the gradients' size when T changes (arXiv 1503.02531,
+    section 2). With no rows the loss is 0 and connected to its inputs, as in `linear_cross_entropy`.
+
+    Args:
+        rows_NH: hidden states.
+        weight_VH: vocabulary projection, of the same dtype.
+        teacher_NH: hidden states of the teacher, which gets no gradient.
+        teacher_VH: vocabulary projection of the teacher; may be `weight_VH`.
+        temperature: T, divides both logits.
+        chunk_mib: memory that one chunk of both logits may take, MiB; a chunk has at least one row.
+
+    Returns:
+        `loss_sum`, in nats (float64 for float64 inputs, otherwise float32), and `predicted_N`, the argmax of the
+        logits.
+    """
+    itemsize = 8 if rows_NH.dtype == torch.float64 else 4
+    chunk_rows = max(1, (chunk_mib << 20) // (2 * weight_VH.shape[0] * itemsize))
+    return _ChunkedLinearKL.apply(
+        rows_NH, weight_VH, teacher_NH.detach(), teacher_VH.detach(), temperature, chunk_rows, torch.is_grad_enabled()
+    )
+
+
+def linear_argmax(rows_NH: Tensor, weight_VH: Tensor, chunk_mib: int = 1024) -> Tensor:
+    """Argmax [N] of a linear layer's logits, which are made in chunks."""
+    chunk_rows = max(1, (chunk_mib << 20) // (weight_VH.shape[0] * rows_NH.element_size()))
+    with torch.no_grad():
+        chunks = [(part_CH @ weight_VH.T).argmax(-1) for part_CH in rows_NH.split(chunk_rows)]
+    return torch.cat(chunks)
 
 
 def liger_chunk_multiplier(num_rows: int, vocab: int, hidden: int, chunk_rows: int) -> int | None:
@@ -144,3 +187,41 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         scaled = (None if grad is None else grad * grad_loss for grad in ctx.saved_tensors)
         return (*scaled, None, None, None)
+
+
+class _ChunkedLinearKL(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows_NH: Tensor, weight_VH: Tensor, teacher_NH: Tensor, teacher_VH: Tensor, temperature: float,
+        chunk_rows: int, grad_enabled: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        rows_need, weight_needs = (grad_enabled and needs for needs in ctx.needs_input_grad[:2])
+        accumulate = torch.float64 if rows_NH.dtype == torch.float64 else torch.float32
+        loss_sum = rows_NH.new_zeros((), dtype=accumulate)
+        predicted_N = torch.empty(rows_NH.shape[0], dtype=torch.long, device=rows_NH.device)
+        grad_rows_NH = torch.empty_like(rows_NH) if rows_need else None
+        grad_weight_VH = torch.zeros_like(weight_VH, dtype=accumulate) if weight_needs else None
+        for start in range(0, rows_NH.shape[0], chunk_rows):
+            chunk = slice(start, start + chunk_rows)
+            logits_CV = rows_NH[chunk] @ weight_VH.T
+            predicted_N[chunk] = logits_CV.argmax(-1)
+            log_q_CV = (logits_CV.to(accumulate) / temperature).log_softmax(-1)
+            log_p_CV = ((teacher_NH[chunk] @ teacher_VH.T).to(accumulate) / temperature).log_softmax(-1)
+            p_CV = log_p_CV.exp()
+            loss_sum += temperature**2 * (p_CV * log_p_CV.sub_(log_q_CV)).sum()
+            if grad_rows_NH is None and grad_weight_VH is None:
+                continue
+            grad_logits_CV = log_q_CV.exp_().sub_(p_CV).mul_(temperature)
+            if grad_rows_NH is not None:
+                grad_rows_NH[chunk] = grad_logits_CV.to(weight_VH.dtype) @ weight_VH
+            if grad_weight_VH is not None:
+                grad_weight_VH.addmm_(grad_logits_CV.T, rows_NH[chunk].to(accumulate))
+        ctx.save_for_backward(grad_rows_NH, None if grad_weight_VH is None else grad_weight_VH.to(weight_VH.dtype))
+        ctx.mark_non_differentiable(predicted_N)
+        return loss_sum, predicted_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = (None if grad is None else grad * grad_loss for grad in ctx.saved_tensors)
+        return (*scaled, None, None, None, None, None)

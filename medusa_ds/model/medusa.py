@@ -11,7 +11,7 @@ calls in the same order, also with no rows.
 Shapes: B sequences of a micro-batch, S tokens of a sequence, H hidden size, N rows of a head, K = num heads.
 """
 
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -95,14 +95,27 @@ class MedusaModel(nn.Module):
         stage: 1 freezes the backbone, runs it without a graph and skips the LM head; 2 trains everything.
         loss_impl: `liger`, `torch` or `eager`.
         chunk_mib: memory that one chunk of logits may take, MiB.
+        target: what heads learn, see `recipe_sections.LossSpec.target`; all but `label` need stage 1.
+        temperature: of the target `distribution`.
     """
 
-    def __init__(self, backbone: PreTrainedModel, heads: MedusaHeads, stage: int, loss_impl: Impl, chunk_mib: int):
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        heads: MedusaHeads,
+        stage: int,
+        loss_impl: Impl,
+        chunk_mib: int,
+        target: Literal["label", "argmax", "distribution"] = "label",
+        temperature: float = 1.0,
+    ):
         super().__init__()
+        assert target == "label" or (stage == 1 and heads.token_map is None)
         use_vocabulary_projection(backbone)
         self.backbone = backbone.requires_grad_(stage == 2)
         self.heads = heads
         self.stage, self.loss_impl, self.chunk_mib = stage, loss_impl, chunk_mib
+        self.target, self.temperature = target, temperature
 
     def train(self, mode: bool = True) -> "MedusaModel":
         """Switch to training; a frozen backbone stays in evaluation mode (no dropout)."""
@@ -127,6 +140,10 @@ class MedusaModel(nn.Module):
         hidden_RH = hidden_BSH.flatten(0, 1)
         lm_head = self.backbone.get_output_embeddings()
         first = 0 if self.stage == 2 else 1
+        if self.target == "argmax":  # the LM head at t+k predicts the token of head k's label
+            lm_rows_N, _ = head_rows(labels, position_ids, 0)
+            predicted_N = lm_head(hidden_RH[lm_rows_N], argmax=True, chunk_mib=self.chunk_mib)
+            chosen_R = lm_rows_N.new_zeros(len(hidden_RH)).index_put((lm_rows_N,), predicted_N)
         losses: list[HeadLoss | None] = [None] * first
         right: list[Tensor | None] = [None] * first
         for k in range(first, len(self.heads) + 1):
@@ -135,8 +152,14 @@ class MedusaModel(nn.Module):
             if k > 0 and self.heads.token_map is not None:
                 known_N = self.heads.knows(targets_N)
                 missed_M, rows_N, targets_N = rows_N[~known_N], rows_N[known_N], targets_N[known_N]
-            args = (hidden_RH[rows_N], targets_N, self.loss_impl, self.chunk_mib)
-            loss_sum, predicted_N = lm_head(*args) if k == 0 else self.heads[k - 1](*args, shared_projection=lm_head)
+            learned_N = chosen_R[rows_N + k] if self.target == "argmax" else targets_N
+            args = (hidden_RH[rows_N], learned_N, self.loss_impl, self.chunk_mib)
+            teacher: dict[str, Any] = {}
+            if self.target == "distribution":
+                teacher = {"teacher_NH": hidden_RH[rows_N + k], "temperature": self.temperature}
+            loss_sum, predicted_N = (
+                lm_head(*args) if k == 0 else self.heads[k - 1](*args, shared_projection=lm_head, **teacher)
+            )
             losses.append(HeadLoss(loss_sum, targets_N.new_tensor(len(rows_N)), predicted_N, rows_N, missed_M))
             right.append(predicted_N == targets_N)
         return MedusaOutput(losses, _count(losses, right, hidden_RH.shape[0]))

@@ -66,7 +66,9 @@ def build_model(
             heads.load_state_dict(start)
     on_gpu = device.type == "cuda"
     impl = recipe.loss.impl if recipe.loss.impl != "auto" else ("liger" if on_gpu else "torch")
-    return MedusaModel(backbone, heads, recipe.stage, impl, recipe.loss.chunk_mib)
+    return MedusaModel(
+        backbone, heads, recipe.stage, impl, recipe.loss.chunk_mib, recipe.loss.target, recipe.loss.temperature
+    )
 
 
 def heads_meta(recipe: Recipe) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import pytest
 from worker import ZEROS
 
 WORKER = Path(__file__).with_name("worker.py")
+TARGETS = [(target, lm_head) for target in ("argmax", "distribution") for lm_head in ("own", "shared")]
 
 
 def run_ranks(world: int, folder: Path, jobs: list[tuple[str, str, dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -64,6 +65,12 @@ def _name(zero: str, stage: int) -> str:
     return f"{zero}-{stage}"
 
 
+def _target_jobs(*zeros: str) -> list[Any]:
+    return [(f"{zero}-{target}-{lm_head}", "trajectory",
+             {"zero": zero, "stage": 1, "loss": {"target": target}, "heads": {"lm_head": lm_head}})
+            for zero in zeros for target, lm_head in TARGETS]  # fmt: skip
+
+
 @pytest.fixture(scope="session")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Every ZeRO config and stage on two ranks, each trained through and resumed in the middle, and failures."""
@@ -87,6 +94,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     jobs += [(f"{zero}-layers0", "trajectory", {"zero": zero, "stage": 1, "heads": {"layers": 0}})
              for zero in ("zero0", "zero2", "zero3")]  # fmt: skip
     jobs += [(f"{zero}-export", "export", {"zero": zero}) for zero in ("zero2", "zero3")]
+    jobs += _target_jobs("zero0", "zero3")
     jobs.append(("stop", "stop_flag", {}))
     return Runs(folder, run_ranks(2, folder, jobs))
 
@@ -105,4 +113,5 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory, two_ranks: Runs) -> Runs:
         for size in (2, 4):
             arguments = {"zero": "zero0", "stage": stage, "train": {"micro_batch_size": size}}
             jobs.append((f"micro{size}-{stage}", "trajectory", arguments))
+    jobs += _target_jobs("zero0")
     return Runs(folder, run_ranks(1, folder, jobs))
