@@ -42,7 +42,7 @@ def _save_checkpoint(monkeypatch, output, named_tensors, step):
     tensors = [
         (f"{name}/{key}", tensor if key == KEYS[0] else tensor + 1) for name, tensor in named_tensors for key in KEYS
     ]
-    checkpoint.save(output / "checkpoints", step, tensors, {}, 1)
+    checkpoint.save(output / "checkpoints", step, tensors, {"engine": {}}, 1)
     checkpoint.mark_best(output / "checkpoints", step)
 
 
