@@ -113,7 +113,7 @@ def prepare_data(args: argparse.Namespace) -> None:
     recipe = Recipe.load(args.recipe, args.overrides, planning=True)
     from medusa_ds.prepare import main
 
-    main(recipe)
+    main(recipe, args.hidden)
 
 
 def estimate_needs(args: argparse.Namespace) -> None:
@@ -232,7 +232,10 @@ COMMANDS = {
         *RECIPE, WORLD_SIZE,
         _option("--data", type=_count, metavar="N", help="print N training examples, supervised tokens coloured"),
     ]),
-    "prepare": Command(prepare_data, RECIPE),
+    "prepare": Command(prepare_data, [
+        *RECIPE,
+        _option("--hidden", action="store_true", help="fill data.hidden_cache too, so that no run needs the backbone"),
+    ]),
     "estimate": Command(estimate_needs, [
         *RECIPE,
         _option("--world-size", type=_count, action="append", metavar="N", help="ranks; may be given several times"),
@@ -303,7 +306,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     # transformers imports deepspeed, which warns when there is no GPU
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno > logging.WARNING)
     with exit_on_user_error():
-        name, *rest = [*(sys.argv[1:] if argv is None else argv)] or ["--help"]
+        given = sys.argv[1:] if argv is None else argv
+        # the launcher names the rank: `deepspeed --module medusa_ds.cli prepare RECIPE --hidden`
+        name, *rest = [text for text in given if not text.startswith("--local_rank=")] or ["--help"]
         if name in ("-h", "--help"):
             print("usage: medusa-ds COMMAND ...\n\nTrain with: deepspeed RECIPE.yaml [key=value ...]\n")
             print(

@@ -4,9 +4,12 @@ import os
 import sys
 from typing import Any
 
+import torch
+
 from medusa_ds.data.dialogues import IGNORED, describe
 from medusa_ds.data.packing import Data, load_data
 from medusa_ds.data.vocabulary import always_in, coverage, label_counts, most_frequent
+from medusa_ds.errors import UserError
 from medusa_ds.model.backbone import load_config, load_tokenizer
 from medusa_ds.recipe import Recipe
 from medusa_ds.training.report import quiet_libraries
@@ -14,11 +17,30 @@ from medusa_ds.training.report import quiet_libraries
 _SIZES = (8192, 16384, 32768)  # of vocabularies to tell about where the recipe names none
 
 
-def main(recipe: Recipe) -> None:
-    """Tokenise, cache and report; a run of the same recipe finds the cache."""
-    quiet_libraries(rank=0)
+def main(recipe: Recipe, hidden: bool = False) -> None:
+    """Tokenise, cache and report; a run of the same recipe finds the cache.
+
+    Args:
+        recipe: whose data.
+        hidden: fill its hidden cache too; under the `deepspeed` launcher the ranks share the work.
+    """
+    if hidden and recipe.data.hidden_cache == "off":
+        raise UserError("--hidden: found data.hidden_cache: off; set it to auto or to a directory")
+    rank = int(os.environ.get("RANK", "0"))
+    quiet_libraries(rank)
     tokenizer = load_tokenizer(recipe.model)
     data = load_data(recipe, tokenizer)
+    if rank == 0:
+        _tell(recipe, data, tokenizer)
+    if hidden:
+        from medusa_ds.training.engine import start_process_group  # deepspeed is slow to import
+        from medusa_ds.training.hidden import open_hidden_cache
+
+        open_hidden_cache(recipe, data, start_process_group(recipe))
+        torch.distributed.destroy_process_group()
+
+
+def _tell(recipe: Recipe, data: Data, tokenizer: Any) -> None:
     _report(recipe, data)
     for line in _vocabulary(recipe, data, tokenizer):
         print(line)

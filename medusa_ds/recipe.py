@@ -167,6 +167,10 @@ class Recipe(Section):
             (isinstance(data.path, str) and data.split != "train" and (data.path == "sample" or
              os.path.exists(data.path)), "data.split",
              f"found {data.split}, but only data sets of the hub have splits; remove it"),
+            (stage == 2 and data.hidden_cache != "off", "data.hidden_cache",
+             f"found {data.hidden_cache} with stage 2, where the backbone changes with every step; use off"),
+            (data.hidden_cache == "off" and data.hidden_cache_dtype != "auto", "data.hidden_cache_dtype",
+             "found a value with hidden_cache: off; set data.hidden_cache to auto or a directory, or remove it"),
             (data.path == [], "data.path", "found an empty list; name at least one source"),
             (model.attention == "flash_attention_2" and train.precision == "fp32", "model.attention",
              "found flash_attention_2 with train.precision: fp32; it needs bf16: use sdpa"),

@@ -184,6 +184,9 @@ def resolve_paths(raw: dict[str, Any], at: Origin, planning: bool) -> list[str]:
             problems.append(at.say(key, f"found {value!r}, which does not exist; allowed are sample, a JSON, JSONL or "
                                         "Parquet file, a directory of them, or a hub id like owner/name"))  # fmt: skip
 
+    if (value := text_of("data", "hidden_cache")) not in (None, "off", "auto"):
+        raw["data"]["hidden_cache"] = str(Path(os.path.expanduser(value)).absolute())
+
     if isinstance(value := raw.get("output"), str):
         output = Path(os.path.expanduser(value)).absolute()
         if not value or (os.path.exists(output) and not os.path.isdir(output)):

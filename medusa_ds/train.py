@@ -39,7 +39,7 @@ _STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, 
 _LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # gloo's words
 
 FREE_TO_CHANGE = (
-    "output", "deepspeed", "loss.impl", "loss.chunk_mib", "model.attention", "model.liger_kernels",
+    "output", "deepspeed", "data.hidden_cache", "loss.impl", "loss.chunk_mib", "model.attention", "model.liger_kernels",
     "train.micro_batch_size",
     "train.eval_every", "train.save_every", "train.keep_last", "train.hang_timeout", "train.activation_checkpointing",
     "train.tensorboard", "train.wandb",
@@ -98,7 +98,8 @@ def _run(recipe: Recipe, recipe_file: Path, rank: int, output: Path, supervisor:
     from medusa_ds.data.vocabulary import token_map
     from medusa_ds.model.backbone import load_config, load_tokenizer
     from medusa_ds.training.build import build_model
-    from medusa_ds.training.engine import MedusaEngine, NonFiniteError
+    from medusa_ds.training.engine import MedusaEngine, NonFiniteError, start_process_group
+    from medusa_ds.training.hidden import open_hidden_cache
     from medusa_ds.training.loop import Loop
     from medusa_ds.training.report import Report, quiet_libraries
     from medusa_ds.training.step import memory_hint
@@ -110,11 +111,14 @@ def _run(recipe: Recipe, recipe_file: Path, rank: int, output: Path, supervisor:
         1, round(recipe.train.epochs * data.train.steps_per_epoch(recipe.train.global_batch_size))
     )
     _say(rank, _describe_data(data.report, steps))
+    uses_cache = recipe.data.hidden_cache != "off"
     tokens = token_map(recipe.heads.vocab, data, tokenizer, load_config(recipe.model).get_text_config())
 
     try:
         with memory_hint(recipe):
-            engine = MedusaEngine(recipe, steps, partial(build_model, token_map=tokens))
+            lm_head = open_hidden_cache(recipe, data, start_process_group(recipe)) if uses_cache else None
+            engine = MedusaEngine(recipe, steps, partial(build_model, token_map=tokens, lm_head=lm_head))
+        del lm_head
         state = engine.resume_newest(data.fingerprint)
         report = Report(output, rank, steps, engine.steps_taken)
         if rank == 0:

@@ -42,8 +42,8 @@ KEEPERS = {
     "deepspeed": {"training.engine"},
     "liger_kernel": {"model.loss", "model.backbone"},
 }
-# `transformers.X` beyond its top level: families, the key-value cache, and HfDeepSpeedConfig
-TRANSFORMERS_INTERNALS = {"model.backbone", "decoding.generator", "decoding.cache", "training.engine"}
+# `transformers.X` beyond its top level: families, a model's files, the key-value cache, and HfDeepSpeedConfig
+TRANSFORMERS_INTERNALS = {"model.backbone", "model.lm_head", "decoding.generator", "decoding.cache", "training.engine"}
 
 
 def imports(file: Path) -> list[tuple[str, bool]]:

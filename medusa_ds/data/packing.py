@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -37,6 +37,18 @@ _FEATURES = Features({
 })  # fmt: skip
 
 
+class CachedRows(NamedTuple):
+    """Hidden states of a micro-batch that were computed before.
+
+    `states` [M, H]: of the positions from which some head learns. `row`: LongTensor [B*S], where in `states` such a
+    position is. `scales` [M]: what to multiply the states by; None: nothing.
+    """
+
+    states: torch.Tensor
+    row: torch.Tensor
+    scales: torch.Tensor | None
+
+
 class MicroBatch(NamedTuple):
     """Sequences of one forward pass; LongTensors [B, S], documents told apart by positions that restart at 0."""
 
@@ -44,6 +56,7 @@ class MicroBatch(NamedTuple):
     labels: torch.Tensor
     position_ids: torch.Tensor
     sources: list[list[str]]
+    hidden: CachedRows | None = None
 
 
 class Sequences:
@@ -56,7 +69,12 @@ class Sequences:
         packing: several conversations a sequence, or one.
         seed: of the order.
         pad_id: input id of padding.
+
+    Attributes:
+        hidden: gives the hidden states of conversations that lie in a micro-batch in this order; None: nobody does.
     """
+
+    hidden: Callable[[np.ndarray, torch.Tensor, torch.Tensor], CachedRows] | None = None
 
     def __init__(
         self, data: Dataset, rows: np.ndarray, *, max_length: int, packing: bool, seed: int, pad_id: int
@@ -97,7 +115,10 @@ class Sequences:
         assert global_batch_size % (micro_batch_size * world_size) == 0
         batch = self.global_batch(step, global_batch_size)
         starts = range(rank * micro_batch_size, global_batch_size, micro_batch_size * world_size)
-        return [self._collate(batch[start : start + micro_batch_size]) for start in starts]
+        groups = [batch[start : start + micro_batch_size] for start in starts]
+        if self.hidden is None:
+            return [self.collate(group) for group in groups]
+        return [self._with_hidden(self.collate(group), np.concatenate(group)) for group in groups]
 
     def _size(self, epoch: int) -> int:
         if not self.packing:
@@ -112,10 +133,15 @@ class Sequences:
             return list(order[:, None])
         return best_fit(order, self.lengths, self.max_length)
 
-    def _collate(self, batch: list[np.ndarray]) -> MicroBatch:
+    def _with_hidden(self, batch: MicroBatch, numbers: np.ndarray) -> MicroBatch:
+        assert self.hidden is not None
+        return batch._replace(hidden=self.hidden(numbers, batch.labels, batch.position_ids))
+
+    def collate(self, batch: list[np.ndarray], size: int | None = None) -> MicroBatch:
+        """Sequences of conversations, given by their numbers, padded to one size: by default the split's."""
         rows = self.data[self.rows[np.concatenate(batch)]]
         totals = [int(self.lengths[sequence].sum()) for sequence in batch]
-        size = self.max_length if self.packing else max(8 * math.ceil(max(totals) / 8), 8)
+        size = size or (self.max_length if self.packing else max(8 * math.ceil(max(totals) / 8), 8))
         ids, labels = np.full((len(batch), size), self.pad_id), np.full((len(batch), size), IGNORED)
         positions = np.zeros((len(batch), size), dtype=np.int64)
         sources: list[list[str]] = []
@@ -171,7 +197,8 @@ class Data:
 
     `report`: `rows` read, `used`, `rejected` (reason -> count and first source), `train_rows`, `validation_rows`,
     `cut` (conversations that lost their end to max_length), `tokens` and `supervised_tokens` of the training rows,
-    `fingerprint`: sha256 over the tokenised training rows, by which a resumed run knows its data.
+    `fingerprint`: sha256 over the tokenised training rows, by which a resumed run knows its data;
+    `held_out_fingerprint`: the same of the validation rows. `template`: hash of the chat template and its arguments.
     """
 
     train: Sequences
@@ -214,6 +241,8 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Data:
     usable = [usable_rows(part, rejected) for part in parts]
     report = _measure(parts[0], usable[0])
     unused = len(parts[0]) - len(usable[0]) + len(parts[1]) - len(usable[1])
+    report["held_out_fingerprint"] = _measure(parts[1], usable[1])["fingerprint"]
+    report["template"] = hashlib.sha256(json.dumps([template, spec.template_args]).encode()).hexdigest()[:32]
     report |= {"rows": conversations.rows, "used": conversations.used - unused, "rejected": rejected,
                "train_rows": len(usable[0]), "validation_rows": len(usable[1])}  # fmt: skip
     if not report["supervised_tokens"]:

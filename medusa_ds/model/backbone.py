@@ -230,10 +230,15 @@ def _check_lm_head(backbone: PreTrainedModel) -> None:
         raise UserError(f"model.name: found {found}; heads need logits that are hidden states times a matrix")
 
 
+def cache_directory() -> Path:
+    """`$MEDUSA_DS_CACHE`, or where caches lie."""
+    base = os.environ.get("MEDUSA_DS_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "medusa_ds"
+    return Path(base).expanduser()
+
+
 def _from_package(package: ModelPackage, reason: str) -> Path:
     """The cached transformers directory of a package's GGUF file, made by whichever process comes first."""
-    base = os.environ.get("MEDUSA_DS_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "medusa_ds"
-    cache = Path(base).expanduser() / "models"
+    cache = cache_directory() / "models"
     target = cache / f"{Path(package.file).stem}-{package.sha256[:16]}"
     if target.is_dir():
         return target

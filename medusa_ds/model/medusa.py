@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from medusa_ds.model.backbone import use_vocabulary_projection
 from medusa_ds.model.heads import MedusaHeads
+from medusa_ds.model.lm_head import LmHeadAlone
 from medusa_ds.model.loss import Impl
 from medusa_ds.model.rows import head_rows
 
@@ -90,7 +91,8 @@ class MedusaModel(nn.Module):
     """Backbone under `backbone.`, heads under `heads.`.
 
     Args:
-        backbone: causal language model of transformers; its LM head is replaced, its weights are shared.
+        backbone: causal language model of transformers; its LM head is replaced, its weights are shared. Where all
+            hidden states come from a cache, what stands in for it.
         heads: heads of the same hidden size, vocabulary and dtype.
         stage: 1 freezes the backbone, runs it without a graph and skips the LM head; 2 trains everything.
         loss_impl: `liger`, `torch` or `eager`.
@@ -101,7 +103,7 @@ class MedusaModel(nn.Module):
 
     def __init__(
         self,
-        backbone: PreTrainedModel,
+        backbone: PreTrainedModel | LmHeadAlone,
         heads: MedusaHeads,
         stage: int,
         loss_impl: Impl,
@@ -111,7 +113,8 @@ class MedusaModel(nn.Module):
     ):
         super().__init__()
         assert target == "label" or (stage == 1 and heads.token_map is None)
-        use_vocabulary_projection(backbone)
+        if isinstance(backbone, PreTrainedModel):
+            use_vocabulary_projection(backbone)
         self.backbone = backbone.requires_grad_(stage == 2)
         self.heads = heads
         self.stage, self.loss_impl, self.chunk_mib = stage, loss_impl, chunk_mib
@@ -124,21 +127,36 @@ class MedusaModel(nn.Module):
             self.backbone.eval()
         return self
 
-    def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor) -> MedusaOutput:
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        position_ids: Tensor,
+        states_MH: Tensor | None = None,
+        row_R: Tensor | None = None,
+        scales_M: Tensor | None = None,
+    ) -> MedusaOutput:
         """Loss sums and counters of one micro-batch.
 
         Args:
             input_ids: LongTensor [B, S].
             labels: LongTensor [B, S], token ids or -100, not shifted.
             position_ids: LongTensor [B, S]; restart at 0 with every document of a sequence.
+            states_MH: hidden states of M positions that were computed before; the backbone is not asked then.
+            row_R: LongTensor [B*S], which of them a position has.
+            scales_M: what to multiply them by.
         """
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.stage == 2):
-            # without mask and cache, transformers keeps documents apart by their position ids
-            hidden_BSH = self.backbone.base_model(
-                input_ids=input_ids, position_ids=position_ids, use_cache=False
-            ).last_hidden_state
-        hidden_RH = hidden_BSH.flatten(0, 1)
-        lm_head = self.backbone.get_output_embeddings()
+        if states_MH is None:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.stage == 2):
+                # without mask and cache, transformers keeps documents apart by their position ids
+                hidden_BSH = self.backbone.base_model(
+                    input_ids=input_ids, position_ids=position_ids, use_cache=False
+                ).last_hidden_state
+            hidden_RH = hidden_BSH.flatten(0, 1)
+        else:
+            scaled_MH = states_MH if scales_M is None else states_MH.float() * scales_M[:, None]
+            hidden_RH = scaled_MH.to(next(self.heads.parameters()).dtype)
+        lm_head: Any = self.backbone.get_output_embeddings()
         first = 0 if self.stage == 2 else 1
         if self.target == "argmax":  # the LM head at t+k predicts the token of head k's label
             lm_rows_N, _ = head_rows(labels, position_ids, 0)
@@ -153,7 +171,7 @@ class MedusaModel(nn.Module):
                 known_N = self.heads.knows(targets_N)
                 missed_M, rows_N, targets_N = rows_N[~known_N], rows_N[known_N], targets_N[known_N]
             learned_N = chosen_R[rows_N + k] if self.target == "argmax" else targets_N
-            args = (hidden_RH[rows_N], learned_N, self.loss_impl, self.chunk_mib)
+            args = (hidden_RH[rows_N if row_R is None else row_R[rows_N]], learned_N, self.loss_impl, self.chunk_mib)
             teacher: dict[str, Any] = {}
             if self.target == "distribution":
                 teacher = {"teacher_NH": hidden_RH[rows_N + k], "temperature": self.temperature}
@@ -162,7 +180,7 @@ class MedusaModel(nn.Module):
             )
             losses.append(HeadLoss(loss_sum, targets_N.new_tensor(len(rows_N)), predicted_N, rows_N, missed_M))
             right.append(predicted_N == targets_N)
-        return MedusaOutput(losses, _count(losses, right, hidden_RH.shape[0]))
+        return MedusaOutput(losses, _count(losses, right, labels.numel()))
 
 
 def _count(losses: list[HeadLoss | None], right: list[Tensor | None], num_positions: int) -> Tensor:

@@ -39,6 +39,14 @@ def head_rows(labels_BS: Tensor, position_ids_BS: Tensor, offset: int) -> tuple[
     return rows_N, labels_BS[sequence_N, position_N + offset + 1]
 
 
+def any_head_rows(labels_BS: Tensor, position_ids_BS: Tensor, num: int) -> Tensor:
+    """Which positions at least one of the heads 1..num learns from, BoolTensor [B, S]; see `head_rows`."""
+    some_BS = torch.zeros_like(labels_BS, dtype=torch.bool)
+    for offset in range(1, num + 1):
+        some_BS[:, : -(offset + 1)] |= _learnable(labels_BS, position_ids_BS, offset)
+    return some_BS
+
+
 def count_targets(labels_BS: Tensor, position_ids_BS: Tensor, num: int, known_V: Tensor | None = None) -> Tensor:
     """How many rows the losses of the LM head (index 0) and of each head k = 1..num have: LongTensor of num+1 counts.
 

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from medusa_ds import ds_config
 from medusa_ds.errors import UserError
 from medusa_ds.model.backbone import lm_head_weight, load_backbone, load_config
-from medusa_ds.model.heads import MedusaHeads, different_maps, load_heads
+from medusa_ds.model.heads import MedusaHeads, VocabularyProjection, different_maps, load_heads
+from medusa_ds.model.lm_head import LmHeadAlone
 from medusa_ds.model.medusa import MedusaModel
 from medusa_ds.recipe import Recipe
 
@@ -30,6 +32,7 @@ def build_model(
     partitioned: Partitioned | None,
     gathered: Gathered,
     token_map: torch.Tensor | None = None,
+    lm_head: torch.Tensor | None = None,
 ) -> MedusaModel:
     """Build backbone and heads.
 
@@ -40,34 +43,45 @@ def build_model(
         partitioned: context in which modules are constructed partitioned (ZeRO-3), where there is one.
         gathered: context in which the given parameters are whole; what rank 0 leaves there is what all ranks get.
         token_map: tokens that heads project onto, see `data.vocabulary`; None: all.
+        lm_head: weight of the LM head where the hidden states come from a cache, so that no backbone is loaded.
 
     Raises:
         UserError: the model or the heads cannot be loaded; shapes of `heads.init_from` are refused before the
             backbone is loaded.
     """
     start = _start(Path(recipe.heads.init_from), _shape(recipe), token_map) if recipe.heads.init_from else None
-    backbone = load_backbone(
-        recipe.model,
-        dtype,
-        device=None if partitioned else device,
-        activation_checkpointing=recipe.train.activation_checkpointing,
-        liger=recipe.model.liger_kernels,
-    )
-    weight = lm_head_weight(backbone)
-    vocab_size, hidden_size = getattr(weight, "ds_shape", weight.shape)
-    own = recipe.heads.lm_head == "own"
+    shape, own = _shape(recipe), recipe.heads.lm_head == "own"
+    sizes = (shape["hidden_size"], shape["vocab_size"])
+    backbone = load_frozen(recipe, dtype, None if partitioned else device) if lm_head is None else None
     tokens = None if token_map is None else token_map.to(device)
     with partitioned() if partitioned else device:
-        heads = MedusaHeads(recipe.heads.num, recipe.heads.layers, hidden_size, vocab_size, own, dtype, tokens)
-    with gathered([weight, *heads.parameters()]):
+        heads = MedusaHeads(recipe.heads.num, recipe.heads.layers, *sizes, own, dtype, tokens)
+        base = backbone or LmHeadAlone(load_config(recipe.model), None if own else VocabularyProjection(*sizes, dtype))
+    whole = [lm_head_weight(backbone)] if backbone else [*base.parameters()]
+    with gathered([*whole, *heads.parameters()]):
+        if lm_head is None:
+            lm_head = whole[0]
+        elif not own:
+            whole[0].data.copy_(lm_head)
         if start is None:
-            heads.initialize(weight)
+            heads.initialize(lm_head)
         else:
             heads.load_state_dict(start)
     on_gpu = device.type == "cuda"
     impl = recipe.loss.impl if recipe.loss.impl != "auto" else ("liger" if on_gpu else "torch")
     return MedusaModel(
-        backbone, heads, recipe.stage, impl, recipe.loss.chunk_mib, recipe.loss.target, recipe.loss.temperature
+        base, heads, recipe.stage, impl, recipe.loss.chunk_mib, recipe.loss.target, recipe.loss.temperature
+    )
+
+
+def load_frozen(recipe: Recipe, dtype: torch.dtype, device: torch.device | None) -> PreTrainedModel:
+    """The backbone as a step of stage 1 runs it, or as stage 2 trains it."""
+    return load_backbone(
+        recipe.model,
+        dtype,
+        device=device,
+        activation_checkpointing=recipe.train.activation_checkpointing,
+        liger=recipe.model.liger_kernels,
     )
 
 

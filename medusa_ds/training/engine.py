@@ -31,6 +31,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from medusa_ds.errors import UserError
 from medusa_ds.model.heads import different_maps, save_heads
+from medusa_ds.model.lm_head import LmHeadAlone
 from medusa_ds.model.medusa import MedusaModel
 from medusa_ds.model.rows import count_targets
 from medusa_ds.recipe import Recipe
@@ -72,7 +73,7 @@ class MedusaEngine:
         self.recipe, self.total_steps = recipe, total_steps
         on_gpu = torch.cuda.is_available()
         config = recipe.ds_config(int(os.environ.get("WORLD_SIZE", "1")), on_gpu)
-        self.device = _start_process_group(on_gpu, recipe.train.hang_timeout)
+        self.device = start_process_group(recipe)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         config = complete_config(config, recipe)
         self.accumulation: int = config["gradient_accumulation_steps"]
@@ -290,10 +291,9 @@ class MedusaEngine:
         self.steps_taken = step + 1
         return norm
 
-    def _on_device(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        parts = (batch.input_ids, batch.labels, batch.position_ids)
-        ids, labels, positions = (part.to(self.device, non_blocking=True) for part in parts)
-        return ids, labels, positions
+    def _on_device(self, batch: MicroBatch) -> list[torch.Tensor | None]:
+        parts = (batch.input_ids, batch.labels, batch.position_ids, *(batch.hidden or ()))
+        return [None if part is None else part.to(self.device, non_blocking=True) for part in parts]
 
     def _gathered(self, params: Iterable[Any], modifier_rank: int | None = 0) -> AbstractContextManager[Any]:
         if self._zero_stage < 3:
@@ -315,10 +315,13 @@ class MedusaEngine:
             group["lr"] = 0.0
         length = self.recipe.heads.num + 2
         empty = torch.zeros(self.recipe.train.micro_batch_size, length, dtype=torch.int64, device=self.device)
-        positions = torch.arange(length, device=self.device).expand_as(empty)
+        inputs = [empty, torch.full_like(empty, -100), torch.arange(length, device=self.device).expand_as(empty)]
+        if isinstance(self.model.backbone, LmHeadAlone):
+            width = self.model.backbone.hidden_size
+            inputs += [torch.zeros(0, width, device=self.device), empty.flatten()]
         self._engine.train()
         for _ in range(self.accumulation):
-            output = self._engine(empty, torch.full_like(empty, -100), positions)
+            output = self._engine(*inputs)
             self._engine.backward(torch.stack([head.loss_sum for head in output.losses if head is not None]).sum() * 0)
             self._engine.step()
         self._has_states = True
@@ -328,7 +331,9 @@ class MedusaEngine:
         return Path(self.recipe.output) / "checkpoints"
 
 
-def _start_process_group(on_gpu: bool, timeout_s: int) -> torch.device:
+def start_process_group(recipe: Recipe) -> torch.device:
+    """Join the ranks of this launch, once in a process; returns this rank's device."""
+    on_gpu = torch.cuda.is_available()
     if "MASTER_ADDR" not in os.environ:  # started without a launcher
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -338,5 +343,7 @@ def _start_process_group(on_gpu: bool, timeout_s: int) -> torch.device:
     if on_gpu:
         torch.cuda.set_device(device)
     backend = "nccl" if on_gpu else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(seconds=timeout_s))
+    deepspeed.init_distributed(
+        dist_backend=backend, verbose=False, timeout=timedelta(seconds=recipe.train.hang_timeout)
+    )
     return device

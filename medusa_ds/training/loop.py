@@ -3,12 +3,14 @@
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from medusa_ds.data.packing import Data
+from medusa_ds.data.packing import Data, MicroBatch
 from medusa_ds.model.medusa import COUNTERS, metrics
 from medusa_ds.recipe import Recipe
 from medusa_ds.training.engine import MedusaEngine
@@ -44,11 +46,10 @@ class Loop:
         self.supervisor.start()
         if engine.steps_taken == 0:
             self.before = self.after = self.validate(0)
+        batches = self._batches()
         for step in range(engine.steps_taken, self.steps):
             started = time.perf_counter()
-            micro_batches = self.data.train.micro_batches(
-                step, train.global_batch_size, train.micro_batch_size, engine.rank, engine.world_size
-            )
+            micro_batches = next(batches)
             result = engine.train_batch(micro_batches, step, stop=self.supervisor.stop_status is not None)
             done, last = step + 1, step + 1 == self.steps
             values = self.meter.values(result, micro_batches, time.perf_counter() - started)
@@ -70,6 +71,18 @@ class Loop:
                 sys.exit(self.supervisor.stop_status or 128 + signal.SIGTERM)
         if not self.after:  # resumed from the checkpoint of the last step
             self.after = self.validate(self.steps)
+
+    def _batches(self) -> Iterator[list[MicroBatch]]:
+        """This rank's micro-batches of the steps to take, which a thread makes one step ahead."""
+        train, engine = self.recipe.train, self.engine
+        where = (train.global_batch_size, train.micro_batch_size, engine.rank, engine.world_size)
+        with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+            ahead = pool.submit(self.data.train.micro_batches, engine.steps_taken, *where)
+            for step in range(engine.steps_taken, self.steps):
+                micro_batches = ahead.result()
+                if step + 1 < self.steps:
+                    ahead = pool.submit(self.data.train.micro_batches, step + 1, *where)
+                yield micro_batches
 
     def validate(self, step: int) -> dict[str, float]:
         """Metrics of the held-out conversations, recorded; empty when there are none."""

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 FORMAT = 1
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3"}
 _MAX_JSON_BYTES = 1 << 24
 _ENTRY = [int, str]
 _FILE = re.compile(r"rank\d{5}-\d{5}\.safetensors|state\.json")
@@ -41,7 +42,7 @@ def check(path: Path, part: int = 0, parts: int = 1) -> list[str]:
     problems = []
     for name in sorted(entries)[part::parts]:
         try:
-            _check_file(path / name, entries[name])
+            check_file(path / name, entries[name])
         except (OSError, ValueError, SafetensorError, RecursionError) as error:
             problems.append(f"{path / name}: {error}")
     return problems
@@ -77,7 +78,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return entries
 
 
-def _check_file(file: Path, entry: dict[str, Any]) -> None:
+def check_file(file: Path, entry: dict[str, Any]) -> None:
+    """Read a file through and compare it with its manifest entry.
+
+    Raises:
+        ValueError: it differs.
+    """
     if file.is_symlink() or not file.is_file():
         raise ValueError("missing")
     if file.suffix == ".json" and entry["bytes"] > _MAX_JSON_BYTES:
@@ -120,19 +126,18 @@ def write_file(file: Path, *parts: Any) -> dict[str, Any]:
 
 
 def write_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Write and flush fp32 tensors on the CPU as safetensors, straight from their memory; returns the manifest entry.
+    """Write and flush tensors on the CPU as safetensors, straight from their memory; returns the manifest entry.
 
     The library's own `save` copies every tensor twice, which took half of a checkpoint's time.
     """
     header: dict[str, Any] = {}
     end = 0
     for name, tensor in tensors.items():
-        assert tensor.dtype == torch.float32, (name, tensor.dtype)
         start, end = end, end + tensor.nbytes
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # what follows is aligned
-    arrays = (tensor.contiguous().flatten().numpy().view("uint8") for tensor in tensors.values())
+    arrays = (tensor.contiguous().flatten().view(torch.uint8).numpy() for tensor in tensors.values())
     return write_file(file, len(text).to_bytes(8, "little"), text, *arrays)
 
 

@@ -7,6 +7,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,8 @@ class Meter:
         own = recipe.heads.lm_head == "own"
         config = model.backbone.config.get_text_config()
         outputs = recipe.heads.rows(config.vocab_size)
-        self.flops = step_flops(config, matrices, recipe.heads.layers, own, recipe.stage, outputs)
+        flops = step_flops(config, matrices, recipe.heads.layers, own, recipe.stage, outputs)
+        self.flops = flops if matrices else replace(flops, passes=0)  # hidden states from a cache
         self.device, self.world_size, self.mean_context = device, world_size, mean_context
         self.peak = peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 

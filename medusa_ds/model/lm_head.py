@@ -1,0 +1,55 @@
+"""The LM head without its model: all that training needs of a backbone whose hidden states are read from a cache."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.utils import cached_file
+
+from medusa_ds.config_files import read_json
+from medusa_ds.model.backbone import lm_head_weight, load_backbone, load_config, model_path
+from medusa_ds.model.heads import VocabularyProjection
+from medusa_ds.recipe import ModelSpec
+
+
+class LmHeadAlone(nn.Module):
+    """Stands in for a backbone whose hidden states are read from a cache: its config, and its LM head where needed."""
+
+    hidden_size: int
+
+    def __init__(self, config: PretrainedConfig, lm_head: VocabularyProjection | None) -> None:
+        super().__init__()
+        self.config, self.hidden_size = config, int(config.get_text_config().hidden_size)
+        self.lm_head, self.base_model = lm_head, nn.Module()
+
+    def get_output_embeddings(self) -> VocabularyProjection | None:
+        """The LM head, as of a model of transformers."""
+        return self.lm_head
+
+
+def read_lm_head(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The LM head's weight [V, H] without the rest of the model, where that lies in safetensors files.
+
+    Raises:
+        UserError: see `load_backbone`.
+    """
+    if spec.init == "pretrained":
+        path = model_path(spec)
+        options: dict[str, Any] = {"revision": spec.revision if path == spec.name else None}
+        with torch.device("meta"):
+            whole = AutoModelForCausalLM.from_config(load_config(spec), trust_remote_code=spec.trust_remote_code)
+        weight = lm_head_weight(whole)
+        names = [name for name, other in whole.named_parameters(remove_duplicate=False) if other is weight]
+        options["_raise_exceptions_for_missing_entries"] = False
+        index = cached_file(path, "model.safetensors.index.json", **options)
+        files = read_json(Path(index))["weight_map"] if index else dict.fromkeys(names, "model.safetensors")
+        for name in names:
+            file = cached_file(path, files[name], **options) if name in files else None
+            if file is not None:
+                with safe_open(file, framework="pt") as content:
+                    if name in content.keys():  # noqa: SIM118 - not a mapping
+                        return content.get_tensor(name).to(dtype)
+    return lm_head_weight(load_backbone(spec, dtype, device=device, liger=False)).detach()

@@ -1,0 +1,57 @@
+"""Training from a hidden cache as users run it: the stock launcher, a tiny model, kills, a full disk."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from support import launch, losses_of, metrics_of, train
+
+from medusa_ds.cli import main
+
+INJECT = Path(__file__).parent / "reliability" / "inject"
+STEPS = ("train.steps=40", "train.save_every=10", "heads.vocab=128")  # three epochs
+
+
+def fault(under: Path, rank: int, do: str, call: int, match: str) -> dict[str, str]:
+    """The environment in which a launch meets a fault."""
+    values = {"under": str(under), "rank": rank, "do": do, "call": call, "match": match}
+    return {"PYTHONPATH": str(INJECT), "FAULT": json.dumps(values)}
+
+
+def test_kills_while_filling_and_while_reading_change_no_loss(tiny_recipe: Path, tmp_path: Path) -> None:
+    """Two ranks are killed while they fill, then while they read; one rank of ZeRO-3 ends the run. Losses and figures
+    are those without a cache. Mutation: read the rows of the next conversation (`numbers + base + 1`)."""
+    plain, out, cache = tmp_path / "plain", tmp_path / "out", tmp_path / "hidden"
+    train(tiny_recipe, f"output={plain}", *STEPS, log_dir=tmp_path)
+    command = (tiny_recipe, f"data.hidden_cache={cache}", *STEPS)
+    run = launch(*command, ranks=2, env=fault(cache, 1, "kill", 3, r"\.tmp-shard-.*tensors$"), log_dir=tmp_path)
+    assert run.wait() != 0 and "fault: kill" in run.text, run.text
+    done = len(list(cache.glob("shard-*.json")))
+    assert 0 < done < 16
+    run = launch(*command, ranks=2, env=fault(out, 1, "kill", 2, "step-000020"), log_dir=tmp_path)
+    assert run.wait() != 0 and f"filling {16 - done} of 16 shards" in run.text, run.text
+    text = train(*command, "deepspeed=ds_configs/zero3.json", log_dir=tmp_path)
+    assert "resuming after step 10 of 40" in text and f"hidden cache: {cache}" in text and "complete" in text
+    assert losses_of(out) == pytest.approx(losses_of(plain), rel=2e-6)
+    last = [metrics_of(folder, "validation")[-1] | {"kind": None} for folder in (out, plain)]
+    assert last[0] == pytest.approx(last[1], rel=2e-6)
+    exported = tmp_path / "exported"
+    main(["export", str(out / "checkpoints" / "best"), str(exported), "--for", "transformers"])
+    assert json.loads((exported / "heads" / "heads.json").read_text())["vocab_size"] == 300
+
+
+def test_a_full_disk_is_one_line_and_prepare_fills_under_the_launcher(tiny_recipe: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "hidden"
+    command = (tiny_recipe, f"data.hidden_cache={cache}", "train.steps=2", "heads.lm_head=shared")
+    run = launch(*command, ranks=2, env=fault(cache, 1, "ENOSPC", 3, r"\.tmp-shard-.*tensors$"), log_dir=tmp_path)
+    assert run.wait() == 2
+    errors = [line for line in run.text.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in run.text, run.text
+    assert f"{cache}: the hidden cache cannot be written (No space left on device)" in errors[0]
+    shutil.rmtree(cache)
+    tools = ("--num_gpus", "2", "--module")
+    text = train("medusa_ds.cli", "prepare", *map(str, command), "--hidden", options=tools, log_dir=tmp_path)
+    assert "heads.vocab" not in text and "filling 16 of 16 shards" in text
+    text = train(*command, log_dir=tmp_path)
+    assert "complete" in text and "heads saved in" in text
