@@ -6,6 +6,7 @@ equal where nothing is frozen. Activations count the tensors that a decoder laye
 (arXiv 2205.05198, section 4, for a gated MLP and attention without a stored score matrix). All are estimates.
 """
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +110,9 @@ def activations_bytes(recipe: Recipe, config: Any, width: int) -> int:
     head_size = getattr(config, "head_dim", None) or hidden // queries
     keys_values = 2 * head_size * (getattr(config, "num_key_value_heads", None) or queries)
     layer = tokens * width * (6 * hidden + keys_values + 4 * getattr(config, "intermediate_size", 4 * hidden))
-    if recipe.stage == 1:
+    if recipe.data.hidden_cache != "off":
+        backbone = 0
+    elif recipe.stage == 1:
         backbone = layer  # one layer at a time, nothing kept
     elif recipe.train.activation_checkpointing:
         backbone = config.num_hidden_layers * tokens * width * hidden + layer
@@ -146,23 +149,19 @@ def measured_speed(output: Path) -> float | None:
     return speeds[len(speeds) // 2] if speeds else None
 
 
-def total_steps(recipe: Recipe, count_data: bool) -> int | None:
+def total_steps(recipe: Recipe, data: Any) -> int | None:
     """Optimizer steps of the recipe; None where they follow from data that was not counted."""
     if recipe.train.steps is not None:
         return recipe.train.steps
-    if not count_data:
-        return None
-    from medusa_ds.data.packing import load_data
-    from medusa_ds.model.backbone import load_tokenizer
-
-    data = load_data(recipe, load_tokenizer(recipe.model))
-    return max(1, round(data.train.steps_per_epoch(recipe.train.global_batch_size) * recipe.train.epochs))
+    return data and max(1, round(data.train.steps_per_epoch(recipe.train.global_batch_size) * recipe.train.epochs))
 
 
 def main(recipe: Recipe, world_sizes: list[int], tokens_per_s: float | None, count_data: bool) -> None:
     """Print the estimate."""
-    from medusa_ds.model.backbone import load_config
+    from medusa_ds.data.packing import load_data
+    from medusa_ds.model.backbone import load_config, load_tokenizer
 
+    data = load_data(recipe, load_tokenizer(recipe.model)) if count_data else None
     config = load_config(recipe.model).get_text_config()
     parts = count_parameters(recipe, config)
     stage, train = recipe.stage, recipe.train
@@ -181,6 +180,12 @@ def main(recipe: Recipe, world_sizes: list[int], tokens_per_s: float | None, cou
         print(f"  {name:24}{count / 1e6:12,.2f}  {note}")
     print(f"  {'trained':24}{trained / 1e6:12,.2f}")
 
+    cached = recipe.data.hidden_cache != "off"
+    if cached:  # training needs no backbone, and of the LM head what the heads share
+        needed = config.vocab_size * config.hidden_size if not parts.projections else 0
+        print(f"\n{_hidden_cache(recipe, config, data)}; filled with {width * parts.backbone / GIB:.1f} GiB of backbone "
+              "on each GPU, before what follows")  # fmt: skip
+        parts = dataclasses.replace(parts, backbone=0, lm_head=needed)
     activations, loss = activations_bytes(recipe, config, width), loss_bytes(recipe, config, width)
     work = activations + loss + CONTEXT_BYTES
     print(
@@ -212,7 +217,7 @@ def main(recipe: Recipe, world_sizes: list[int], tokens_per_s: float | None, cou
         f"\ndisk: {checkpoint / GIB:.2f} GiB a checkpoint (fp32 weights and moments of what is trained), at most "
         f"{most} at a time: {most * checkpoint / GIB:.1f} GiB; saved at the end: {final / GIB:.2f} GiB"
     )
-    print(_hours(recipe, tokens_per_s, total_steps(recipe, count_data)))
+    print(_hours(recipe, tokens_per_s, total_steps(recipe, data)))
 
 
 def zero_settings(settings: dict[str, Any]) -> tuple[int, tuple[bool, bool]]:
@@ -220,6 +225,17 @@ def zero_settings(settings: dict[str, Any]) -> tuple[int, tuple[bool, bool]]:
     zero = settings.get("zero_optimization") or {}
     devices = [(zero.get(key) or {}).get("device", "none") for key in ("offload_optimizer", "offload_param")]
     return zero.get("stage", 0), (devices[0] != "none", devices[1] != "none")
+
+
+def _hidden_cache(recipe: Recipe, config: Any, data: Any) -> str:
+    from medusa_ds.training.hidden import count_rows, row_bytes, stored_as
+
+    _, stored = stored_as(recipe, on_gpu=True)
+    size = row_bytes(stored, config.hidden_size)
+    if data is None:
+        return f"hidden cache in {stored}: {1e6 * size / GIB:.2f} GiB a million positions that a head learns from"
+    rows = sum(int(count_rows(split, recipe.heads.num).sum()) for split in (data.train, data.validation))
+    return f"hidden cache in {stored}: {rows * size / GIB:.2f} GiB for {rows:,} positions that a head learns from"
 
 
 def _hours(recipe: Recipe, stated: float | None, steps: int | None) -> str:

@@ -1,6 +1,7 @@
 """The `medusa-ds` command as a user meets it."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -137,6 +138,30 @@ def test_estimate_counts_the_real_model(
     )
     assert "0.05 hours for 6 steps of at most 256 tokens at 9 tokens/s (stated)" in out
     assert "zero3_offload" in out
+
+
+def test_prepare_says_what_a_truncated_vocabulary_covers(tiny_recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "heads.vocab" not in said(capsys, "prepare", str(tiny_recipe))  # all usual sizes are above the model's
+    out = said(capsys, "prepare", str(tiny_recipe), "heads.vocab=64")
+    shares = re.search(r"heads.vocab: 64 of 300 tokens cover ([\d.]+)% of training labels, ([\d.]+)% of held-out", out)
+    assert shares is not None and all(50 < float(share) <= 100 for share in shares.groups())
+
+
+def test_estimate_of_a_hidden_cache_is_what_filling_writes(
+    tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows that `prepare --hidden` writes; without the cache's backbone in the memory of a step."""
+    cache = f"data.hidden_cache={tmp_path / 'hidden'}"
+    plain, cached = (said(capsys, "estimate", str(tiny_recipe), *more) for more in ([], [cache, "--data"]))
+    found = re.search(r"hidden cache in bf16: ([\d.]+) GiB for ([\d,]+) positions", cached)
+    assert found is not None and "hidden cache" not in plain
+    said(capsys, "prepare", str(tiny_recipe), cache, "--hidden")
+    size = sum(file.stat().st_size - 88 for file in (tmp_path / "hidden").glob("*.safetensors"))
+    assert int(found[2].replace(",", "")) * 32 * 4 == pytest.approx(size, rel=0.02)
+    assert "heads.vocab" not in plain
+    with pytest.raises(SystemExit):
+        said(capsys, "prepare", str(tiny_recipe), "--hidden")
+    assert "--hidden: found data.hidden_cache: off" in capsys.readouterr().err
 
 
 def test_estimate_takes_the_measured_speed_and_counts_data(

@@ -241,7 +241,8 @@ class MedusaEngine:
                 weights = self.whole_state_dict(self.model.backbone)
                 if self.rank == 0:
                     shutil.rmtree(output / ".tmp-backbone", ignore_errors=True)
-                    self.model.backbone.save_pretrained(output / ".tmp-backbone", state_dict=weights)
+                    backbone: Any = self.model.backbone
+                    backbone.save_pretrained(output / ".tmp-backbone", state_dict=weights)
                     sync_files(output / ".tmp-backbone")
                     shutil.rmtree(output / "backbone", ignore_errors=True)
                     os.rename(output / ".tmp-backbone", output / "backbone")
