@@ -183,8 +183,8 @@ def main(recipe: Recipe, world_sizes: list[int], tokens_per_s: float | None, cou
     cached = recipe.data.hidden_cache != "off"
     if cached:  # training needs no backbone, and of the LM head what the heads share
         needed = config.vocab_size * config.hidden_size if not parts.projections else 0
-        print(f"\n{_hidden_cache(recipe, config, data)}; filled with {width * parts.backbone / GIB:.1f} GiB of backbone "
-              "on each GPU, before what follows")  # fmt: skip
+        print(f"\n{_hidden_cache(recipe, config, data)}; filling it takes {width * parts.backbone / GIB:.1f} GiB of "
+              "backbone on each GPU, before what follows")  # fmt: skip
         parts = dataclasses.replace(parts, backbone=0, lm_head=needed)
     activations, loss = activations_bytes(recipe, config, width), loss_bytes(recipe, config, width)
     work = activations + loss + CONTEXT_BYTES

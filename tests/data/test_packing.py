@@ -53,7 +53,7 @@ def load(path: Path, family: str = "llama3", **spec) -> Data:
 def real_documents(batch) -> list[tuple[list[int], list[int]]]:
     """(ids, labels) of the documents of a micro-batch, found by its positions alone, without padding."""
     out = []
-    for ids, labels, positions, sources in zip(*batch, strict=True):
+    for ids, labels, positions, sources in zip(*batch[:4], strict=True):
         starts = [*(positions == 0).nonzero().flatten().tolist(), len(ids)]
         spans = list(pairwise(starts))[: len(sources)]
         assert all((positions[a:b] == torch.arange(b - a)).all() for a, b in spans)
