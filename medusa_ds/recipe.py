@@ -169,6 +169,8 @@ class Recipe(Section):
              f"found {data.split}, but only data sets of the hub have splits; remove it"),
             (stage == 2 and data.hidden_cache != "off", "data.hidden_cache",
              f"found {data.hidden_cache} with stage 2, where the backbone changes with every step; use off"),
+            (data.hidden_cache != "off" and self.loss.target != "label", "loss.target",
+             f"found {self.loss.target} with data.hidden_cache, which keeps no predictions of the LM head; use label"),
             (data.hidden_cache == "off" and data.hidden_cache_dtype != "auto", "data.hidden_cache_dtype",
              "found a value with hidden_cache: off; set data.hidden_cache to auto or a directory, or remove it"),
             (data.path == [], "data.path", "found an empty list; name at least one source"),

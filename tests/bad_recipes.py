@@ -90,6 +90,8 @@ BAD: dict[str, tuple[str, list[str], str | None, list[str]]] = {
     "hidden cache of a moving backbone": (GOOD, ["stage=2", "heads.init_from=old", "heads.num=5",
                                                  "data.hidden_cache=auto"], None,
                                           ["data.hidden_cache", "found auto with stage 2"]),
+    "predictions beside a cache": (GOOD, ["loss.target=argmax", "data.hidden_cache=auto"], None,
+                                   ["loss.target", "found argmax with data.hidden_cache"]),
     "precision of no cache": (GOOD, ["data.hidden_cache_dtype=fp8"], None,
                               ["data.hidden_cache_dtype", "with hidden_cache: off"]),
     "coefficient in stage 1": (GOOD, ["loss.coefficient=0.2"], None, ["loss.coefficient", "no meaning in stage 1"]),

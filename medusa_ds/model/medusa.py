@@ -112,7 +112,7 @@ class MedusaModel(nn.Module):
         temperature: float = 1.0,
     ):
         super().__init__()
-        assert target == "label" or (stage == 1 and heads.token_map is None)
+        assert target == "label" or (stage == 1 and heads.token_map is None and isinstance(backbone, PreTrainedModel))
         if isinstance(backbone, PreTrainedModel):
             use_vocabulary_projection(backbone)
         self.backbone = backbone.requires_grad_(stage == 2)
