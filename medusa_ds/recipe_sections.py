@@ -121,7 +121,8 @@ class DataSpec(Section):
     """Several conversations share a sequence, without attention or labels across their borders."""
     hidden_cache: str = "off"
     """Stage 1: compute the frozen backbone's hidden states once, before the first step, and train from disk, without
-    the backbone. `auto`: in $MEDUSA_DS_CACHE, shared by all recipes that they fit; else a directory for them."""
+    the backbone. `auto`: in $MEDUSA_DS_CACHE, shared by all recipes that they fit; else a directory for them. All nodes
+    must see it."""
     hidden_cache_dtype: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
     """How they are stored; `auto`: as computed. `fp8` has a scale a row."""
     template_args: dict[str, Any] = {}

@@ -7,7 +7,8 @@
 Kept by conversation, since every epoch packs conversations anew and a hidden state does not depend on what else is in
 its sequence. A conversation has a row for every position that some head learns from, in order, so that a micro-batch
 is the rows of its conversations one after another. Which conversations a shard holds follows from the data alone:
-any number of ranks fills the cache, and any other number reads it, memory-mapped.
+any number of ranks fills the cache, and any other number reads it, memory-mapped. Every start reads it through once for
+the checksums, each rank its share.
 """
 
 from __future__ import annotations
@@ -114,6 +115,10 @@ class HiddenCache:
     def __len__(self) -> int:
         """Shards."""
         return len(self.borders) - 1
+
+    def has(self, shard: int) -> bool:
+        """Whether a shard is there, finished."""
+        return self._file(shard).with_suffix(".json").exists()
 
     def problem(self, shard: int) -> str | None:
         """What is wrong with a shard, read through; "" where it is merely not there yet."""
@@ -245,6 +250,9 @@ def open_hidden_cache(recipe: Recipe, data: Data, device: torch.device) -> Tenso
             dist.barrier()
     elif rank == 0:
         print(f"hidden cache: {directory}, {cache.bytes / 2**30:.2f} GiB, complete", flush=True)
+    unseen = [shard for shard in range(len(cache)) if not cache.has(shard)]
+    _agree(f"{directory}: rank {rank} does not see what other ranks wrote; name a directory that all nodes share"
+           if unseen else None)  # fmt: skip
     data.train.hidden, data.validation.hidden = cache.reader(0), cache.reader(1)
     return read_lm_head(recipe.model, STORED[computed], device).cpu()
 

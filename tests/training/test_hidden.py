@@ -248,3 +248,9 @@ def test_manifest_names_everything_that_states_follow_from(load, tmp_path, tiny_
     assert manifest["model"] == str(tiny_model) and manifest["heads"] == 3 and len(manifest) == 12
     assert np.isclose(sum(f.stat().st_size for f in shards(tmp_path)), 4 * 32 * 1100, rtol=0.5)
     assert Path(tmp_path / "hidden" / "lock").exists()
+
+
+def test_a_directory_that_nodes_do_not_share_is_refused(load, monkeypatch):
+    monkeypatch.setattr(hidden.HiddenCache, "has", lambda self, shard: shard != 5)
+    with pytest.raises(UserError, match="rank 0 does not see what other ranks wrote"):
+        load()
