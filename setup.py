@@ -13,8 +13,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=[
-        "medusa_ds", "medusa_ds.data", "medusa_ds.model", "medusa_ds.training", "medusa_ds.decoding", "medusa_ds.distilling",
-        "medusa_ds.recipes", "medusa_ds.ds_configs",
+        "medusa_ds", "medusa_ds.data", "medusa_ds.model", "medusa_ds.training", "medusa_ds.decoding",
+        "medusa_ds.distilling", "medusa_ds.benchmark", "medusa_ds.recipes", "medusa_ds.ds_configs",
     ],
     package_dir={"medusa_ds": "medusa_ds", "medusa_ds.recipes": "recipes", "medusa_ds.ds_configs": "ds_configs"},
     package_data={

@@ -13,12 +13,11 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
+from medusa_ds.arguments import Option, Parser, count, counts, names, option, positive, share, temperature
 from medusa_ds.errors import UserError, exit_on_user_error
 from medusa_ds.recipe import Recipe, find_recipe, shipped
-
-Option = tuple[tuple[str, ...], dict[str, Any]]
 
 
 class Command(NamedTuple):
@@ -26,42 +25,6 @@ class Command(NamedTuple):
 
     run: Callable[[argparse.Namespace], None]
     options: list[Option]
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
-
-
-def _option(*names: str, **settings: Any) -> Option:
-    return names, settings
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"found {text!r}; allowed is a number above 0")
-    return value
-
-
-def _temperature(text: str) -> float:
-    return 0.0 if text in ("0", "0.0") else _positive(text)
-
-
-def _share(text: str) -> float:
-    value = _positive(text)
-    if value > 1:
-        raise argparse.ArgumentTypeError(f"found {text!r}; allowed is a share above 0 and up to 1")
-    return value
-
-
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) >= 1):
-        raise argparse.ArgumentTypeError(f"found {text!r}; allowed is a whole number of at least 1")
-    return int(text)
 
 
 def list_recipes(args: argparse.Namespace) -> None:
@@ -181,6 +144,17 @@ def import_run(args: argparse.Namespace) -> None:
     main(args.directory, args.out, args.base_model)
 
 
+def measure_steps(args: argparse.Namespace) -> None:
+    """Measure training steps, memory and one head's loss beside the original example; without a recipe, Llama-3-8B."""
+    from medusa_ds.bench import main, plan
+
+    cases = plan(
+        args.recipe, args.overrides, parts=args.part, stages=args.stage, heads=args.heads, sequences=args.sequence,
+        batch=args.batch, impls=args.impl, zero=args.zero, warmup=args.warmup, steps=args.steps,
+    )  # fmt: skip
+    main(cases, args.json, args.pictures, args.profile, args.timeout)
+
+
 def _acceptance(args: argparse.Namespace) -> Any:
     from medusa_ds.decoding.acceptance import Acceptance
 
@@ -196,41 +170,41 @@ def _settings(args: argparse.Namespace) -> Any:
 
 
 RECIPE = [
-    _option("recipe", help="recipe file, or name of a shipped one"),
-    _option("overrides", nargs="*", metavar="key=value", help="dotted overrides, as in train.lr=1e-3"),
+    option("recipe", help="recipe file, or name of a shipped one"),
+    option("overrides", nargs="*", metavar="key=value", help="dotted overrides, as in train.lr=1e-3"),
 ]
-WORLD_SIZE = _option("--world-size", type=_count, metavar="N", help="ranks that train")
+WORLD_SIZE = option("--world-size", type=count, metavar="N", help="ranks that train")
 RUN = [
-    _option("run", help="a finished run's output, its heads folder, or OUTPUT/checkpoints/best"),
-    _option("--device", help="cuda or cpu; without it, a GPU if there is one"),
-    _option("--dtype", choices=["bf16", "fp32"], help="without it, bf16 on a GPU and fp32 on a CPU"),
+    option("run", help="a finished run's output, its heads folder, or OUTPUT/checkpoints/best"),
+    option("--device", help="cuda or cpu; without it, a GPU if there is one"),
+    option("--dtype", choices=["bf16", "fp32"], help="without it, bf16 on a GPU and fp32 on a CPU"),
 ]
 ACCEPTANCE = [
-    _option(
+    option(
         "--acceptance",
         choices=["greedy", "typical", "exact"],
         default="greedy",
         help="greedy: the base model's own text; exact: samples of its distribution; typical: the Medusa paper's",
     ),
-    _option("--temperature", type=_positive, default=1.0, help="of exact and typical acceptance"),
-    _option("--epsilon", type=_positive, default=0.09, help="typical: hard threshold"),
-    _option("--delta", type=_positive, default=0.3, help="typical: entropy-dependent threshold"),
+    option("--temperature", type=positive, default=1.0, help="of exact and typical acceptance"),
+    option("--epsilon", type=positive, default=0.09, help="typical: hard threshold"),
+    option("--delta", type=positive, default=0.3, help="typical: entropy-dependent threshold"),
 ]
 PROMPTS = [
-    _option("--prompts", required=True, metavar="FILE", help='JSON lines such as {"turns": ["Hello"]}'),
-    _option("--limit", type=_count, metavar="N", help="take the first N conversations"),
-    _option("--max-new-tokens", type=_count, default=256, metavar="N", help="of an answer"),
-    _option("--compile", action="store_true", help="fuse the decoding step with torch.compile; a minute once"),
-    _option("--json", metavar="FILE", help="write the report"),
-    _option("--picture", metavar="FILE", help="draw it; needs medusa-ds[plots]"),
+    option("--prompts", required=True, metavar="FILE", help='JSON lines such as {"turns": ["Hello"]}'),
+    option("--limit", type=count, metavar="N", help="take the first N conversations"),
+    option("--max-new-tokens", type=count, default=256, metavar="N", help="of an answer"),
+    option("--compile", action="store_true", help="fuse the decoding step with torch.compile; a minute once"),
+    option("--json", metavar="FILE", help="write the report"),
+    option("--picture", metavar="FILE", help="draw it; needs medusa-ds[plots]"),
 ]
 
 COMMANDS = {
-    "list": Command(list_recipes, [_option("--copy", metavar="NAME", help="copy this recipe here")]),
+    "list": Command(list_recipes, [option("--copy", metavar="NAME", help="copy this recipe here")]),
     "validate": Command(validate, [*RECIPE, WORLD_SIZE]),
     "show": Command(show, [
         *RECIPE, WORLD_SIZE,
-        _option("--data", type=_count, metavar="N", help="print N training examples, supervised tokens coloured"),
+        option("--data", type=count, metavar="N", help="print N training examples, supervised tokens coloured"),
     ]),
     "prepare": Command(prepare_data, [
         *RECIPE,
@@ -238,65 +212,84 @@ COMMANDS = {
     ]),
     "estimate": Command(estimate_needs, [
         *RECIPE,
-        _option("--world-size", type=_count, action="append", metavar="N", help="ranks; may be given several times"),
-        _option("--tokens-per-second", type=_positive, metavar="X",
+        option("--world-size", type=count, action="append", metavar="N", help="ranks; may be given several times"),
+        option("--tokens-per-second", type=positive, metavar="X",
                 help="speed of all GPUs together; without it, the one that a run into the recipe's output measured"),
-        _option("--data", action="store_true", help="tokenise the data, as prepare does, to count its tokens"),
+        option("--data", action="store_true", help="tokenise the data, as prepare does, to count its tokens"),
     ]),
     "distill": Command(distill_model, [
         *RECIPE,
-        _option("--out", required=True, metavar="FILE", help="JSON lines to write, a conversation each"),
-        _option("--prompts", metavar="SOURCE",
+        option("--out", required=True, metavar="FILE", help="JSON lines to write, a conversation each"),
+        option("--prompts", metavar="SOURCE",
                 help='JSON lines such as {"turns": ["Hello"]}, or what data.path takes; its user turns are answered'),
-        _option("--split", default="train", help="of a hub dataset"),
-        _option("--limit", type=_count, metavar="N", help="take the first N prompts"),
-        _option("--synthesize", type=_count, metavar="N", help="let the model make up N prompts"),
-        _option("--synthesize-temperature", type=_positive, default=1.0, metavar="T", help="of these"),
-        _option("--exclude", action="append", default=[], metavar="SOURCE",
+        option("--split", default="train", help="of a hub dataset"),
+        option("--limit", type=count, metavar="N", help="take the first N prompts"),
+        option("--synthesize", type=count, metavar="N", help="let the model make up N prompts"),
+        option("--synthesize-temperature", type=positive, default=1.0, metavar="T", help="of these"),
+        option("--exclude", action="append", default=[], metavar="SOURCE",
                 help="leave out prompts that share eight words in a row with one of these; may be repeated"),
-        _option("--temperature", type=_temperature, default=0.0, metavar="T",
+        option("--temperature", type=temperature, default=0.0, metavar="T",
                 help="of the answers; 0, the default, takes the most probable token"),
-        _option("--top-p", type=_share, default=1.0, metavar="P", help="draw from the most probable tokens up to P"),
-        _option("--max-new-tokens", type=_count, default=512, metavar="N",
+        option("--top-p", type=share, default=1.0, metavar="P", help="draw from the most probable tokens up to P"),
+        option("--max-new-tokens", type=count, default=512, metavar="N",
                 help="of an answer; longer ones are removed"),
-        _option("--max-prompt-tokens", type=_count, default=1024, metavar="N",
+        option("--max-prompt-tokens", type=count, default=1024, metavar="N",
                 help="of a conversation before an answer"),
-        _option("--seed", type=int, default=0, help="of all draws"),
-        _option("--batch", type=_count, metavar="N", help="rows at once, or requests in flight"),
-        _option("--server", metavar="URL", help="an OpenAI-compatible server, as http://localhost:8000/v1"),
-        _option("--server-model", metavar="NAME", help="the model's name there; without it, the recipe's"),
-        _option("--timeout", type=_positive, default=300.0, metavar="SECONDS", help="of a request to the server"),
-        _option("--retries", type=_count, default=5, metavar="N", help="of a request to the server"),
+        option("--seed", type=int, default=0, help="of all draws"),
+        option("--batch", type=count, metavar="N", help="rows at once, or requests in flight"),
+        option("--server", metavar="URL", help="an OpenAI-compatible server, as http://localhost:8000/v1"),
+        option("--server-model", metavar="NAME", help="the model's name there; without it, the recipe's"),
+        option("--timeout", type=positive, default=300.0, metavar="SECONDS", help="of a request to the server"),
+        option("--retries", type=count, default=5, metavar="N", help="of a request to the server"),
         *RUN[1:],
+    ]),
+    "bench": Command(measure_steps, [
+        option("recipe", nargs="?", help="recipe file or name; without it, Llama-3-8B's shape with random weights"),
+        option("overrides", nargs="*", metavar="key=value", help="dotted overrides, as in loss.chunk_mib=512"),
+        option("--part", type=names, default=["step"], metavar="A,B", help="step, head (its loss alone), chat"),
+        option("--stage", type=counts, metavar="N,N", help="without it, the recipe's, or 1 and 2"),
+        option("--heads", type=counts, default=[3, 5], metavar="N,N", help="numbers of heads; 3,5"),
+        option("--sequence", type=counts, default=[1024, 2048, 4096, 8192], metavar="N,N",
+                help="sequence lengths; 1024,2048,4096,8192"),
+        option("--batch", type=count, default=6, metavar="N", help="sequences of a step; 6"),
+        option("--impl", type=names, default=["ours", "ours_fp8", "eager", "original", "torch_linear_ce"],
+                metavar="A,B", help="ours, ours_fp8, eager, original, torch_linear_ce; all that the machine can do"),
+        option("--zero", metavar="NAME", help="DeepSpeed config; zero2 in stage 1, zero3 in stage 2"),
+        option("--warmup", type=count, default=3, metavar="N", help="steps before the measured ones; 3"),
+        option("--steps", type=count, default=10, metavar="N", help="measured steps; 10"),
+        option("--json", default="bench.json", metavar="FILE", help="the report; bench.json"),
+        option("--pictures", metavar="DIR", help="draw it; needs medusa-ds[plots]"),
+        option("--profile", metavar="DIR", help="write a profiler trace of one step a case, and say where time goes"),
+        option("--timeout", type=count, default=1800, metavar="S", help="seconds of one case; 1800"),
     ]),
     "generate": Command(generate_text, [
         *RUN, *ACCEPTANCE,
-        _option("--prompt", metavar="TEXT", help="without it, chat"),
-        _option("--max-new-tokens", type=_count, default=512, metavar="N", help="of an answer"),
-        _option("--stop", action="append", default=[], metavar="TEXT", help="end at this text; may be repeated"),
-        _option("--seed", type=int, default=0, help="of exact acceptance"),
+        option("--prompt", metavar="TEXT", help="without it, chat"),
+        option("--max-new-tokens", type=count, default=512, metavar="N", help="of an answer"),
+        option("--stop", action="append", default=[], metavar="TEXT", help="end at this text; may be repeated"),
+        option("--seed", type=int, default=0, help="of exact acceptance"),
     ]),
     "evaluate": Command(evaluate_run, [*RUN, *PROMPTS, *ACCEPTANCE]),
     "tree": Command(find_tree, [
         *RUN, *PROMPTS,
-        _option("--nodes", type=_count, metavar="N", help="size; without it, the fastest by measured step times"),
+        option("--nodes", type=count, metavar="N", help="size; without it, the fastest by measured step times"),
     ]),
     "export": Command(export_run, [
-        _option("run", nargs="?", help="a finished run's output, its heads folder, or one of its checkpoints"),
-        _option("out", help="directory to make"),
-        _option("--for", dest="engine", default="all", help="what it is for; all is a directory for all of them",
+        option("run", nargs="?", help="a finished run's output, its heads folder, or one of its checkpoints"),
+        option("out", help="directory to make"),
+        option("--for", dest="engine", default="all", help="what it is for; all is a directory for all of them",
                 choices=["transformers", "vllm", "tgi", "tensorrt-llm", "fasterdecoding", "all"]),
-        _option("--untrained", metavar="RECIPE", help="in place of a run: a recipe's heads before training"),
-        _option("--dtype", choices=["bfloat16", "float16", "float32"],
+        option("--untrained", metavar="RECIPE", help="in place of a run: a recipe's heads before training"),
+        option("--dtype", choices=["bfloat16", "float16", "float32"],
                 help="without it, the run's, or for a checkpoint the base model's"),
-        _option("--vocab", type=_count, metavar="N", help="cut heads to the N most frequent tokens of their training"),
-        _option("--force", action="store_true", help="replace an earlier export"),
-        _option("--push-to-hub", metavar="REPO", help="upload it, a tuned backbone to REPO-backbone"),
+        option("--vocab", type=count, metavar="N", help="cut heads to the N most frequent tokens of their training"),
+        option("--force", action="store_true", help="replace an earlier export"),
+        option("--push-to-hub", metavar="REPO", help="upload it, a tuned backbone to REPO-backbone"),
     ]),
     "import": Command(import_run, [
-        _option("directory", help="holds model.safetensors, medusa_lm_head.safetensors or medusa_lm_head.pt"),
-        _option("out", help="directory to make"),
-        _option("--base-model", metavar="NAME", help="without it, as config.json says"),
+        option("directory", help="holds model.safetensors, medusa_lm_head.safetensors or medusa_lm_head.pt"),
+        option("out", help="directory to make"),
+        option("--base-model", metavar="NAME", help="without it, as config.json says"),
     ]),
 }  # fmt: skip
 
@@ -322,9 +315,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             near = difflib.get_close_matches(name, COMMANDS, 1, cutoff=0.4)
             hint = f"did you mean {near[0]}?" if near else f"allowed are {', '.join(COMMANDS)}"
             raise UserError(f"medusa-ds {name}: no such command; {hint}")
-        parser = _Parser(prog=f"medusa-ds {name}", description=COMMANDS[name].run.__doc__, allow_abbrev=False)
-        for names, settings in COMMANDS[name].options:
-            parser.add_argument(*names, **settings)
+        parser = Parser(prog=f"medusa-ds {name}", description=COMMANDS[name].run.__doc__, allow_abbrev=False)
+        for flags, settings in COMMANDS[name].options:
+            parser.add_argument(*flags, **settings)
         try:
             COMMANDS[name].run(parser.parse_intermixed_args(rest))
             sys.stdout.flush()

@@ -22,7 +22,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -214,7 +213,8 @@ def _keep_launch(output: Path, recipe: Recipe, engine: MedusaEngine, recipe_file
     temporary = output / ".tmp-recipe.yaml"
     temporary.write_text(recipe.to_yaml(), encoding="utf-8")
     os.replace(temporary, output / "recipe.yaml")
-    packages = ("medusa-ds", "torch", "deepspeed", "transformers", "liger-kernel", "datasets", "triton")
+    from medusa_ds.training.report import library_versions
+
     launch = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
@@ -224,19 +224,12 @@ def _keep_launch(output: Path, recipe: Recipe, engine: MedusaEngine, recipe_file
         "device": engine.device_name,
         "ranks": engine.world_size,
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in packages},
+        "versions": library_versions(),
         "git": _git_state(recipe_file.parent),
         "deepspeed": engine.ds_config,
     }
     with open(output / "launches.jsonl", "a", encoding="utf-8") as stream:
         stream.write(json.dumps(launch) + "\n")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _git_state(directory: Path) -> dict[str, Any] | None:

@@ -15,14 +15,15 @@ MODULES = {
     for file in sorted(PACKAGE.rglob("*.py"))
     if file.name != "__init__.py"
 }
-FOUNDATION = {"errors", "config_files", "ds_config", "recipe", "recipe_files", "recipe_sections"}
+FOUNDATION = {"errors", "arguments", "config_files", "ds_config", "recipe", "recipe_files", "recipe_sections"}
 COMMAND = {"cli", "__main__"}
 PROGRAMS = {name for name in MODULES if "." not in name} - FOUNDATION - COMMAND
-ROOMS = ("data", "model", "training", "decoding", "distilling")
+ROOMS = ("data", "model", "training", "decoding", "distilling", "benchmark")
 
 # room or module: what of ours it may import, besides its own room
 ALLOWED = {
     "errors": set(),
+    "arguments": {"errors"},
     "config_files": {"errors"},
     "ds_config": {"errors", "config_files"},
     "recipe_sections": set(),
@@ -33,6 +34,7 @@ ALLOWED = {
     "training": {*FOUNDATION, "model", "data"},
     "decoding": {*FOUNDATION, "model"},
     "distilling": {*FOUNDATION, "decoding"},
+    "benchmark": {*FOUNDATION, *ROOMS},
     "program": {*FOUNDATION, *ROOMS},
     "__main__": {"train"},
     "cli": {*FOUNDATION, *PROGRAMS, "decoding"},  # whose settings it fills in for the programs
@@ -40,7 +42,7 @@ ALLOWED = {
 # libraries that one place alone may know, by the first part of the import
 KEEPERS = {
     "deepspeed": {"training.engine"},
-    "liger_kernel": {"model.loss", "model.backbone"},
+    "liger_kernel": {"model.loss", "model.backbone", "benchmark.original", "benchmark.head"},
 }
 # `transformers.X` beyond its top level: families, a model's files, the key-value cache, and HfDeepSpeedConfig
 TRANSFORMERS_INTERNALS = {"model.backbone", "model.lm_head", "decoding.generator", "decoding.cache", "training.engine"}

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from medusa_ds import cli
+from medusa_ds.arguments import Parser
 from medusa_ds.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,7 +23,7 @@ COMMANDS = [
 def test_medusa_ds_commands_parse(command: str) -> None:
     """Turns red when the README names an option that its subcommand lacks."""
     name, *rest = shlex.split(command)[1:]
-    parser = cli._Parser(prog=name, allow_abbrev=False)
+    parser = Parser(prog=name, allow_abbrev=False)
     for names, settings in cli.COMMANDS[name].options:
         parser.add_argument(*names, **settings)
     found = parser.parse_intermixed_args(rest)

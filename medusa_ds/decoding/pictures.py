@@ -18,7 +18,7 @@ def draw_evaluation(heads: dict[str, Any], distribution: dict[str, int], file: s
     Raises:
         UserError: matplotlib is not installed, or the file cannot be written.
     """
-    figure = _figure(9, 3.5)
+    figure = new_figure(9, 3.5)
     left, right = figure.subplots(1, 2)
     names = [name for name in heads if name.startswith("head")]
     for name in names:
@@ -28,7 +28,7 @@ def draw_evaluation(heads: dict[str, Any], distribution: dict[str, int], file: s
     total = max(sum(distribution.values()), 1)
     right.bar(list(distribution), [count / total for count in distribution.values()])
     right.set(xlabel="tokens of a step", ylabel="share of steps", title="Accepted tokens")
-    _save(figure, file)
+    save_figure(figure, file)
 
 
 def draw_tree(tree: Tree, counts: RankCounts, file: str | Path) -> None:
@@ -37,7 +37,7 @@ def draw_tree(tree: Tree, counts: RankCounts, file: str | Path) -> None:
     Raises:
         UserError: matplotlib is not installed, or the file cannot be written.
     """
-    figure = _figure(10, 2 + 1.2 * tree.depth)
+    figure = new_figure(10, 2 + 1.2 * tree.depth)
     axes = figure.subplots()
     paths = [(), *tree.paths]
     leaves = [path for path in paths if not any(other[:-1] == path for other in paths if other)]
@@ -54,10 +54,15 @@ def draw_tree(tree: Tree, counts: RankCounts, file: str | Path) -> None:
             axes.annotate(f"{path[-1]}: {probability:.0%}", (place[path], -len(path)), fontsize=7, va="bottom")
     axes.set_axis_off()
     axes.set_title(f"{tree.nodes} nodes; rank of each head's guess and how often its path is right")
-    _save(figure, file)
+    save_figure(figure, file)
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
+    """A figure of so many inches.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -65,7 +70,12 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _save(figure: Any, file: str | Path) -> None:
+def save_figure(figure: Any, file: str | Path) -> None:
+    """Write a figure; the suffix says the format.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     try:
         figure.savefig(file, dpi=150)
     except (OSError, ValueError) as error:

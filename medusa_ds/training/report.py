@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,17 @@ def quiet_libraries(rank: int) -> None:
     transformers.utils.logging.disable_progress_bar()
     if rank or not sys.stderr.isatty():
         datasets.disable_progress_bars()
+
+
+def library_versions() -> dict[str, str | None]:
+    """Versions of this package and of those that a run's figures depend on; None where one is not installed."""
+    versions: dict[str, str | None] = {}
+    for name in ("medusa-ds", "torch", "deepspeed", "transformers", "liger-kernel", "datasets", "triton"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
 
 
 class Report:

@@ -1,0 +1,182 @@
+"""Measure training steps: a matrix of settings, each in a fresh process, beside the original example's step.
+
+Read `main` from top to bottom. Every figure comes from this run: the hardware's own limits, our step, the baselines.
+Without a recipe, it is Llama-3-8B's shape with random weights; another recipe is measured as it is written.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from medusa_ds.benchmark.cases import LLAMA3_8B, Case
+from medusa_ds.errors import UserError
+
+_HEADER = ("part", "stage", "heads", "batch x seq", "implementation", "ms (range)", "tokens/s", "supervised/s",
+           "TFLOP/s", "of ceiling", "peak GiB", "reserved", "x original")  # fmt: skip
+
+
+def main(cases: list[Case], json_file: str, pictures: str | None, trace: str | None, timeout_s: int) -> None:
+    """Measure all cases, write the report after each, print it as a table.
+
+    Args:
+        cases: see `benchmark.cases.matrix`.
+        json_file: the report.
+        pictures: directory to draw into.
+        trace: directory for a profiler trace of one step of each case.
+        timeout_s: of a case; one that takes longer is recorded as failed.
+
+    Raises:
+        UserError: a file cannot be written, matplotlib is missing, or not one case could be measured.
+    """
+    if pictures:
+        from medusa_ds.decoding.pictures import new_figure
+
+        new_figure(1, 1)  # matplotlib is there, before an hour is spent
+    _write(json_file, {})
+    report: dict[str, Any] = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv}
+    report |= {"machine": _measure(None, None, timeout_s), "results": []}
+    if failure := report["machine"].get("failed"):
+        raise UserError(f"bench: the machine could not be measured: {failure}")
+    for case in cases:
+        if case.part != "head" and case.impl not in report["machine"]["impls"]:
+            print(f"left out, as this machine or its PyTorch cannot: {case.name}", flush=True)
+            continue
+        print(case.name, flush=True)
+        trace_file = None
+        if trace and case.part != "head":
+            Path(trace).mkdir(parents=True, exist_ok=True)
+            name = f"{case.part}_stage{case.stage}_heads{case.heads}_{case.batch}x{case.sequence}_{case.impl}"
+            trace_file = Path(trace).absolute() / f"{name}.json"
+        report["results"].append(case.to_json() | _measure(case, trace_file, timeout_s))
+        _write(json_file, report)
+    compare(report)
+    _write(json_file, report)
+    print(describe(report))
+    if pictures:
+        from medusa_ds.benchmark.pictures import draw
+
+        print("\n".join(f"drew {file}" for file in draw(report, pictures)))
+    failed = [result for result in report["results"] if "failed" in result]
+    if failed and len(failed) == len(report["results"]):
+        raise UserError(f"bench: no case could be measured; the first said: {failed[0]['failed']}")
+
+
+def _measure(case: Case | None, trace: Path | None, timeout_s: int) -> dict[str, Any]:
+    """What a fresh process found: figures, or `out_of_memory` or `failed` with a line that says why."""
+    with tempfile.TemporaryDirectory() as folder:
+        ask, answer, log = (Path(folder) / name for name in ("case.json", "result.json", "log.txt"))
+        ask.write_text(json.dumps(case.to_json() if case else {}))
+        command = [sys.executable, "-m", "medusa_ds.benchmark.worker", str(ask), str(answer)]
+        with open(log, "w") as stream:
+            try:
+                done = subprocess.run(
+                    [*command, *([str(trace)] if trace else [])], stdout=stream, stderr=stream, timeout=timeout_s
+                )
+            except subprocess.TimeoutExpired:
+                return {"failed": f"took more than {timeout_s} s"}
+        if answer.exists():
+            return dict(json.loads(answer.read_text()))
+        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        reason = next((line for line in reversed(lines) if "rror" in line), lines[-1] if lines else "")
+        if done.returncode == -9:
+            return {"out_of_memory": "killed: the machine's memory is used up"}
+        return {"failed": reason[:300] or f"exit status {done.returncode}"}
+
+
+def compare(report: dict[str, Any]) -> None:
+    """Add what follows from other figures of the run: the share of the ceiling, and how much faster than the original.
+
+    `times_original` compares supervised tokens per second with the original's at the same settings.
+    """
+    results = report["results"]
+    settings = ("part", "stage", "heads", "sequence", "batch")
+    originals = {tuple(r[key] for key in settings): r for r in results if r["impl"] == "original" and "median_s" in r}
+    for result in (r for r in results if "median_s" in r):
+        result["of_ceiling"] = result["tflops"] / report["machine"]["matmul_tflops"]
+        original = originals.get(tuple(result[key] for key in settings))
+        if original is not None:
+            result["times_original"] = result["supervised_tokens_per_s"] / original["supervised_tokens_per_s"]
+
+
+def describe(report: dict[str, Any]) -> str:
+    """The tables of a report."""
+    machine = report["machine"]
+    lines = [f"{machine['device']}: bf16 matrix product {machine['matmul_tflops']:.4g} TFLOP/s, copy "
+             f"{machine['copy_gb_per_s']:.4g} GB/s", ""]  # fmt: skip
+    rows = [_HEADER, *(_row(result) for result in report["results"] if result["part"] != "head")]
+    if len(rows) > 1:
+        widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
+        lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    for result in report["results"]:
+        if result["part"] == "head":
+            lines.append(_head(result))
+        if "profile" in result:
+            lines.append(_profile(result))
+    return "\n".join(lines)
+
+
+def _row(result: dict[str, Any]) -> tuple[str, ...]:
+    place = (result["part"], str(result["stage"]), str(result["heads"]), f"{result['batch']} x {result['sequence']}",
+             result["impl"])  # fmt: skip
+    if "median_s" not in result:
+        note = "out of memory" if "out_of_memory" in result else f"failed: {result['failed']}"
+        return (*place, note, *[""] * (len(_HEADER) - len(place) - 1))
+    milliseconds = [1e3 * result[key] for key in ("median_s", "min_s", "max_s")]
+    memory = [f"{result[key]:.1f}" if result[key] is not None else "" for key in
+              ("peak_allocated_gib", "peak_reserved_gib")]  # fmt: skip
+    times = f"{result['times_original']:.2f}" if "times_original" in result else ""
+    return (*place, "{:.0f} ({:.0f}-{:.0f})".format(*milliseconds), f"{result['tokens_per_s']:.0f}",
+            f"{result['supervised_tokens_per_s']:.0f}", f"{result['tflops']:.3g}", f"{result['of_ceiling']:.2f}",
+            *memory, times)  # fmt: skip
+
+
+def _head(result: dict[str, Any]) -> str:
+    if "ways" not in result:
+        return f"head: {result.get('failed') or 'out of memory'}"
+    lines = [f"\none head's loss, forward and backward, {result['rows']} rows, hidden {result['hidden']}, vocabulary "
+             f"{result['vocab']}"]  # fmt: skip
+    for name, way in result["ways"].items():
+        memory = f", {way['extra_gib']:.2f} GiB beyond the inputs" if way["extra_gib"] is not None else ""
+        lines.append(f"  {name:16} {way['median_ms']:.1f} ms ({way['min_ms']:.1f}-{way['max_ms']:.1f}), "
+                     f"{way['tflops']:.3g} TFLOP/s{memory}")  # fmt: skip
+    return "\n".join(lines)
+
+
+def _profile(result: dict[str, Any]) -> str:
+    profile = result["profile"]
+    lines = [f"\nwhere {profile['step_ms']:.1f} ms of a profiled step went, {result['impl']}:"]
+    for title, values in (("part", profile["parts"]), ("kernel", profile["kernels"])):
+        lines += [f"  {title:7} {ms:8.2f} ms  {name}" for name, ms in sorted(values.items(), key=lambda x: -x[1])]
+    return "\n".join(lines)
+
+
+def _write(file: str, report: dict[str, Any]) -> None:
+    try:
+        Path(file).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--json: {file}: cannot be written ({error.strerror}); name another file") from None
+
+
+def plan(recipe: str | None, overrides: list[str], **settings: Any) -> list[Case]:
+    """The cases of a command line: without a recipe, those of Llama-3-8B's shape in both stages.
+
+    Raises:
+        UserError: see `benchmark.cases.matrix`.
+    """
+    from medusa_ds.benchmark.cases import matrix
+    from medusa_ds.recipe import Recipe
+
+    if recipe is not None and "=" in recipe:
+        overrides, recipe = [recipe, *overrides], None
+    if recipe is None:
+        recipe, overrides = "llama3_8b_stage1", [*LLAMA3_8B, *overrides]
+        settings["stages"] = settings["stages"] or [1, 2]
+    elif not settings["stages"]:
+        settings["stages"] = [Recipe.load(recipe, overrides, planning=True).stage]
+    return matrix(recipe, tuple(overrides), **settings)

@@ -1,0 +1,1 @@
+"""A recipe's steps become figures: cases, what they measure, where the time goes, pictures."""
