@@ -98,6 +98,10 @@ class Recipe(Section):
         if isinstance(json_file, str) and os.path.exists(json_file):
             try:
                 settings = ds_config.load(Path(json_file))
+                zero = settings.get("zero_optimization", {})
+                if recipe is not None and recipe.model.frozen_precision == "fp8" and zero.get("stage") == 3:
+                    text = f"found fp8 with ZeRO-3 ({json_file}), which partitions the frozen weights; use zero2.json"
+                    problems.append(at.say("model.frozen_precision", text))
                 if recipe is not None and not wrong:
                     ds_config.resolve(settings, Path(json_file), recipe.ds_values(), file)
             except UserError as error:
@@ -176,6 +180,12 @@ class Recipe(Section):
             (data.path == [], "data.path", "found an empty list; name at least one source"),
             (model.attention == "flash_attention_2" and train.precision == "fp32", "model.attention",
              "found flash_attention_2 with train.precision: fp32; it needs bf16: use sdpa"),
+            (model.frozen_precision == "fp8" and stage == 2, "model.frozen_precision",
+             "found fp8 with stage 2, which trains the backbone; use bf16"),
+            (model.frozen_precision == "fp8" and train.precision == "fp32", "model.frozen_precision",
+             "found fp8 with train.precision: fp32; use precision: bf16"),
+            (model.frozen_precision == "fp8" and model.liger_kernels is True, "model.liger_kernels",
+             "found true with frozen_precision: fp8, whose layers are compiled instead; remove it"),
             (bool(model.config) and model.init != "random", "model.config",
              "is for init: random; a pretrained model keeps its own config"),
             (model.trust_remote_code and model.revision is None and not os.path.isdir(model.name), "model.revision",

@@ -43,6 +43,8 @@ class ModelSpec(Section):
     """Overrides of the model's own config, as in `num_hidden_layers: 2`; only with `init: random`."""
     frozen: bool | None = None
     """Whether the backbone stays as it is. Stage 1: true; stage 2: false."""
+    frozen_precision: Literal["bf16", "fp8"] = "bf16"
+    """Stage 1: the frozen layers' products. `fp8`: row-wise scaled, faster, with an error; GPUs of 8.9 or more."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention implementation of transformers."""
     liger_kernels: bool | None = None

@@ -61,6 +61,8 @@ class Case:
             values |= {"heads.init_from": "runs/stage1", "train.activation_checkpointing": "true"}
         overrides = [*self.overrides, *(f"{key}={value}" for key, value in values.items())]
         recipe = Recipe.load(self.recipe, overrides, planning=True)
+        if recipe.heads.vocab != "full":
+            raise UserError(f"heads.vocab: found {recipe.heads.vocab}; the baselines know full alone: leave it out")
         return recipe.model_copy(update={"heads": recipe.heads.model_copy(update={"init_from": None})})
 
     @property

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from medusa_ds import ds_config
 from medusa_ds.errors import UserError
 from medusa_ds.model.backbone import lm_head_weight, load_backbone, load_config
+from medusa_ds.model.fp8 import check_device, quantise
 from medusa_ds.model.heads import MedusaHeads, VocabularyProjection, different_maps, load_heads
 from medusa_ds.model.lm_head import LmHeadAlone
 from medusa_ds.model.medusa import MedusaModel
@@ -75,14 +76,24 @@ def build_model(
 
 
 def load_frozen(recipe: Recipe, dtype: torch.dtype, device: torch.device | None) -> PreTrainedModel:
-    """The backbone as a step of stage 1 runs it, or as stage 2 trains it."""
-    return load_backbone(
+    """The backbone as a step of stage 1 runs it, or as stage 2 trains it.
+
+    Raises:
+        UserError: it cannot be loaded, or `frozen_precision: fp8` is not for this device.
+    """
+    fp8 = recipe.model.frozen_precision == "fp8"
+    if fp8:
+        check_device(device or torch.device("cpu"))
+    backbone = load_backbone(
         recipe.model,
         dtype,
         device=device,
         activation_checkpointing=recipe.train.activation_checkpointing,
-        liger=recipe.model.liger_kernels,
+        liger=False if fp8 else recipe.model.liger_kernels,
     )
+    if fp8:
+        quantise(backbone)
+    return backbone
 
 
 def heads_meta(recipe: Recipe) -> dict[str, Any]:
