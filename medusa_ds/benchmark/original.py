@@ -14,7 +14,10 @@ from medusa_ds.data.packing import MicroBatch
 from medusa_ds.errors import UserError
 from medusa_ds.model.medusa import MedusaModel
 from medusa_ds.recipe import Recipe
-from medusa_ds.training.optim import loss_weights
+from medusa_ds.training.optim import loss_weights, lr_factor
+
+TOTAL_STEPS = 10**6
+"""Of the schedules, which no benchmark reaches the end of."""
 
 LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -69,7 +72,7 @@ class OriginalStep:
         model, ids, labels = self.model.train(), batch.input_ids.to(self.device), batch.labels.to(self.device)
         with torch.set_grad_enabled(self.recipe.stage == 2):
             hidden_BSH = model.backbone.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        weights = loss_weights(step, 10**6, len(model.heads), self.recipe.stage, self.recipe.loss)
+        weights = loss_weights(step, TOTAL_STEPS, len(model.heads), self.recipe.stage, self.recipe.loss)
         total: Tensor | float = 0.0
         for k in range(0 if self.recipe.stage == 2 else 1, len(weights)):
             rows_NH = hidden_BSH[:, : -(k + 1)].flatten(0, 1)
@@ -83,6 +86,8 @@ class OriginalStep:
         total.backward()
         if self.recipe.train.max_grad_norm:
             nn.utils.clip_grad_norm_(self.params, self.recipe.train.max_grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.train.lr * lr_factor(step, TOTAL_STEPS, self.recipe.train)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(total)
+        return float(total.detach())

@@ -15,7 +15,7 @@ import torch
 from medusa_ds.benchmark.batches import make_batches
 from medusa_ds.benchmark.cases import Case
 from medusa_ds.benchmark.head import measure_head
-from medusa_ds.benchmark.original import OriginalStep
+from medusa_ds.benchmark.original import TOTAL_STEPS, OriginalStep
 from medusa_ds.benchmark.trace import trace_step
 from medusa_ds.data.packing import MicroBatch
 from medusa_ds.errors import UserError, exit_on_user_error
@@ -38,7 +38,7 @@ def make_step(case: Case, recipe: Recipe) -> tuple[Step, MedusaModel]:
         dtype = torch.bfloat16 if on_gpu and recipe.train.precision != "fp32" else torch.float32
         model = build_model(recipe, dtype, device, None, lambda _: nullcontext())
         return OriginalStep(recipe, model, case.impl), model
-    engine = MedusaEngine(recipe, total_steps=10**6)
+    engine = MedusaEngine(recipe, TOTAL_STEPS)
     return lambda batch, step: engine.train_batch([batch], step).loss, engine.model
 
 

@@ -1,0 +1,81 @@
+"""A whole training step, forward and backward: what it may allocate, and that ignored rows cost nothing."""
+
+import pytest
+import torch
+from test_medusa import NUM, SIZES, H, batch, documents
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from medusa_ds.model.heads import MedusaHeads
+from medusa_ds.model.medusa import MedusaModel
+from medusa_ds.training.flops import step_flops
+
+VOCAB, CHUNK_MIB = 4099, 1
+PACKED = batch([documents([40, 60, 20]), documents([90, 30], seed=1)], 128)
+
+
+class Allocations(TorchDispatchMode):
+    """Notes the largest storage, in bytes, that any operation returns, apart from the given tensors' own."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.known, self.largest = {tensor.untyped_storage().data_ptr() for tensor in known}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.known:
+                self.largest = max(self.largest, tensor.untyped_storage().nbytes())
+        return result
+
+
+def build(stage, impl, dtype=torch.float32):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("llama", **SIZES | {"vocab_size": VOCAB})
+    backbone = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    heads = MedusaHeads(NUM, 1, H, VOCAB, True, dtype)
+    heads.initialize(backbone.get_output_embeddings().weight)
+    return MedusaModel(backbone, heads, stage, impl, CHUNK_MIB).train()
+
+
+def step(model, inputs):
+    output = model(*inputs)
+    torch.stack([0.1 * loss.loss_sum for loss in output.losses if loss is not None]).sum().backward()
+    return output
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_nothing_beyond_the_chunk_budget_is_allocated(stage, dtype):
+    """Mutations: ignore `chunk_mib`; keep all chunks' logits for the backward pass (`eager` is the control)."""
+    assert VOCAB * H * 4 < CHUNK_MIB << 20, "a weight's gradient is no logits"
+    largest = {}
+    for impl in ("torch", "eager"):
+        model = build(stage, impl, dtype)
+        with Allocations(model.parameters()) as watch:
+            step(model, PACKED)
+        largest[impl] = watch.largest
+    assert largest["torch"] <= CHUNK_MIB << 20 < largest["eager"]
+
+
+def counted(model, inputs):
+    """FLOPs of all matrix products of a step, the in-place one among them."""
+    in_place = {torch.ops.aten.addmm_: lambda _, a, b, **__: 2 * a[0] * a[1] * b[1]}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        output = step(model, inputs)
+    return counter.get_total_flops(), [int(loss.count) if loss is not None else 0 for loss in output.losses]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_ignored_rows_cost_no_product_in_any_pass(stage, Watch):
+    """Mutation: send every position through a head, forward or backward, and mask the loss afterwards."""
+    ids, labels, positions = PACKED
+    model = build(stage, "torch")
+    flops, rows = counted(model, PACKED)
+    with Watch(VOCAB) as watch:
+        without, none = counted(model, (ids, torch.full_like(labels, -100), positions))
+    assert watch.projected == 0 and not any(none)
+    assert 0 < sum(rows[1:]) < NUM * ids.numel()
+    known = step_flops(model.backbone.config, 0, 1, True, stage)
+    assert flops - without == sum(rows[1:]) * known.head_row + rows[0] * known.lm_row
