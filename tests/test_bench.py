@@ -69,8 +69,8 @@ def test_the_default_is_the_originals_matrix():
 
 def test_a_run_measures_ours_beside_the_original(place, capsys):
     """Mutation: leave the residual blocks or a head out of the original, or weigh its heads otherwise."""
-    main(["bench", "tiny.yaml", "train.warmup_ratio=0", "--heads", "2", "--sequence", "24", "--batch", "2", "--warmup", "1", "--steps", "2",
-          "--impl", "ours,original,ours_fp8"])  # fmt: skip
+    options = "--heads 2 --sequence 24 --batch 2 --warmup 1 --steps 2 --impl ours,original,ours_fp8"
+    main(["bench", "tiny.yaml", "train.warmup_ratio=0", *options.split()])
     out = capsys.readouterr().out
     assert "left out, as this machine or its PyTorch cannot: step: stage 1, 2 heads, 2 x 24, ours_fp8" in out
     report = json.loads((place / "bench.json").read_text())
