@@ -151,7 +151,8 @@ def _head(result: dict[str, Any]) -> str:
 def _profile(result: dict[str, Any]) -> str:
     profile = result["profile"]
     lines = [f"\nwhere {profile['step_ms']:.1f} ms of a profiled step went, {result['impl']}:"]
-    for title, values in (("part", profile["parts"]), ("kernel", profile["kernels"])):
+    gaps = {name: ms for name, ms in profile["gaps"].items() if ms >= 0.2}
+    for title, values in (("part", profile["parts"]), ("idle", gaps), ("kernel", profile["kernels"])):
         lines += [f"  {title:7} {ms:8.2f} ms  {name}" for name, ms in sorted(values.items(), key=lambda x: -x[1])]
     return "\n".join(lines)
 

@@ -154,6 +154,9 @@ def test_a_kernel_belongs_to_the_innermost_range_that_launched_it():
         "optimizer": 0.5, "communication": 0.5, "idle": 10 - 3.6,
     })  # fmt: skip
     assert found["kernels"]["gemm"] == 1.5
+    assert found["gaps"]["start to backbone"] == 1.0
+    assert found["gaps"]["backbone to head 1"] == 0.5
+    assert found["gaps"]["bookkeeping to end"] == pytest.approx(10 - 7.6)
 
 
 def test_pictures_show_every_stage_and_number_of_heads(place):

@@ -27,7 +27,7 @@ def test_medusa_ds_commands_parse(command: str) -> None:
     for names, settings in cli.COMMANDS[name].options:
         parser.add_argument(*names, **settings)
     found = parser.parse_intermixed_args(rest)
-    if hasattr(found, "recipe"):
+    if getattr(found, "recipe", None):
         Recipe.load(found.recipe, found.overrides, planning=True)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from medusa_ds.data.packing import MicroBatch
 from medusa_ds.errors import UserError
@@ -81,7 +82,9 @@ class OriginalStep:
             rows_NH = rows_NH if rows_NH.requires_grad else rows_NH.detach().requires_grad_()
             owner = head.projection if head is not None and head.projection is not None else None
             weight = (owner or model.backbone.get_output_embeddings()).weight  # type: ignore[union-attr]
-            total = total + weights[k] * self.loss(weight, rows_NH, labels[:, k + 1 :].flatten())  # type: ignore[arg-type]
+            with record_function(f"head {k} projection and CE"):
+                loss = self.loss(weight, rows_NH, labels[:, k + 1 :].flatten())  # type: ignore[arg-type]
+            total = total + weights[k] * loss
         assert isinstance(total, Tensor)
         total.backward()
         if self.recipe.train.max_grad_norm:

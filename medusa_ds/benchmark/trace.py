@@ -25,13 +25,15 @@ def trace_step(step: Callable[[], Any], model: MedusaModel, file: Path) -> dict[
     """Run one step under the profiler.
 
     Returns:
-        `parts` and `kernels` (largest 25): milliseconds by name; `step_ms`. On a CPU only `step_ms` is above 0.
+        `parts`, `kernels` (the largest 25) and `gaps` (idle between two parts): milliseconds by name; `step_ms`. On a
+        CPU only `step_ms` is above 0.
     """
     ranges = [("backbone", model.backbone.base_model)]
     for k, head in enumerate(model.heads, 1):
         ranges.append((f"head {k} blocks", head.blocks))  # type: ignore[arg-type]
         if head.projection is not None:
             ranges.append((f"head {k} projection and CE", head.projection))  # type: ignore[arg-type]
+    names = [name for name, _ in ranges]
     handles = [handle for name, module in ranges for handle in _open_range(name, module)]
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
     with profile(activities=activities) as profiler, record_function("whole step"):
@@ -41,7 +43,7 @@ def trace_step(step: Callable[[], Any], model: MedusaModel, file: Path) -> dict[
     for handle in handles:
         handle.remove()
     profiler.export_chrome_trace(str(file))
-    return summarize(json.loads(file.read_text())["traceEvents"], [name for name, _ in ranges])
+    return summarize(json.loads(file.read_text())["traceEvents"], names)
 
 
 def _open_range(name: str, module: nn.Module) -> list[Any]:
@@ -83,12 +85,13 @@ def summarize(events: list[dict[str, Any]], names: list[str]) -> dict[str, Any]:
         part = "communication" if "nccl" in event["name"].lower() else min(inside)[1] if inside else "bookkeeping"
         parts[part] += event["dur"] / 1e3
         kernels[event["name"][:90]] += event["dur"] / 1e3
-        busy.append((event["ts"], event["ts"] + event["dur"]))
+        busy.append((event["ts"], event["ts"] + event["dur"], part))
     whole = next(event for event in complete if event["name"] == "whole step" and event["cat"] == "user_annotation")
-    covered, last = 0.0, 0.0
-    for start, end in sorted(busy):
-        covered += max(0.0, end - max(start, last))
-        last = max(last, end)
-    parts["idle"] = max(0.0, whole["dur"] - covered) / 1e3 if busy else 0.0
+    gaps: dict[str, float] = defaultdict(float)
+    last, before, finish = whole["ts"], "start", whole["ts"] + whole["dur"]
+    for start, end, part in [*sorted(busy), (finish, finish, "end")] if busy else []:
+        gaps[f"{before} to {part}"] += max(0.0, start - last) / 1e3
+        last, before = max(last, end), part
+    parts["idle"] = sum(gaps.values())
     largest = sorted(kernels.items(), key=lambda item: -item[1])[:25]
-    return {"step_ms": whole["dur"] / 1e3, "parts": dict(parts), "kernels": dict(largest)}
+    return {"step_ms": whole["dur"] / 1e3, "parts": dict(parts), "kernels": dict(largest), "gaps": dict(gaps)}

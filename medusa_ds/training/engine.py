@@ -89,6 +89,7 @@ class MedusaEngine:
         optimizer, self.ds_config = self._optimizer(groups), config
         self._engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
         self._tensors = LogicalTensors(self._engine, deepspeed.utils, self._gathered, self.rank, self.world_size)
+        self._engine.train()
         self.steps_taken, self._best = 0, -math.inf
         self._best_step: int | None = None
         self._has_states = bool(self._engine.basic_optimizer.state)
@@ -119,7 +120,8 @@ class MedusaEngine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = recipe.train.lr * group["lr_scale"] * optim.lr_factor(step, self.total_steps, recipe.train)
         with memory_hint(recipe):
-            self._engine.train()
+            if not self.model.training:  # a walk over all modules, while the GPU waits
+                self._engine.train()
             counts = torch.zeros(num + 2, dtype=torch.int64, device=self.device)
             counts[-1] = stop
             for batch in micro_batches:
@@ -343,6 +345,8 @@ def start_process_group(recipe: Recipe) -> torch.device:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
+        # for a norm in fp64 DeepSpeed copies each gradient to fp64: 4 GiB for a projection of the 8B shape
+        deepspeed.accelerator.get_accelerator().is_fp64_supported = lambda: False
     backend = "nccl" if on_gpu else "gloo"
     deepspeed.init_distributed(
         dist_backend=backend, verbose=False, timeout=timedelta(seconds=recipe.train.hang_timeout)
