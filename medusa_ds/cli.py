@@ -208,7 +208,7 @@ COMMANDS = {
     ]),
     "prepare": Command(prepare_data, [
         *RECIPE,
-        _option("--hidden", action="store_true", help="fill data.hidden_cache too, so that no run needs the backbone"),
+        option("--hidden", action="store_true", help="fill data.hidden_cache too, so that no run needs the backbone"),
     ]),
     "estimate": Command(estimate_needs, [
         *RECIPE,

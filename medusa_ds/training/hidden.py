@@ -84,8 +84,8 @@ def key_of(recipe: Recipe, data: Data, computed: str, stored: str) -> dict[str, 
     return {
         "format": _FORMAT, "model": model.name, "init": model.init, "config": model.config,
         "revision": getattr(load_config(model), "_commit_hash", None) or model.revision,
-        "weights": weights.hexdigest()[:32], "precision": computed, "frozen precision": model.frozen_precision, "stored": stored,
-        "heads": recipe.heads.num,
+        "weights": weights.hexdigest()[:32], "precision": computed, "stored": stored,
+        "frozen precision": model.frozen_precision, "heads": recipe.heads.num,
         "template": data.report["template"], "training data": data.fingerprint,
         "held-out data": data.report["held_out_fingerprint"],
     }  # fmt: skip
