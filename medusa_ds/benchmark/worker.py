@@ -51,7 +51,7 @@ def measure_step(case: Case, trace: Path | None) -> dict[str, Any]:
     recipe = case.load_recipe()
     started = time.perf_counter()
     step, model = make_step(case, recipe)
-    batches = make_batches(case, recipe, model.backbone.get_output_embeddings().out_features)
+    batches = make_batches(case, recipe, model.heads.vocab_size)
     on_gpu = torch.cuda.is_available()
     startup_s = time.perf_counter() - started
     losses = [step(batches[index % len(batches)], index) for index in range(case.warmup)]

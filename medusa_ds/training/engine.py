@@ -89,7 +89,6 @@ class MedusaEngine:
         optimizer, self.ds_config = self._optimizer(groups), config
         self._engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
         self._tensors = LogicalTensors(self._engine, deepspeed.utils, self._gathered, self.rank, self.world_size)
-        self._engine.train()
         self.steps_taken, self._best = 0, -math.inf
         self._best_step: int | None = None
         self._has_states = bool(self._engine.basic_optimizer.state)
@@ -120,8 +119,7 @@ class MedusaEngine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = recipe.train.lr * group["lr_scale"] * optim.lr_factor(step, self.total_steps, recipe.train)
         with memory_hint(recipe):
-            if not self.model.training:  # a walk over all modules, while the GPU waits
-                self._engine.train()
+            self._engine.train()
             counts = torch.zeros(num + 2, dtype=torch.int64, device=self.device)
             counts[-1] = stop
             for batch in micro_batches:
@@ -347,8 +345,6 @@ def start_process_group(recipe: Recipe) -> torch.device:
         torch.cuda.set_device(device)
         # for a norm in fp64 DeepSpeed copies each gradient to fp64: 4 GiB for a projection of the 8B shape
         deepspeed.accelerator.get_accelerator().is_fp64_supported = lambda: False
-    backend = "nccl" if on_gpu else "gloo"
-    deepspeed.init_distributed(
-        dist_backend=backend, verbose=False, timeout=timedelta(seconds=recipe.train.hang_timeout)
-    )
+    timeout = timedelta(seconds=recipe.train.hang_timeout)
+    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False, timeout=timeout)
     return device
