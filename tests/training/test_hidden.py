@@ -245,7 +245,8 @@ def test_lm_head_of_a_random_model_is_that_of_the_run():
 def test_manifest_names_everything_that_states_follow_from(load, tmp_path, tiny_model):
     load()
     manifest = json.loads((tmp_path / "hidden" / "manifest.json").read_text())
-    assert manifest["model"] == str(tiny_model) and manifest["heads"] == 3 and len(manifest) == 12
+    assert manifest["model"] == str(tiny_model) and manifest["heads"] == 3 and len(manifest) == 13
+    assert manifest["frozen precision"] == "bf16"
     assert np.isclose(sum(f.stat().st_size for f in shards(tmp_path)), 4 * 32 * 1100, rtol=0.5)
     assert Path(tmp_path / "hidden" / "lock").exists()
 
