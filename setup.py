@@ -18,7 +18,7 @@ setup(
     ],
     package_dir={"medusa_ds": "medusa_ds", "medusa_ds.recipes": "recipes", "medusa_ds.ds_configs": "ds_configs"},
     package_data={
-        "medusa_ds.recipes": ["*.yaml"], "medusa_ds.ds_configs": ["*.json"], "medusa_ds.data": ["sample/*"],
+        "medusa_ds": ["pretrained/*/*"], "medusa_ds.recipes": ["*.yaml"], "medusa_ds.ds_configs": ["*.json"], "medusa_ds.data": ["sample/*"],
     },
     install_requires=[
         "torch>=2.8", "deepspeed>=0.19.8", "transformers>=5.17", "liger-kernel>=0.8.5", "datasets>=4.0", "triton",

@@ -175,7 +175,7 @@ RECIPE = [
 ]
 WORLD_SIZE = option("--world-size", type=count, metavar="N", help="ranks that train")
 RUN = [
-    option("run", help="a finished run's output, its heads folder, or OUTPUT/checkpoints/best"),
+    option("run", help="a finished run's output, its heads folder, OUTPUT/checkpoints/best, or smollm2_135m"),
     option("--device", help="cuda or cpu; without it, a GPU if there is one"),
     option("--dtype", choices=["bf16", "fp32"], help="without it, bf16 on a GPU and fp32 on a CPU"),
 ]

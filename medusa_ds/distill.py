@@ -29,6 +29,7 @@ from medusa_ds.model.backbone import load_backbone, load_tokenizer
 from medusa_ds.recipe import Recipe
 
 MADE_PROMPT_TOKENS = 256
+INTERRUPTED_STATUS = 130
 PLAIN_INTERVAL_S = 15.0
 _MARK = "\U0010fff0"
 Messages = list[dict[str, Any]]
@@ -76,12 +77,14 @@ def distill(recipe: Recipe, settings: Settings) -> dict[str, Any]:
 
     Raises:
         UserError: nothing to do, an output of other settings, or a source, model or server that cannot be used.
+        SystemExit: 130 after Ctrl-C.
     """
     if settings.prompts is None and not settings.synthesize:
         raise UserError("distill: found neither --prompts nor --synthesize; give one of them, or both")
     chat = _Chat(recipe)
     asked = _read(settings.prompts, settings.split)[: settings.limit] if settings.prompts else []
-    unwanted = [m["content"] for source in settings.exclude for row in _read(source) for m in row if m != row]
+    excluded = [row for source in settings.exclude for row in _read(source) if not isinstance(row, str)]
+    unwanted = [message["content"] for row in excluded for message in row if message["role"] == "user"]
     progress, rows = Journal(Path(f"{settings.out}.progress")), Journal(Path(settings.out))
     try:
         _check_state(progress, rows, _state(recipe, settings, asked, unwanted))
@@ -89,6 +92,9 @@ def distill(recipe: Recipe, settings: Settings) -> dict[str, Any]:
         prompts = asked + _make_prompts(settings, chat, engines, progress, len(asked))
         removed = _removed(prompts, Excluded(unwanted), chat.tokenizer.all_special_tokens, len(asked))
         failed = _answer(settings, chat, engines, prompts, removed, progress, rows)
+    except KeyboardInterrupt:
+        print(f"\nstopped; finished rows are in {settings.out}, and the same command goes on", file=sys.stderr)
+        sys.exit(INTERRUPTED_STATUS)
     finally:
         progress.close()
         rows.close()

@@ -30,7 +30,9 @@ def search_tree(settings: Settings, nodes: int | None = None) -> Report:
     """
     prompts, run = read_prompts(settings.prompts, settings.limit), settings.load()
     if run.config_file is None:
-        raise UserError(f"{settings.run}: a checkpoint is sealed; name the finished run's output, or its heads folder")
+        raise UserError(
+            f"{settings.run}: checkpoints and shipped heads are sealed; name a finished run's output or heads"
+        )
     answers, _ = answer_prompts(run, prompts, Decoder(run.backbone, [], chain(0)), None, settings.max_new_tokens)
     per_answer = all_ranks(run, answers)
     width, num = min(WIDTH, run.backbone.config.vocab_size), len(run.heads)

@@ -75,21 +75,27 @@ def test_rows_are_complete_and_read_by_data_path(tiny_recipe, tmp_path, prompts,
     assert data.used == len(rows)
 
 
-def test_killed_and_resumed_equals_uninterrupted(tiny_recipe, tmp_path, prompts):
+def test_stopped_killed_and_resumed_equals_uninterrupted(tiny_recipe, tmp_path, prompts):
     """Mutations: seed by the order of answers; leave out rows that were written before."""
     whole = run(tiny_recipe, tmp_path / "whole.jsonl", prompts, "--synthesize", "12", "--batch", "3")
     out = tmp_path / "out.jsonl"
     command = [sys.executable, "-m", "medusa_ds.cli"]
     command += arguments(tiny_recipe, out, prompts, "--synthesize", "12", "--batch", "2")
-    for goal in (5, 12):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for goal, sign, status in ((5, signal.SIGINT, 130), (12, signal.SIGKILL, -signal.SIGKILL)):
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job ignores it
+        )  # fmt: skip
         progress, deadline = tmp_path / "out.jsonl.progress", time.monotonic() + 120
         while process.poll() is None and time.monotonic() < deadline:
             files = [file for file in (out, progress) if file.exists()]
             if sum(file.read_bytes().count(b"\n") for file in files) > goal:
-                process.send_signal(signal.SIGKILL)
+                process.send_signal(sign)
+                break
             time.sleep(0.002)
-        assert process.wait() == -signal.SIGKILL
+        said = process.communicate()[1]
+        assert process.returncode == status, said
+        assert "Traceback" not in said
     with open(out, "a") as stream:
         stream.write('{"row": 0, "messages": [{"role"')
     assert run(tiny_recipe, out, prompts, "--synthesize", "12", "--batch", "5") == whole

@@ -1,7 +1,7 @@
 """From the name of a run to what decodes: backbone, heads, tokenizer, tree.
 
-A run is given as a training run's output directory, the `heads` folder in it, or one of its checkpoints. Which base
-model belongs to it stands in the recipe that every one of them keeps.
+A run is given as a training run's output directory, the `heads` folder in it, one of its checkpoints, or the name of
+heads that the package ships. Which base model belongs to it stands in the recipe that every one of them keeps.
 """
 
 import json
@@ -21,6 +21,7 @@ from medusa_ds.model.backbone import load_backbone, load_tokenizer
 from medusa_ds.model.heads import MedusaHead, MedusaHeads, load_heads
 from medusa_ds.recipe import HeadsSpec, ModelSpec
 
+PRETRAINED = Path(__file__).parents[1] / "pretrained"
 _MASTER = "/master"  # a checkpoint names the fp32 master of parameter P `P/master`, beside Adam's moments
 
 
@@ -32,7 +33,7 @@ class Run(NamedTuple):
         tokenizer: with the chat template.
         tree: the run's own, found by `medusa-ds tree`, or a default.
         measured: whether the tree is the run's own.
-        config_file: the `heads.json` that keeps the tree; None for a checkpoint.
+        config_file: the `heads.json` that keeps the tree; None for a checkpoint and for shipped heads.
         template_args: arguments of the chat template.
     """
 
@@ -49,7 +50,7 @@ def load_run(name: str | Path, device: torch.device, dtype: torch.dtype) -> Run:
     """Load a run.
 
     Args:
-        name: an output directory, a heads folder or a checkpoint.
+        name: an output directory, a heads folder, a checkpoint, or a folder's name in `PRETRAINED`.
         device: of all weights.
         dtype: of all weights.
 
@@ -57,6 +58,8 @@ def load_run(name: str | Path, device: torch.device, dtype: torch.dtype) -> Run:
         UserError: none of these, damaged, or its base model cannot be loaded.
     """
     given = Path(name)
+    shipped = not given.exists() and (PRETRAINED / given.name / "heads.json").is_file() and given.name == str(name)
+    given = PRETRAINED / given if shipped else given
     folder = given / "heads" if (given / "heads" / "heads.json").is_file() else given
     checkpoint = None
     if (folder / "heads.json").is_file():
@@ -69,7 +72,8 @@ def load_run(name: str | Path, device: torch.device, dtype: torch.dtype) -> Run:
         weights = {name[6:]: tensor for name, tensor in checkpoint.items() if name.startswith("heads.")}
     else:
         raise UserError(
-            f"{name}: found no run; name a finished run's output, a heads folder, or OUTPUT/checkpoints/best"
+            f"{name}: found no run; name a finished run's output, a heads folder, OUTPUT/checkpoints/best, or one of "
+            f"{', '.join(sorted(folder.name for folder in PRETRAINED.iterdir()))}"
         )
     spec, heads_spec, stage, template_args = _from_recipe(text, str(where))
     tuned = folder.parent / "backbone"
@@ -96,7 +100,7 @@ def load_run(name: str | Path, device: torch.device, dtype: torch.dtype) -> Run:
     measured = "tree" in config
     guess = default_tree(heads_spec.num, 32 if device.type == "cuda" else 6)  # a CPU pays for every node
     tree = Tree.parse(config["tree"], heads_spec.num, str(where)) if measured else guess
-    config_file = where if checkpoint is None else None
+    config_file = where if checkpoint is None and not shipped else None
     return Run(backbone, [*heads.to(device)], tokenizer, tree, measured, config_file, template_args)
 
 

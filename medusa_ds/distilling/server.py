@@ -66,6 +66,7 @@ class Server:
                         f"{reply.finish}; finished rows are kept: mend the server, and the same command goes on"
                     )
         finally:
+            self.client.close()  # what is still asked need not be waited for
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _ask(self, request: Request) -> Reply:
