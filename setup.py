@@ -27,7 +27,7 @@ setup(
     extras_require={
         "distill": ["openai"],
         "plots": ["matplotlib"],
-        "test": ["pytest", "openai", "hypothesis", "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML", "tensorboard"],
+        "test": ["pytest", "pytest-xdist", "openai", "hypothesis", "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML", "tensorboard"],
     },
     entry_points={"console_scripts": ["medusa-ds=medusa_ds.cli:main"]},
 )  # fmt: skip
