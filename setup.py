@@ -18,7 +18,8 @@ setup(
     ],
     package_dir={"medusa_ds": "medusa_ds", "medusa_ds.recipes": "recipes", "medusa_ds.ds_configs": "ds_configs"},
     package_data={
-        "medusa_ds": ["pretrained/*/*"], "medusa_ds.recipes": ["*.yaml"], "medusa_ds.ds_configs": ["*.json"], "medusa_ds.data": ["sample/*"],
+        "medusa_ds": ["pretrained/*/*"], "medusa_ds.data": ["sample/*"],
+        "medusa_ds.recipes": ["*.yaml"], "medusa_ds.ds_configs": ["*.json"],
     },
     install_requires=[
         "torch>=2.8", "deepspeed>=0.19.8", "transformers>=5.17", "liger-kernel>=0.8.5", "datasets>=4.0", "triton",
@@ -27,7 +28,8 @@ setup(
     extras_require={
         "distill": ["openai"],
         "plots": ["matplotlib"],
-        "test": ["pytest", "pytest-xdist", "openai", "hypothesis", "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML", "tensorboard"],
+        "test": ["pytest", "pytest-xdist", "openai", "hypothesis", "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML",
+                 "tensorboard"],
     },
     entry_points={"console_scripts": ["medusa-ds=medusa_ds.cli:main"]},
 )  # fmt: skip
