@@ -141,5 +141,5 @@ def decode(
     if streamer is not None:
         streamer.end()
     if config.return_dict_in_generate:
-        return generation.GenerateDecoderOnlyOutput(sequences=input_ids, past_key_values=cache)
+        return generation.GenerateDecoderOnlyOutput(sequences=input_ids)
     return input_ids
