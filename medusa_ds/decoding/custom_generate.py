@@ -2,7 +2,7 @@
 
     model.generate(**inputs, custom_generate="DIRECTORY or owner/repo", trust_remote_code=True)
 
-Works with transformers 5.17 to 5.23 (the oldest and the newest tried), with every causal language model that has a
+Works with transformers 5.17 to 5.24 (the oldest and the newest tried), with every causal language model that has a
 dynamic cache, at any batch size. The heads' best guesses form a chain that the next forward pass verifies: greedy
 output is the model's own, sampling has its distribution (a token is drawn from the model first and then compared with
 the guess). A chain, not a tree: it needs no attention mask of its own, so that flash attention, sliding windows and
@@ -86,7 +86,11 @@ def decode(
     heads: Any = None, streamer: Any = None, **inputs: Any,
 ) -> Any:  # fmt: skip
     """The decoding loop that transformers calls after its usual preparations (the `Callable` of `custom_generate`)."""
-    config, cache = generation_config, inputs.get("past_key_values")
+    config, cache_name = (
+        generation_config,
+        "cache" if "cache" in inputs else "past_key_values",
+    )  # the latter before 5.24
+    cache = inputs.get(cache_name)
     asked = [name for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
              if getattr(config, name, False)]  # fmt: skip
     if asked or (config.num_beams or 1) > 1:
@@ -106,7 +110,7 @@ def decode(
         while not finished.all():
             length, width = input_ids.shape[1], guesses.shape[1] + 1
             tokens, known = torch.cat([input_ids, guesses], 1), cache.get_seq_length()
-            passed: dict[str, Any] = {}
+            passed: dict[str, Any] = {cache_name: cache}
             if positions is not None:
                 ahead = torch.arange(1, tokens.shape[1] - positions.shape[1] + 1, device=positions.device)
                 passed["position_ids"] = torch.cat([positions, positions[:, -1:] + ahead], 1)[:, known:]
@@ -114,7 +118,7 @@ def decode(
                 passed["attention_mask"] = pad(mask, (0, tokens.shape[1] - mask.shape[1]), value=1)
             if "logits_to_keep" in inputs:
                 passed["logits_to_keep"] = width
-            logits = model(input_ids=tokens[:, known:], past_key_values=cache, use_cache=True, **passed).logits
+            logits = model(input_ids=tokens[:, known:], use_cache=True, **passed).logits
             logits = logits[:, -width:].to(input_ids.device, torch.float32, copy=True)
             hidden = seen_hidden.pop()[:, -width:]
             chosen = []
