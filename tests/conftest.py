@@ -17,13 +17,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from support import WORDS, tiny_tokenizer
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With pytest-xdist, a file's tests stay on one worker, and those of tests/training, whose runs are shared."""
-    for item in items:
-        group = "training" if item.path.parent.name == "training" else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory of a random Llama of two layers, hidden size 32 and 300 tokens, with tied embeddings."""
