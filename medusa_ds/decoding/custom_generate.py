@@ -86,10 +86,8 @@ def decode(
     heads: Any = None, streamer: Any = None, **inputs: Any,
 ) -> Any:  # fmt: skip
     """The decoding loop that transformers calls after its usual preparations (the `Callable` of `custom_generate`)."""
-    config, cache_name = (
-        generation_config,
-        "cache" if "cache" in inputs else "past_key_values",
-    )  # the latter before 5.24
+    config = generation_config
+    cache_name = "cache" if "cache" in inputs else "past_key_values"  # the latter before 5.24
     cache = inputs.get(cache_name)
     asked = [name for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
              if getattr(config, name, False)]  # fmt: skip

@@ -148,59 +148,76 @@ def _liger_linear_cross_entropy(
     return output.loss, output.predicted_tokens
 
 
-class _ChunkedLinearCrossEntropy(torch.autograd.Function):
+class _Gradients:
+    """Gradients of a linear layer's inputs, added up over chunks of its rows while their logits are there."""
+
+    def __init__(self, ctx: Any, rows_NH: Tensor, weight_VH: Tensor, grad_enabled: bool) -> None:
+        # needs_input_grad says nothing of no_grad, under which the gradients would be computed for nothing
+        rows_need, weight_needs = (grad_enabled and needs for needs in ctx.needs_input_grad[:2])
+        self.rows_NH, self.weight_VH = rows_NH, weight_VH
+        self.accumulate = torch.float64 if rows_NH.dtype == torch.float64 else torch.float32
+        self.grad_rows_NH = torch.empty_like(rows_NH) if rows_need else None
+        self.grad_weight_VH = torch.zeros_like(weight_VH, dtype=self.accumulate) if weight_needs else None
+        self.wanted = rows_need or weight_needs
+
+    def add(self, chunk: slice, grad_logits_CV: Tensor) -> None:
+        if self.grad_rows_NH is not None:
+            self.grad_rows_NH[chunk] = grad_logits_CV.to(self.weight_VH.dtype) @ self.weight_VH
+        if self.grad_weight_VH is not None:
+            self.grad_weight_VH.addmm_(grad_logits_CV.T, self.rows_NH[chunk].to(self.accumulate))
+
+    def save(self, ctx: Any) -> None:
+        weight = None if self.grad_weight_VH is None else self.grad_weight_VH.to(self.weight_VH.dtype)
+        ctx.save_for_backward(self.grad_rows_NH, weight)
+
+
+class _Chunked(torch.autograd.Function):
+    """Rows and weight come first, and their gradients are saved by the forward pass."""
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = (None if grad is None else grad * grad_loss for grad in ctx.saved_tensors)
+        return (*scaled, *[None] * (len(ctx.needs_input_grad) - 2))
+
+
+class _ChunkedLinearCrossEntropy(_Chunked):
     @staticmethod
     def forward(
         ctx: Any, rows_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, chunk_rows: int, grad_enabled: bool
     ) -> tuple[Tensor, Tensor]:
-        # needs_input_grad says nothing of no_grad, under which the gradients would be computed for nothing
-        rows_need, weight_needs = (grad_enabled and needs for needs in ctx.needs_input_grad[:2])
-        accumulate = torch.float64 if rows_NH.dtype == torch.float64 else torch.float32
-        loss_sum = rows_NH.new_zeros((), dtype=accumulate)
+        gradients = _Gradients(ctx, rows_NH, weight_VH, grad_enabled)
+        loss_sum = rows_NH.new_zeros((), dtype=gradients.accumulate)
         predicted_N = torch.empty_like(targets_N)
-        grad_rows_NH = torch.empty_like(rows_NH) if rows_need else None
-        grad_weight_VH = torch.zeros_like(weight_VH, dtype=accumulate) if weight_needs else None
         for start in range(0, rows_NH.shape[0], chunk_rows):
             chunk = slice(start, start + chunk_rows)
             targets_C1 = targets_N[chunk, None]
-            logits_CV = (rows_NH[chunk] @ weight_VH.T).to(accumulate)
+            logits_CV = (rows_NH[chunk] @ weight_VH.T).to(gradients.accumulate)
             greatest_C1, argmax_C1 = logits_CV.max(dim=-1, keepdim=True)
             predicted_N[chunk] = argmax_C1[:, 0]
             target_logits_C1 = logits_CV.gather(1, targets_C1)
             exp_CV = logits_CV.sub_(greatest_C1).exp_()
             total_C1 = exp_CV.sum(dim=-1, keepdim=True)
             loss_sum += (greatest_C1 + total_C1.log() - target_logits_C1).sum()
-            if grad_rows_NH is None and grad_weight_VH is None:
-                continue
-            grad_logits_CV = exp_CV.div_(total_C1)
-            grad_logits_CV.scatter_add_(1, targets_C1, torch.full_like(total_C1, -1.0))
-            if grad_rows_NH is not None:
-                grad_rows_NH[chunk] = grad_logits_CV.to(weight_VH.dtype) @ weight_VH
-            if grad_weight_VH is not None:
-                grad_weight_VH.addmm_(grad_logits_CV.T, rows_NH[chunk].to(accumulate))
-        ctx.save_for_backward(grad_rows_NH, None if grad_weight_VH is None else grad_weight_VH.to(weight_VH.dtype))
+            if gradients.wanted:
+                grad_logits_CV = exp_CV.div_(total_C1)
+                grad_logits_CV.scatter_add_(1, targets_C1, torch.full_like(total_C1, -1.0))
+                gradients.add(chunk, grad_logits_CV)
+        gradients.save(ctx)
         ctx.mark_non_differentiable(predicted_N)
         return loss_sum, predicted_N
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = (None if grad is None else grad * grad_loss for grad in ctx.saved_tensors)
-        return (*scaled, None, None, None)
 
-
-class _ChunkedLinearKL(torch.autograd.Function):
+class _ChunkedLinearKL(_Chunked):
     @staticmethod
     def forward(
         ctx: Any, rows_NH: Tensor, weight_VH: Tensor, teacher_NH: Tensor, teacher_VH: Tensor, temperature: float,
         chunk_rows: int, grad_enabled: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        rows_need, weight_needs = (grad_enabled and needs for needs in ctx.needs_input_grad[:2])
-        accumulate = torch.float64 if rows_NH.dtype == torch.float64 else torch.float32
+        gradients = _Gradients(ctx, rows_NH, weight_VH, grad_enabled)
+        accumulate = gradients.accumulate
         loss_sum = rows_NH.new_zeros((), dtype=accumulate)
         predicted_N = torch.empty(rows_NH.shape[0], dtype=torch.long, device=rows_NH.device)
-        grad_rows_NH = torch.empty_like(rows_NH) if rows_need else None
-        grad_weight_VH = torch.zeros_like(weight_VH, dtype=accumulate) if weight_needs else None
         for start in range(0, rows_NH.shape[0], chunk_rows):
             chunk = slice(start, start + chunk_rows)
             logits_CV = rows_NH[chunk] @ weight_VH.T
@@ -209,19 +226,8 @@ class _ChunkedLinearKL(torch.autograd.Function):
             log_p_CV = ((teacher_NH[chunk] @ teacher_VH.T).to(accumulate) / temperature).log_softmax(-1)
             p_CV = log_p_CV.exp()
             loss_sum += temperature**2 * (p_CV * log_p_CV.sub_(log_q_CV)).sum()
-            if grad_rows_NH is None and grad_weight_VH is None:
-                continue
-            grad_logits_CV = log_q_CV.exp_().sub_(p_CV).mul_(temperature)
-            if grad_rows_NH is not None:
-                grad_rows_NH[chunk] = grad_logits_CV.to(weight_VH.dtype) @ weight_VH
-            if grad_weight_VH is not None:
-                grad_weight_VH.addmm_(grad_logits_CV.T, rows_NH[chunk].to(accumulate))
-        ctx.save_for_backward(grad_rows_NH, None if grad_weight_VH is None else grad_weight_VH.to(weight_VH.dtype))
+            if gradients.wanted:
+                gradients.add(chunk, log_q_CV.exp_().sub_(p_CV).mul_(temperature))
+        gradients.save(ctx)
         ctx.mark_non_differentiable(predicted_N)
         return loss_sum, predicted_N
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = (None if grad is None else grad * grad_loss for grad in ctx.saved_tensors)
-        return (*scaled, None, None, None, None, None)

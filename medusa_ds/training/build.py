@@ -114,10 +114,8 @@ def complete_config(config: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     A single micro-batch has nothing to add up: its bf16 gradients then go to the optimizer without fp32 copies.
     """
     config = ds_config.fill_sizes(config, load_config(recipe.model).get_text_config().hidden_size)
-    zero_stage, micro_batches = (
-        config.get("zero_optimization", {}).get("stage", 0),
-        config["gradient_accumulation_steps"],
-    )
+    zero_stage = config.get("zero_optimization", {}).get("stage", 0)
+    micro_batches = config["gradient_accumulation_steps"]
     if config["bf16"]["enabled"] and zero_stage > 0 and micro_batches > 1:
         # DeepSpeed's default adds micro-batches up in bf16; ZeRO 0 knows nothing else
         config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
