@@ -82,8 +82,8 @@ def distill(recipe: Recipe, settings: Settings) -> dict[str, Any]:
     if settings.prompts is None and not settings.synthesize:
         raise UserError("distill: found neither --prompts nor --synthesize; give one of them, or both")
     chat = _Chat(recipe)
-    asked = _read(settings.prompts, settings.split)[: settings.limit] if settings.prompts else []
-    excluded = [row for source in settings.exclude for row in _read(source) if not isinstance(row, str)]
+    asked = _read("--prompts", settings.prompts, settings.split)[: settings.limit] if settings.prompts else []
+    excluded = [row for source in settings.exclude for row in _read("--exclude", source) if not isinstance(row, str)]
     unwanted = [message["content"] for row in excluded for message in row if message["role"] == "user"]
     progress, rows = Journal(Path(f"{settings.out}.progress")), Journal(Path(settings.out))
     try:
@@ -139,9 +139,9 @@ class _Engines:
         return Sampler(self.backbone, self.tokenizer, sampling, min(batch, rows))
 
 
-def _read(source: str, split: str = "train") -> list[Any]:
+def _read(where: str, source: str, split: str = "train") -> list[Any]:
     """Messages of every prompt, or why a row cannot be used."""
-    return [row for _, row in load_prompts("--prompts", source, split)]
+    return [row for _, row in load_prompts(where, source, split)]
 
 
 def _state(recipe: Recipe, settings: Settings, asked: list[Any], unwanted: list[str]) -> dict[str, Any]:

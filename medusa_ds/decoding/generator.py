@@ -85,8 +85,7 @@ class Decoder:
             # multiplies one row by Triton reductions, which read weights faster than cuBLAS and fuse with the norms
             self._run = torch.compile(self._step, dynamic=False, options={"coordinate_descent_tuning": True})
         self._session: Session | None = None
-        ends = backbone.generation_config.eos_token_id if backbone.generation_config else backbone.config.eos_token_id
-        self.ends = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
+        self.ends = set(end_tokens(backbone))
         self.limit = getattr(backbone.config, "max_position_embeddings", None) or 1 << 30
 
     def generate(
@@ -182,15 +181,7 @@ class Decoder:
 
     def _capture(self, session: Session) -> None:
         with static_attention(self.backbone):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(3):
-                    self._run(session)
-            torch.cuda.current_stream().wait_stream(side)
-            session.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(session.graph):
-                self._run(session)
+            session.graph = capture(lambda: self._run(session))
 
     @torch.no_grad()
     def step(self, session: Session, generator: torch.Generator | None = None) -> None:
@@ -204,17 +195,8 @@ class Decoder:
                 self._run(session)
 
     def _prefill(self, session: Session, prompts: Sequence[Sequence[int]], generator: torch.Generator) -> None:
-        longest, device = max(map(len, prompts)), self.backbone.device
-        tokens_BP = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=device)
-        with static_attention(self.backbone), session.prefilling():
-            hidden_BPH = self.backbone.base_model(
-                input_ids=tokens_BP,
-                position_ids=torch.arange(longest, device=device).expand(len(prompts), -1),
-                past_key_values=session.cache,
-                use_cache=True,
-            ).last_hidden_state
-        session.length_B.copy_(torch.tensor([len(prompt) for prompt in prompts]))
-        hidden_BH = hidden_BPH[torch.arange(len(prompts), device=device), session.length_B - 1]
+        with static_attention(self.backbone):
+            hidden_BH = prefill(self.backbone, session, prompts)
         session.uniform_BN.uniform_(generator=generator)
         root_B = self.acceptance.choose(self.backbone.get_output_embeddings()(hidden_BH), session.uniform_BN[:, 0])
         self._propose(session, self._guess(hidden_BH), root_B)
@@ -265,6 +247,41 @@ class Decoder:
             guesses_KBW = self.heads[0].tokens(logits_KBV.topk(self.tree.width, dim=-1).indices)
             parts.append(guesses_KBW.transpose(0, 1).flatten(1))
         session.candidates_BC.copy_(torch.cat(parts, 1))
+
+
+def end_tokens(backbone: PreTrainedModel) -> list[int]:
+    """The tokens that end a text."""
+    ends = backbone.generation_config.eos_token_id if backbone.generation_config else backbone.config.eos_token_id
+    return ends if isinstance(ends, list) else [] if ends is None else [ends]
+
+
+def prefill(backbone: PreTrainedModel, session: Session, prompts: Sequence[Sequence[int]]) -> Tensor:
+    """Begin a session's texts, under `static_attention`; the hidden states [B, H] after their last tokens."""
+    longest, device = max(map(len, prompts)), backbone.device
+    tokens_BP = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=device)
+    with session.prefilling():
+        hidden_BPH = backbone.base_model(
+            input_ids=tokens_BP,
+            position_ids=torch.arange(longest, device=device).expand(len(prompts), -1),
+            past_key_values=session.cache,
+            use_cache=True,
+        ).last_hidden_state
+    session.length_B.copy_(torch.tensor([len(prompt) for prompt in prompts]))
+    return hidden_BPH[torch.arange(len(prompts), device=device), session.length_B - 1]
+
+
+def capture(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """The CUDA graph of a step, which runs three times before."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
 
 
 def head_logits(heads: list[MedusaHead], hidden: Tensor, backbone: PreTrainedModel) -> Tensor:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from medusa_ds.decoding.acceptance import Acceptance
 from medusa_ds.decoding.cache import Session, static_attention
+from medusa_ds.decoding.generator import capture, end_tokens, prefill
 from medusa_ds.decoding.trees import chain
 from medusa_ds.distilling.requests import Handle, Reply, Request, Sampling
 from medusa_ds.distilling.texts import loops
@@ -68,8 +69,7 @@ class Sampler:
         self.acceptance = Acceptance(
             "exact" if sampling.temperature else "greedy", sampling.temperature or 1.0, top_p=sampling.top_p
         )
-        ends = backbone.generation_config.eos_token_id if backbone.generation_config else backbone.config.eos_token_id
-        self.ends = torch.tensor(ends if isinstance(ends, list) else [ends], device=device)
+        self.ends = torch.tensor(end_tokens(backbone), dtype=torch.long, device=device)
         self.steps = 32 if device.type == "cuda" else 4
         self.tree = chain(0).to(device)
         self.session = Session(backbone, self.tree, batch, -(-(room + 2) // SLOTS_MULTIPLE) * SLOTS_MULTIPLE)
@@ -117,17 +117,7 @@ class Sampler:
     def _captured(self) -> Callable[[], None]:
         if self.backbone.device.type != "cuda":
             return self._step
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                self._step()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        self.at_1.zero_()
-        with torch.cuda.graph(graph):
-            self._step()
-        return graph.replay
+        return capture(self._step).replay
 
     def _step(self) -> None:
         """Hand out every row's last token, and draw the next one in rows that it did not end."""
@@ -169,21 +159,12 @@ class Sampler:
     def _prefill(self, part: list[tuple[int, Request, list[int]]], longest: int) -> None:
         session, device = self.session, self.backbone.device
         own = Session(self.backbone, self.tree, len(part), longest + 1)
-        padded = [ids + [0] * (longest - len(ids)) for _, _, ids in part]
-        with own.prefilling():
-            hidden_BPH = self.backbone.base_model(
-                input_ids=torch.tensor(padded, device=device),
-                position_ids=torch.arange(longest, device=device).expand(len(part), -1),
-                past_key_values=own.cache,
-                use_cache=True,
-            ).last_hidden_state
-        place_B = torch.tensor([place for place, _, _ in part], device=device)
-        length_B = torch.tensor([len(ids) for _, _, ids in part], device=device)
+        hidden_BH = prefill(self.backbone, own, [ids for _, _, ids in part])
+        place_B, length_B = torch.tensor([place for place, _, _ in part], device=device), own.length_B
         session.kv[:, place_B, :, : longest + 1] = own.kv
         session.length_B[place_B], session.active_B[place_B] = length_B, 1
         self.limit_B[place_B] = length_B + self.sampling.max_new_tokens
         self.key_B[place_B] = torch.tensor([r.key(self.sampling.seed) for _, r, _ in part], device=device)
-        hidden_BH = hidden_BPH[torch.arange(len(part), device=device), length_B - 1]
         session.candidates_BC[place_B, 0] = self._draw(hidden_BH, self.key_B[place_B], length_B)
 
     def _collect(self, rows: list[_Row | None], ended: list[tuple[Request, Reply]]) -> None:
