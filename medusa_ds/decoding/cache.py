@@ -6,7 +6,8 @@ right, where causal attention never looks, and what lies beyond a row's length i
 
 Attention is a function of our own in transformers' registry, for two reasons: transformers repeats keys and values for
 grouped queries on every call with a mask, which copies the whole cache; here the query heads of a group become rows
-instead. And layers with a sliding window need another mask than the others.
+instead. And layers with a sliding window need another mask than the others. Batches on a GPU attend through PyTorch's
+FlexAttention, which reads a row's slots only as far as they are used.
 
 Shape suffixes: B rows, N tree nodes, D tree depth + 1, L slots.
 """
@@ -18,12 +19,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from medusa_ds.decoding.trees import Tree
 
 _ATTENTION = "medusa_tree"
+_BLOCK = 128  # slots that FlexAttention reads or skips together
+_flex_attention = torch.compile(flex_attention, dynamic=False)
 
 
 def _attend(
@@ -31,7 +35,7 @@ def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | BlockMask | None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     window_mask: Tensor | None = None,
@@ -42,7 +46,9 @@ def _attend(
         mask = attention_mask if sliding_window is None else window_mask
         assert mask is not None
         grouped = query.reshape(batch, key.shape[1], -1, size)
-        if query.is_cuda and batch == 1:  # fused kernels put one block on each key/value head: most of the GPU idles
+        if isinstance(mask, BlockMask):
+            out = _flex_attention(grouped, key, value, block_mask=mask, scale=scaling)
+        elif query.is_cuda and batch == 1:  # fused kernels put one block on each key/value head: most of the GPU idles
             score = torch.bmm(grouped[0], key[0].mT, out_dtype=torch.float32)
             share = (score * (size**-0.5 if scaling is None else scaling) + mask[0]).softmax(-1)
             out = torch.bmm(share.to(value.dtype), value[0])
@@ -134,6 +140,8 @@ class Session:
         self.uniform_BN = torch.zeros(batch, tree.nodes, device=device)
         self.out_BD = torch.zeros(batch, 2 + tree.depth, dtype=torch.long, device=device)
         self.graph: torch.cuda.CUDAGraph | None = None
+        blocks = torch.arange(-(-slots // _BLOCK), dtype=torch.int32, device=device)
+        self._block_indices = blocks.repeat(batch, 1, -(-self.group * tree.nodes // _BLOCK), 1)
 
     @contextmanager
     def prefilling(self) -> Iterator[None]:
@@ -146,9 +154,11 @@ class Session:
             for layer in self._layers:
                 layer.prefilling = False
 
-    def masks(self, position_BN: Tensor) -> dict[str, Tensor]:
-        """Additive masks [B, 1, group x N, L] for `_attend`: a node sees the text so far and its ancestors."""
+    def masks(self, position_BN: Tensor) -> dict[str, Any]:
+        """Masks for `_attend`, additive [B, 1, group x N, L] or by blocks: a node sees the text and its ancestors."""
         tree = self.tree
+        if self.kv.is_cuda and self.batch > 1 and self.window is None:
+            return {"attention_mask": self.block_mask()}
         text_L = torch.arange(self.slots - tree.nodes, device=position_BN.device)
         seen_BNL = (text_L < self.length_B[:, None])[:, None].expand(-1, tree.nodes, -1)
         masks = {"attention_mask": self._additive(tree.mask_NN, seen_BNL)}
@@ -157,6 +167,24 @@ class Session:
             near_BNL = position_BN[..., None] - text_L < self.window
             masks["window_mask"] = self._additive(tree.mask_NN & near_NN, seen_BNL & near_BNL)
         return masks
+
+    def block_mask(self) -> BlockMask:
+        """The mask that skips blocks of slots which no node sees."""
+        used_B11 = -(-(self.tree.nodes + self.length_B) // _BLOCK)[:, None, None]
+        used_B1R = used_B11.to(torch.int32).expand(self._block_indices.shape[:3]).contiguous()
+        return BlockMask.from_kv_blocks(
+            used_B1R,
+            self._block_indices,
+            BLOCK_SIZE=_BLOCK,
+            mask_mod=self._sees,
+            seq_lengths=(self.group * self.tree.nodes, self.slots),
+            compute_q_blocks=False,
+        )
+
+    def _sees(self, batch: Tensor, head: Tensor, row: Tensor, slot: Tensor) -> Tensor:
+        nodes = self.tree.nodes
+        ancestor = self.tree.mask_NN[row % nodes, slot.clamp(max=nodes - 1)]
+        return torch.where(slot < nodes, ancestor, slot - nodes < self.length_B[batch])
 
     def _additive(self, tree_NN: Tensor, text_BNL: Tensor) -> Tensor:
         seen_BNL = torch.cat([tree_NN.expand(self.batch, -1, -1), text_BNL], -1)

@@ -3,6 +3,7 @@ import torch
 from decoding_models import LIMIT, NUM, VOCAB, build, oracles, random_heads, reference
 from transformers import DynamicCache
 
+from medusa_ds.decoding import cache
 from medusa_ds.decoding.acceptance import Acceptance
 from medusa_ds.decoding.generator import Decoder, StopStrings
 from medusa_ds.decoding.trees import Tree, chain, default_tree
@@ -172,6 +173,19 @@ def test_batches_of_unequal_prompts_equal_single_rows(case):
         assert [row.tokens for row in rows] == case.texts[1:13]
         for prompt, row in zip(prompts, rows, strict=True):
             assert decoder.generate([prompt], 20)[0].accepted == row.accepted
+
+
+def test_blocks_of_slots_are_skipped_only_where_no_node_looks(llama, monkeypatch):
+    """What batches on a GPU attend through, compiled for a CPU; red when the tree's own slots do not count as used."""
+    generator = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(6, VOCAB, (length,), generator=generator).tolist() for length in (1, 15, 16, 40)]
+    trees = [(random_heads(), default_tree(3, 24)), ([], chain(0))]
+    wanted = [Decoder(llama, heads, tree).generate(prompts, 30) for heads, tree in trees]
+    monkeypatch.setattr(cache, "_BLOCK", 16)
+    monkeypatch.setattr(cache.Session, "masks", lambda session, _: {"attention_mask": session.block_mask()})
+    found = [Decoder(llama, heads, tree).generate(prompts, 30) for heads, tree in trees]
+    for rows, others in zip(found, wanted, strict=True):
+        assert [(row.tokens, row.accepted) for row in rows] == [(row.tokens, row.accepted) for row in others]
 
 
 def test_shared_projection_and_own_copies_of_it_guess_the_same(llama):

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from medusa_ds.model.heads import MedusaHead, MedusaHeads
-from medusa_ds.model.loss import linear_cross_entropy
+from medusa_ds.model.loss import linear_cross_entropy, linear_kl
 from medusa_ds.model.medusa import MedusaModel
 
 pytestmark = pytest.mark.gpu
@@ -187,3 +187,24 @@ def test_model_with_liger_layers_matches_plain_layers(family, stage):
     worst = max(float((grads[n] - g).norm() / g.norm()) for n, g in expected_grads.items())
     print(f"{family} stage {stage}: worst relative gradient error {worst:.1e}")
     assert worst < 1e-3
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_divergence_equals_autograd_in_float64(dtype, tolerance, own):
+    """Several chunks of rows; red when the gradient of a chunk is not added to those before it."""
+    rows, weight, _ = planted(777, 5003, 128, dtype)
+    teacher_rows, teacher_weight, _ = planted(777, 5003, 128, dtype)
+    teacher_rows = teacher_rows.flip(0)
+    rows, weight = rows.requires_grad_(), weight.requires_grad_(own)
+    loss, predicted = linear_kl(rows, weight, teacher_rows, teacher_weight, 1.5, 2)
+    (0.5 * loss).backward()
+    exact_rows, exact_weight = (x.detach().double().requires_grad_() for x in (rows, weight))
+    log_q = (exact_rows @ exact_weight.T / 1.5).log_softmax(-1)
+    log_p = (teacher_rows.double() @ teacher_weight.double().T / 1.5).log_softmax(-1)
+    exact = 1.5**2 * nn.functional.kl_div(log_q, log_p, log_target=True, reduction="sum")
+    (0.5 * exact).backward()
+    pairs = [(loss, exact), (rows.grad, exact_rows.grad)] + [(weight.grad, exact_weight.grad)] * own
+    for found, wanted in pairs:
+        assert (found.double() - wanted).norm() <= tolerance * wanted.norm()
+    assert (predicted == (rows @ weight.T).argmax(-1)).float().mean() > 0.99
