@@ -65,7 +65,8 @@ def encode(
     """Tokenise a conversation and label the assistant's turns, each with the token that ends it.
 
     Args:
-        messages: dicts with `role` (`ROLES`), `content` and what else the template knows.
+        messages: dicts with `role` (`ROLES`), `content` and what else the template knows. A turn with `unfinished: True`
+            was cut off: its end is the template's and not what the model said, and has no label.
         tokenizer: a fast tokenizer.
         template_args: arguments of the chat template, such as `enable_thinking`.
         tools: JSON schemas of functions.
@@ -112,7 +113,7 @@ def encode(
     for i, prompt in reversed(list(zip(turns, prompts, strict=True))):
         begin = _begin(full, i, prompt)[1]
         full = full[:begin] + _BEGIN + full[begin:]
-    return coder.encode(full, turns)
+    return coder.encode(full, turns, {i for i in turns if messages[i].get("unfinished")})
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase, template_args: dict[str, Any], tools: list[Any] | None) -> str:
@@ -225,7 +226,7 @@ class _Coder:
             return {self.hide(key): self.hide(item) for key, item in value.items()}
         return [self.hide(item) for item in value] if isinstance(value, list) else value
 
-    def encode(self, marked: str, turns: list[int]) -> Encoded:
+    def encode(self, marked: str, turns: list[int], unfinished: set[int]) -> Encoded:
         """Ids of a marked text, labelled from each BEGIN to the special token after its turn's last CLOSE."""
         parts: list[str] = []
         begins: list[int] = []
@@ -257,7 +258,8 @@ class _Coder:
             if close < begin or end is None or ends[end] > min(following, limit):
                 raise UnusableRow("the chat template writes no special token after an assistant turn")
             first = max(np.searchsorted(starts, begin, "left"), np.searchsorted(ends, begin, "right"))
-            labels[first : end + 1] = ids[first : end + 1]
+            last = end if turn in unfinished else end + 1
+            labels[first:last] = ids[first:last]
         return Encoded(ids.tolist(), labels.tolist())
 
     def _tokenise(

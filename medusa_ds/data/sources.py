@@ -301,6 +301,8 @@ def read_turn(turn: Any) -> dict[str, Any]:
     if not content.strip() and not calls and role in ("user", "assistant"):
         raise UnusableRow(f"an empty {role} turn")
     kept = {key: turn[key] for key in ("reasoning_content", "tool_call_id", "name") if key in turn}
+    if role == "assistant" and turn.get("unfinished") is True:
+        kept["unfinished"] = True
     if calls:
         kept["tool_calls"] = [_call(call) for call in calls] if isinstance(calls, list) else [_call(calls)]
     return {"role": role, "content": content, **kept}

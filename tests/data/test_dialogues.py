@@ -1,6 +1,7 @@
 """Labels by the chat template: the assistant's turns and the token that ends each, and nothing else."""
 
 import re
+from itertools import pairwise
 
 import pytest
 from families import ADDED, FAMILIES, SPECIAL, tokenizer_of, tokens_text
@@ -111,6 +112,20 @@ ORDINARY = [
     chat("u: cafe\u0301", "a: cafe\u0301"),
     chat("s:  Be brief.\n", "u: \n?", "a: 'll\n\n\n!", "u: \tx ", "a:  1234 5"), chat("u: x", "a: . "),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_end_of_an_unfinished_turn_has_no_label(family):
+    """Red when an answer that was cut off teaches the heads that it ended there."""
+    tokenizer, cut = tokenizer_of(family), chat("u: Hi", "a: Hi there", "u: Hi", "a: Hi")
+    whole = encode(cut, tokenizer, {})
+    cut[1]["unfinished"] = True
+    found = encode(cut, tokenizer, {})
+    assert found.input_ids == whole.input_ids
+    differ = [k for k, (a, b) in enumerate(zip(found.labels, whole.labels, strict=True)) if a != b]
+    first_end = next(k for k, (a, b) in enumerate(pairwise(whole.labels)) if a != -100 and b == -100)
+    assert differ == [first_end]
+    assert found.labels[first_end] == -100
 
 
 @pytest.mark.parametrize("messages", ORDINARY)

@@ -44,14 +44,14 @@ def test_sharegpt_and_chat_messages_become_one_format(tmp_path):
     names = ("system", "human", "gpt", "user", "bing", "tool", "bard", "chatgpt")
     turns = [{"from": name, "value": "x"} for name in names]
     chat = {"messages": [{"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]},
-                         {"role": "assistant", "content": "Yes", "reasoning_content": "hm", "extra": None}],
+                         {"role": "assistant", "content": "Yes", "reasoning_content": "hm", "extra": None, "unfinished": True}],
             "tools": '[{"type": "function"}]'}  # fmt: skip
     found = load(write(tmp_path / "x.jsonl", {"conversations": turns}, chat, {"system": "S", **row()}))
     assert [turn["role"] for turn in messages(found.train)[0]] == (
         "system user assistant user assistant tool assistant assistant".split()
     )
     assert messages(found.train)[1] == [
-        {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes", "reasoning_content": "hm"}
+        {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes", "reasoning_content": "hm", "unfinished": True}
     ]  # fmt: skip
     assert json.loads(found.train[1]["messages"])["tools"] == [{"type": "function"}]
     assert messages(found.train)[2][0] == {"role": "system", "content": "S"}
