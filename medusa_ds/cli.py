@@ -98,8 +98,8 @@ def distill_model(args: argparse.Namespace) -> None:
     sampling = Sampling(args.temperature, args.top_p, args.max_new_tokens, args.max_prompt_tokens, args.seed)
     distill(recipe, Settings(
         args.out, args.prompts, args.split, args.limit, args.synthesize or 0, args.synthesize_temperature,
-        args.exclude, sampling, args.batch, args.server, args.server_model, args.timeout, args.retries, args.device,
-        args.dtype,
+        args.exclude, sampling, args.keep_unfinished, args.batch, args.server, args.server_model, args.timeout,
+        args.retries, args.device, args.dtype,
     ))  # fmt: skip
 
 
@@ -233,6 +233,8 @@ COMMANDS = {
         option("--top-p", type=share, default=1.0, metavar="P", help="draw from the most probable tokens up to P"),
         option("--max-new-tokens", type=count, default=512, metavar="N",
                 help="of an answer; longer ones are removed"),
+        option("--keep-unfinished", action="store_true", help="keep answers that are cut off or repeat themselves, "
+               "without a label on their end: heads that decode long texts meet such text"),
         option("--max-prompt-tokens", type=count, default=1024, metavar="N",
                 help="of a conversation before an answer"),
         option("--seed", type=int, default=0, help="of all draws"),

@@ -48,6 +48,7 @@ class Settings:
         synthesize_temperature: of these.
         exclude: sources of prompts that must not be answered.
         sampling: of the answers.
+        keep_unfinished: keep answers that were cut off or repeat themselves, without labelling their end.
         batch: rows at once, or requests in flight; None: 512 on a GPU, 8 on a CPU, 64 with a server.
         server: URL of an OpenAI-compatible server; None: the built-in engine.
         server_model: the model's name there; None: the recipe's.
@@ -63,6 +64,7 @@ class Settings:
     synthesize_temperature: float = 1.0
     exclude: list[str] = field(default_factory=list)
     sampling: Sampling = field(default_factory=Sampling)
+    keep_unfinished: bool = False
     batch: int | None = None
     server: str | None = None
     server_model: str | None = None
@@ -154,6 +156,7 @@ def _state(recipe: Recipe, settings: Settings, asked: list[Any], unwanted: list[
         "model": recipe.model.name, "revision": recipe.model.revision, "template_args": recipe.data.template_args,
         "prompts": len(asked), "prompts_digest": digest(asked), "exclude_digest": digest(unwanted),
         "synthesize": settings.synthesize, "synthesize_temperature": settings.synthesize_temperature,
+        "keep_unfinished": settings.keep_unfinished,
         **asdict(settings.sampling),
     }  # fmt: skip
 
@@ -258,12 +261,15 @@ def _answer(
     def keep(request: Request, reply: Reply) -> Request | None:
         number, finish = request.row, reply.finish
         messages, _, tokens = talks[number]
-        if finish == "end" and (not reply.text.strip() or repetitive(reply.text)):
-            finish = "repetition" if reply.text.strip() else "empty"
-        if finish == "end":
-            messages.append({"role": "assistant", "content": reply.text})
+        if finish == "end" and not reply.text.strip():
+            finish = "empty"
+        elif finish == "end" and repetitive(reply.text) and not settings.keep_unfinished:
+            finish = "repetition"
+        unfinished = settings.keep_unfinished and finish in ("cut off", "repetition") and bool(reply.text.strip())
+        if finish == "end" or unfinished:
+            messages.append({"role": "assistant", "content": reply.text} | ({"unfinished": True} if unfinished else {}))
             tokens.append(reply.tokens)
-            following = ask(number, request.turn + 1)
+            following = None if unfinished else ask(number, request.turn + 1)
             if following is not None:
                 bar.add(0, reply.tokens)
                 return following

@@ -75,6 +75,18 @@ def test_rows_are_complete_and_read_by_data_path(tiny_recipe, tmp_path, prompts,
     assert data.used == len(rows)
 
 
+def test_unfinished_answers_are_kept_and_end_their_conversation(tiny_recipe, tmp_path, prompts):
+    """Red when an answer that was cut off is not marked, or its conversation goes on."""
+    out = tmp_path / "out.jsonl"
+    run(tiny_recipe, out, prompts, "--keep-unfinished")
+    cut = [row for row in lines(out) if row["messages"][-1].get("unfinished")]
+    assert cut
+    assert all(row["tokens"][-1] == 24 for row in cut)
+    assert not any(message.get("unfinished") for row in lines(out) for message in row["messages"][:-1])
+    removed = [row["removed"] for row in lines(tmp_path / "out.jsonl.progress") if "removed" in row]
+    assert not any("cut off" in reason for reason in removed)
+
+
 def test_stopped_killed_and_resumed_equals_uninterrupted(tiny_recipe, tmp_path, prompts):
     """Mutations: seed by the order of answers; leave out rows that were written before."""
     whole = run(tiny_recipe, tmp_path / "whole.jsonl", prompts, "--synthesize", "12", "--batch", "3")

@@ -65,8 +65,8 @@ def encode(
     """Tokenise a conversation and label the assistant's turns, each with the token that ends it.
 
     Args:
-        messages: dicts with `role` (`ROLES`), `content` and what else the template knows. A turn with `unfinished: True`
-            was cut off: its end is the template's and not what the model said, and has no label.
+        messages: dicts with `role` (`ROLES`), `content` and what else the template knows. The end of a turn
+            with `unfinished: True`, which was cut off, has no label: the template wrote it and not the model.
         tokenizer: a fast tokenizer.
         template_args: arguments of the chat template, such as `enable_thinking`.
         tools: JSON schemas of functions.

@@ -44,7 +44,8 @@ def test_sharegpt_and_chat_messages_become_one_format(tmp_path):
     names = ("system", "human", "gpt", "user", "bing", "tool", "bard", "chatgpt")
     turns = [{"from": name, "value": "x"} for name in names]
     chat = {"messages": [{"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]},
-                         {"role": "assistant", "content": "Yes", "reasoning_content": "hm", "extra": None, "unfinished": True}],
+                         {"role": "assistant", "content": "Yes", "reasoning_content": "hm", "extra": None,
+                          "unfinished": True}],
             "tools": '[{"type": "function"}]'}  # fmt: skip
     found = load(write(tmp_path / "x.jsonl", {"conversations": turns}, chat, {"system": "S", **row()}))
     assert [turn["role"] for turn in messages(found.train)[0]] == (
