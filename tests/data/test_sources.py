@@ -52,7 +52,8 @@ def test_sharegpt_and_chat_messages_become_one_format(tmp_path):
         "system user assistant user assistant tool assistant assistant".split()
     )
     assert messages(found.train)[1] == [
-        {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes", "reasoning_content": "hm", "unfinished": True}
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Yes", "reasoning_content": "hm", "unfinished": True},
     ]  # fmt: skip
     assert json.loads(found.train[1]["messages"])["tools"] == [{"type": "function"}]
     assert messages(found.train)[2][0] == {"role": "system", "content": "S"}
