@@ -33,6 +33,8 @@ class Parameters:
     projections: int
     largest: int
     """Of the largest module that ZeRO-3 gathers."""
+    start: int = 0
+    """Of the frozen start that `loss.target` asks for in stage 2."""
 
     def trainable(self, stage: int) -> int:
         """Parameters that have a gradient."""
@@ -41,7 +43,8 @@ class Parameters:
 
     def frozen(self, stage: int) -> int:
         """Parameters that have none."""
-        return self.backbone + self.lm_head + self.blocks + self.projections - self.trainable(stage)
+        all_but_start = self.backbone + self.lm_head + self.blocks + self.projections
+        return all_but_start - self.trainable(stage) + self.start
 
 
 def count_parameters(recipe: Recipe, config: Any) -> Parameters:
@@ -62,6 +65,7 @@ def count_parameters(recipe: Recipe, config: Any) -> Parameters:
         blocks=heads.num * heads.layers * (hidden_size * hidden_size + hidden_size),
         projections=heads.num * heads.rows(vocab_size) * hidden_size if heads.lm_head == "own" else 0,
         largest=projection.numel(),
+        start=total if recipe.has_frozen_start else 0,
     )
 
 
@@ -118,6 +122,8 @@ def activations_bytes(recipe: Recipe, config: Any, width: int) -> int:
         backbone = config.num_hidden_layers * tokens * width * hidden + layer
     else:
         backbone = config.num_hidden_layers * layer
+    if recipe.has_frozen_start:
+        backbone += layer  # of the frozen start, one at a time
     heads = recipe.heads.num * tokens * width * hidden * (3 * recipe.heads.layers + 2)
     return backbone + heads
 
@@ -176,6 +182,7 @@ def main(recipe: Recipe, world_sizes: list[int], tokens_per_s: float | None, cou
         ("LM head", parts.lm_head, tied),
         ("heads: residual blocks", parts.blocks, "trained"),
         ("heads: projections", parts.projections, "trained" if parts.projections else "the LM head's"),
+        *([("frozen start", parts.start, f"loss.target {recipe.loss.target} of stage 2")] if parts.start else []),
     ):
         print(f"  {name:24}{count / 1e6:12,.2f}  {note}")
     print(f"  {'trained':24}{trained / 1e6:12,.2f}")

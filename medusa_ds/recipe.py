@@ -63,6 +63,11 @@ class Recipe(Section):
     output: str
     """Directory of checkpoints, metrics and heads."""
 
+    @property
+    def has_frozen_start(self) -> bool:
+        """Whether training needs a second copy of the model, which stays as it is: see `LossSpec.target`."""
+        return self.stage == 2 and self.loss.target != "label"
+
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] | tuple[str, ...] = (), planning: bool = False) -> "Recipe":
         """Read, override, resolve and check a recipe.
@@ -145,8 +150,6 @@ class Recipe(Section):
              "found 0 with lm_head: shared, which leaves nothing to learn; use layers >= 1 or lm_head: own"),
             (heads.vocab != "full" and heads.lm_head == "shared", "heads.vocab",
              f"found {heads.vocab} with lm_head: shared, which projects onto all tokens; use own, or vocab: full"),
-            (stage == 2 and self.loss.target != "label", "loss.target",
-             f"found {self.loss.target} with stage 2, whose backbone moves under its own predictions; use label"),
             (heads.vocab != "full" and self.loss.target != "label", "loss.target",
              f"found {self.loss.target} with heads.vocab, which has no row for some predictions; use label"),
             (self.loss.temperature != 1 and self.loss.target != "distribution", "loss.temperature",

@@ -82,7 +82,10 @@ class LossSpec(Section):
     """Memory that one chunk of logits may take, MiB."""
     target: Literal["label", "argmax", "distribution"] = "label"
     """What head k learns at position t. `label`: the text's token t+k+1. `argmax`, `distribution`: what the backbone's
-    own LM head predicts there, its first choice or its softmax (by forward KL); stage 1. Accuracies count labels."""
+    own LM head predicts there, its first choice or its softmax (by forward KL). In stage 2 that is what the model
+    predicted before training, and the LM head learns it too, so that it stays where it was: a second, frozen copy of
+    the model costs its weights in the working precision (2 bytes a parameter on a GPU; ZeRO-3 partitions them) and a
+    forward pass. Accuracies count labels."""
     temperature: Positive = 1.0
     """With `target: distribution`: divides both logits; the loss is multiplied by its square."""
     decay: Annotated[float, Field(gt=0, le=1)] = 0.8

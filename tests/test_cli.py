@@ -216,6 +216,23 @@ def test_frozen_backbone_costs_its_weights_alone() -> None:
         assert whole - alone == 2 * 7_500_000 // share
 
 
+def test_frozen_start_costs_its_weights_alone(tiny_recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Mutation: count it as trained, or in stage 1, where the backbone itself does not move."""
+    from medusa_ds.model.backbone import load_config
+
+    stage2 = ["stage=2", "heads.init_from=later", "loss.target=distribution"]
+    found = []
+    for overrides in (stage2[:2], stage2, stage2[2:]):
+        recipe = Recipe.load(tiny_recipe, overrides, planning=True)
+        parts = estimate.count_parameters(recipe, load_config(recipe.model))
+        found.append([estimate.states_bytes(parts, recipe.stage, zero, (False, False), 4, 2)[0] for zero in (0, 2, 3)])
+        assert parts.start == (parts.backbone + parts.lm_head if overrides == stage2 else 0)
+    size = parts.backbone + parts.lm_head
+    assert [int(a) - b for a, b in zip(found[1], found[0], strict=True)] == [2 * size, 2 * size, 2 * size // 4]
+    assert "frozen start" in said(capsys, "estimate", str(tiny_recipe), *stage2)
+    assert "frozen start" not in said(capsys, "estimate", str(tiny_recipe), *stage2[:2])
+
+
 def test_smallest_gpu_leaves_room() -> None:
     assert estimate.smallest_gpu(10 * estimate.GIB) == "RTX 3060"
     assert estimate.smallest_gpu(76 * estimate.GIB) == "H200"

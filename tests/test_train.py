@@ -95,6 +95,22 @@ def test_stage_2_trains_everything_from_stage_1(tiny_recipe: Path, tiny_model: P
     assert all((tuned[name] != start[name]).any() for name in start)
 
 
+def test_stage_2_towards_its_start_reports_the_labels_too(tiny_recipe: Path, tmp_path: Path) -> None:
+    train(tiny_recipe, "train.steps=4", log_dir=tmp_path)
+    stage2 = tmp_path / "stage2"
+    text = train(
+        tiny_recipe, "stage=2", f"heads.init_from={tmp_path / 'out'}", f"output={stage2}", "train.lr=1e-3",
+        "train.steps=8", "deepspeed=ds_configs/zero3.json", "loss.target=distribution", ranks=2, log_dir=tmp_path,
+    )  # fmt: skip
+    first, last = metrics_of(stage2, "validation")
+    assert abs(first["lm_loss"]) < 1e-5 < last["lm_loss"]
+    assert first["lm_label_loss"] == pytest.approx(last["lm_label_loss"], rel=0.02)
+    assert last["head1_loss"] < first["head1_loss"]
+    assert f"LM, labels{first['lm_label_loss']:6.3f} -> {last['lm_label_loss']:6.3f}" in text
+    assert "lm_label_loss" not in metrics_of(stage2)[0] and "lm_loss" in metrics_of(stage2)[0]
+    assert not (stage2 / "start").exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_to_the_launcher_leaves_one_whole_checkpoint_and_nothing_running(
     number: signal.Signals, tiny_recipe: Path, tmp_path: Path

@@ -45,13 +45,17 @@ class MedusaOutput(NamedTuple):
     counters: Tensor
 
 
-COUNTERS = ("loss_sum", "count", "correct", "full_correct", "full_count", "cond_correct", "cond_count", "missed")
-"""Columns of the counters, a float64 tensor [K+1, 8] of sums: add them over micro-batches and ranks, then `metrics`.
+COUNTERS = (
+    "loss_sum", "count", "correct", "full_correct", "full_count", "cond_correct", "cond_count", "missed",
+    "label_loss_sum",
+)  # fmt: skip
+"""Columns of the counters, a float64 tensor [K+1, 9] of sums: add them over micro-batches and ranks, then `metrics`.
 
-Row 0 is the LM head (zeros in stage 1, and in the last five columns always), row k head k. `count`: rows of the loss;
-`missed`: rows that are not, since their target is outside `heads.vocab`: wrong ones. `full_count`: positions
-where heads 1..k all have targets; `full_correct`: where all of them are right. `cond_count`: positions of `full_count`
-where heads 1..k-1 are right; `cond_correct`: where head k is right too, which is `full_correct`.
+Row 0 is the LM head (zeros in stage 1, and in the `full`, `cond` and `missed` columns always), row k head k. `count`:
+rows of the loss; `missed`: rows that are not, since their target is outside `heads.vocab`: wrong ones. `full_count`:
+positions where heads 1..k all have targets; `full_correct`: where all of them are right. `cond_count`: positions of
+`full_count` where heads 1..k-1 are right; `cond_correct`: where head k is right too, which is `full_correct`.
+`label_loss_sum`: of the LM head alone, in evaluation, where its loss is not the labels' cross-entropy: this one.
 """
 
 
@@ -64,8 +68,9 @@ def metrics(counters: Tensor) -> dict[str, float]:
     Returns:
         `head{k}_loss` (nats per row), `head{k}_acc`, `full_acc_{k}` (heads 1..k right), `cond_acc_{k}` (head k right
         where heads 1..k-1 are) for every k, `acceptance_length = 1 + sum_k full_acc_k` (tokens per step; the 1 is the
-        LM head's own token), and `lm_loss`, `lm_acc` where the LM head was counted. A share of nothing is NaN, but 0
-        inside `acceptance_length`.
+        LM head's own token), and where the LM head was counted `lm_loss` (the divergence from the frozen start with
+        the target `distribution`), `lm_acc` and, where it was measured beside another loss, `lm_label_loss`, the
+        cross-entropy of the labels. A share of nothing is NaN, but 0 inside `acceptance_length`.
     """
     result: dict[str, float] = {"acceptance_length": 1.0}
     for k, row in enumerate(counters.tolist()):
@@ -73,6 +78,8 @@ def metrics(counters: Tensor) -> dict[str, float]:
         if k == 0:
             if sums["count"]:
                 result |= {"lm_loss": sums["loss_sum"] / sums["count"], "lm_acc": sums["correct"] / sums["count"]}
+            if sums["label_loss_sum"]:
+                result["lm_label_loss"] = sums["label_loss_sum"] / sums["count"]
             continue
         result[f"head{k}_loss"] = _share(sums["loss_sum"], sums["count"])
         result[f"head{k}_acc"] = _share(sums["correct"], sums["count"] + sums["missed"])
@@ -88,7 +95,7 @@ def _share(part: float, whole: float) -> float:
 
 
 class MedusaModel(nn.Module):
-    """Backbone under `backbone.`, heads under `heads.`.
+    """Backbone under `backbone.`, heads under `heads.`, the frozen start of a stage 2 that needs it under `start.`.
 
     Args:
         backbone: causal language model of transformers; its LM head is replaced, its weights are shared. Where all
@@ -97,8 +104,9 @@ class MedusaModel(nn.Module):
         stage: 1 freezes the backbone, runs it without a graph and skips the LM head; 2 trains everything.
         loss_impl: `liger`, `torch` or `eager`.
         chunk_mib: memory that one chunk of logits may take, MiB.
-        target: what heads learn, see `recipe_sections.LossSpec.target`; all but `label` need stage 1.
+        target: what is learned, see `recipe_sections.LossSpec.target`.
         temperature: of the target `distribution`.
+        start: stage 2, targets other than `label`: a second copy of the backbone, which predicts the targets.
     """
 
     def __init__(
@@ -110,21 +118,26 @@ class MedusaModel(nn.Module):
         chunk_mib: int,
         target: Literal["label", "argmax", "distribution"] = "label",
         temperature: float = 1.0,
+        start: PreTrainedModel | None = None,
     ):
         super().__init__()
-        assert target == "label" or (stage == 1 and heads.token_map is None and isinstance(backbone, PreTrainedModel))
-        if isinstance(backbone, PreTrainedModel):
-            use_vocabulary_projection(backbone)
+        assert target == "label" or (heads.token_map is None and isinstance(backbone, PreTrainedModel))
+        assert (start is not None) == (stage == 2 and target != "label")
+        for model in (backbone, start):
+            if isinstance(model, PreTrainedModel):
+                use_vocabulary_projection(model)
         self.backbone = backbone.requires_grad_(stage == 2)
+        self.start = None if start is None else start.requires_grad_(False)
         self.heads = heads
         self.stage, self.loss_impl, self.chunk_mib = stage, loss_impl, chunk_mib
         self.target, self.temperature = target, temperature
 
     def train(self, mode: bool = True) -> "MedusaModel":
-        """Switch to training; a frozen backbone stays in evaluation mode (no dropout)."""
+        """Switch to training; what is frozen stays in evaluation mode (no dropout)."""
         super().train(mode)
-        if self.stage == 1:
-            self.backbone.eval()
+        for frozen in (self.backbone if self.stage == 1 else None, self.start):
+            if frozen is not None:
+                frozen.eval()
         return self
 
     def forward(
@@ -147,20 +160,19 @@ class MedusaModel(nn.Module):
             scales_M: what to multiply them by.
         """
         if states_MH is None:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and self.stage == 2):
-                # without mask and cache, transformers keeps documents apart by their position ids
-                hidden_BSH = self.backbone.base_model(
-                    input_ids=input_ids, position_ids=position_ids, use_cache=False
-                ).last_hidden_state
-            hidden_RH = hidden_BSH.flatten(0, 1)
+            hidden_RH = _hidden_states(self.backbone, input_ids, position_ids, grad=self.stage == 2)
         else:
             scaled_MH = states_MH if scales_M is None else states_MH.float() * scales_M[:, None]
             hidden_RH = scaled_MH.to(next(self.heads.parameters()).dtype)
         lm_head: Any = self.backbone.get_output_embeddings()
+        teacher, teacher_RH = lm_head, hidden_RH
+        if self.start is not None:
+            teacher = self.start.get_output_embeddings()
+            teacher_RH = _hidden_states(self.start, input_ids, position_ids, grad=False)
         first = 0 if self.stage == 2 else 1
         if self.target == "argmax":  # the LM head at t+k predicts the token of head k's label
             lm_rows_N, _ = head_rows(labels, position_ids, 0)
-            predicted_N = lm_head(hidden_RH[lm_rows_N], argmax=True, chunk_mib=self.chunk_mib)
+            predicted_N = teacher(teacher_RH[lm_rows_N], argmax=True, chunk_mib=self.chunk_mib)
             chosen_R = lm_rows_N.new_zeros(len(hidden_RH)).index_put((lm_rows_N,), predicted_N)
         losses: list[HeadLoss | None] = [None] * first
         right: list[Tensor | None] = [None] * first
@@ -172,15 +184,31 @@ class MedusaModel(nn.Module):
                 missed_M, rows_N, targets_N = rows_N[~known_N], rows_N[known_N], targets_N[known_N]
             learned_N = chosen_R[rows_N + k] if self.target == "argmax" else targets_N
             args = (hidden_RH[rows_N if row_R is None else row_R[rows_N]], learned_N, self.loss_impl, self.chunk_mib)
-            teacher: dict[str, Any] = {}
+            teaching: dict[str, Any] = {}
             if self.target == "distribution":
-                teacher = {"teacher_NH": hidden_RH[rows_N + k], "temperature": self.temperature}
-            loss_sum, predicted_N = (
-                lm_head(*args) if k == 0 else self.heads[k - 1](*args, shared_projection=lm_head, **teacher)
-            )
+                teaching = {"teacher_NH": teacher_RH[rows_N + k], "temperature": self.temperature}
+            if k > 0:
+                shared = teacher if teaching else lm_head
+                loss_sum, predicted_N = self.heads[k - 1](*args, shared_projection=shared, **teaching)
+            elif teaching:
+                loss_sum, predicted_N = teacher(args[0], chunk_mib=self.chunk_mib, student=lm_head, **teaching)
+            else:
+                loss_sum, predicted_N = lm_head(*args)
             losses.append(HeadLoss(loss_sum, targets_N.new_tensor(len(rows_N)), predicted_N, rows_N, missed_M))
             right.append(predicted_N == targets_N)
-        return MedusaOutput(losses, _count(losses, right, labels.numel()))
+        counters = _count(losses, right, labels.numel())
+        if self.start is not None and not self.training:
+            rows_N, targets_N = head_rows(labels, position_ids, 0)
+            label_loss_sum, _ = lm_head(hidden_RH[rows_N], targets_N, self.loss_impl, self.chunk_mib)
+            counters[0, COUNTERS.index("label_loss_sum")] = label_loss_sum.detach()
+        return MedusaOutput(losses, counters)
+
+
+def _hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, grad: bool) -> Tensor:
+    """Last hidden states [B*S, H]; without mask and cache, transformers keeps documents apart by position ids."""
+    with torch.set_grad_enabled(torch.is_grad_enabled() and grad):
+        output = model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+    return output.last_hidden_state.flatten(0, 1)
 
 
 def _count(losses: list[HeadLoss | None], right: list[Tensor | None], num_positions: int) -> Tensor:

@@ -35,7 +35,7 @@ def build_model(
     token_map: torch.Tensor | None = None,
     lm_head: torch.Tensor | None = None,
 ) -> MedusaModel:
-    """Build backbone and heads.
+    """Build backbone and heads, and the frozen start where `loss.target` needs it: the recipe's model once more.
 
     Args:
         recipe: what to build.
@@ -68,11 +68,13 @@ def build_model(
             heads.initialize(lm_head)
         else:
             heads.load_state_dict(start)
+    frozen = None
+    if recipe.has_frozen_start:
+        frozen = load_backbone(recipe.model, dtype, device=None if partitioned else device)
     on_gpu = device.type == "cuda"
     impl = recipe.loss.impl if recipe.loss.impl != "auto" else ("liger" if on_gpu else "torch")
-    return MedusaModel(
-        base, heads, recipe.stage, impl, recipe.loss.chunk_mib, recipe.loss.target, recipe.loss.temperature
-    )
+    loss = recipe.loss
+    return MedusaModel(base, heads, recipe.stage, impl, loss.chunk_mib, loss.target, loss.temperature, frozen)
 
 
 def load_frozen(recipe: Recipe, dtype: torch.dtype, device: torch.device | None) -> PreTrainedModel:

@@ -43,7 +43,7 @@ class StepFlops:
         attention: forward FLOPs a token and token of visible context.
         head_row: FLOPs of a head's row, forward and backward.
         lm_row: FLOPs of an LM head's row, forward and backward; 0 in stage 1.
-        passes: backbone passes in forward equivalents: 1 in stage 1, 3 in stage 2.
+        passes: backbone passes in forward equivalents: 1 in stage 1, 3 in stage 2, 4 with a frozen start.
     """
 
     backbone: float
@@ -59,8 +59,9 @@ class StepFlops:
 
 
 def step_flops(
-    config: Any, backbone_parameters: int, layers: int, own_projection: bool, stage: int, rows: int | None = None
-) -> StepFlops:
+    config: Any, backbone_parameters: int, layers: int, own_projection: bool, stage: int, rows: int | None = None,
+    target: str = "label",
+) -> StepFlops:  # fmt: skip
     """FLOPs by part.
 
     Args:
@@ -70,6 +71,8 @@ def step_flops(
         own_projection: whether heads have vocabulary projections that learn.
         stage: 1 or 2.
         rows: of a head's projection; None: as many as the vocabulary has tokens.
+        target: of the loss; the teacher's logits of a row are one more product with `distribution`, and with `argmax`
+            for the LM head's rows, which stage 1 does not count.
     """
     hidden, vocabulary = config.hidden_size, config.vocab_size
     head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
@@ -81,10 +84,12 @@ def step_flops(
     projections = (
         (2 + (2 if own_projection else 0) + (2 if needs_input_gradient else 0)) * hidden * (rows or vocabulary)
     )
+    teacher = 2.0 * projection
+    frozen_start = stage == 2 and target != "label"
     return StepFlops(
         backbone=2.0 * backbone_parameters,
         attention=4.0 * config.num_hidden_layers * config.num_attention_heads * head_dim,
-        head_row=float(blocks + projections),
-        lm_row=6.0 * projection if stage == 2 else 0.0,
-        passes=1 if stage == 1 else 3,
+        head_row=blocks + projections + (teacher if target == "distribution" else 0.0),
+        lm_row=(6.0 * projection if stage == 2 else 0.0) + (teacher if frozen_start else 0.0),
+        passes=(1 if stage == 1 else 3) + frozen_start,
     )

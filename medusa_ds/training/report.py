@@ -149,11 +149,11 @@ def heads_table(before: dict[str, float], after: dict[str, float], num: int) -> 
     """
     lines = ["held-out        loss             accuracy         heads 1..k right"]
     rows = [("LM head", "lm_loss", "lm_acc", "")] if "lm_loss" in after else []
+    rows += [("LM, labels", "lm_label_loss", "", "")] if "lm_label_loss" in after else []
     rows += [(f"head {k}", f"head{k}_loss", f"head{k}_acc", f"full_acc_{k}") for k in range(1, num + 1)]
     for name, loss, accuracy, full in rows:
-        cells = [f"{before[loss]:6.3f} -> {after[loss]:6.3f}", f"{before[accuracy]:5.3f} -> {after[accuracy]:5.3f}"]
-        if full:
-            cells.append(f"{before[full]:5.3f} -> {after[full]:5.3f}")
+        cells = [f"{before[loss]:6.3f} -> {after[loss]:6.3f}"]
+        cells += [f"{before[share]:5.3f} -> {after[share]:5.3f}" for share in (accuracy, full) if share]
         lines.append(f"  {name:<10}" + "   ".join(cells))
     lines.append(
         f"acceptance length (chain, teacher-forced): {before['acceptance_length']:.3f} -> "
@@ -184,7 +184,7 @@ class Meter:
         own = recipe.heads.lm_head == "own"
         config = model.backbone.config.get_text_config()
         outputs = recipe.heads.rows(config.vocab_size)
-        flops = step_flops(config, matrices, recipe.heads.layers, own, recipe.stage, outputs)
+        flops = step_flops(config, matrices, recipe.heads.layers, own, recipe.stage, outputs, recipe.loss.target)
         self.flops = flops if matrices else replace(flops, passes=0)  # hidden states from a cache
         self.device, self.world_size, self.mean_context = device, world_size, mean_context
         self.peak = peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None

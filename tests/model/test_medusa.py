@@ -227,12 +227,13 @@ def test_counters_match_loops_over_positions():
 
 
 def test_metrics_are_shares_of_summed_counters():
-    counters = torch.tensor([[8.0, 4, 1, 0, 0, 0, 0, 0], [6, 4, 2, 2, 4, 2, 4, 0], [9, 3, 2, 1, 2, 1, 1, 1]])
+    rows = [[8.0, 4, 1, 0, 0, 0, 0, 0, 0], [6, 4, 2, 2, 4, 2, 4, 0, 0], [9, 3, 2, 1, 2, 1, 1, 1, 0]]
+    counters = torch.tensor(rows)
     assert metrics(counters) == {
         "lm_loss": 2.0, "lm_acc": 0.25, "head1_loss": 1.5, "head1_acc": 0.5, "full_acc_1": 0.5, "cond_acc_1": 0.5,
         "head2_loss": 3.0, "head2_acc": 2 / 4, "full_acc_2": 0.5, "cond_acc_2": 1.0, "acceptance_length": 2.0,
     }  # fmt: skip
-    nothing = metrics(torch.zeros(2, 8))
+    nothing = metrics(torch.zeros(2, len(COUNTERS)))
     assert nothing["acceptance_length"] == 1.0
     assert math.isnan(nothing["head1_loss"])
     assert "lm_loss" not in nothing

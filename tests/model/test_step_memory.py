@@ -1,5 +1,7 @@
 """A whole training step, forward and backward: what it may allocate, and that ignored rows cost nothing."""
 
+import copy
+
 import pytest
 import torch
 from test_medusa import NUM, SIZES, H, batch, documents
@@ -30,13 +32,14 @@ class Allocations(TorchDispatchMode):
         return result
 
 
-def build(stage, impl, dtype=torch.float32):
+def build(stage, impl, dtype=torch.float32, target="label"):
     torch.manual_seed(0)
     config = AutoConfig.for_model("llama", **SIZES | {"vocab_size": VOCAB})
     backbone = AutoModelForCausalLM.from_config(config, dtype=dtype)
     heads = MedusaHeads(NUM, 1, H, VOCAB, True, dtype)
     heads.initialize(backbone.get_output_embeddings().weight)
-    return MedusaModel(backbone, heads, stage, impl, CHUNK_MIB).train()
+    start = copy.deepcopy(backbone) if stage == 2 and target != "label" else None
+    return MedusaModel(backbone, heads, stage, impl, CHUNK_MIB, target, start=start).train()
 
 
 def step(model, inputs):
@@ -67,15 +70,16 @@ def counted(model, inputs):
     return counter.get_total_flops(), [int(loss.count) if loss is not None else 0 for loss in output.losses]
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_ignored_rows_cost_no_product_in_any_pass(stage, Watch):
+@pytest.mark.parametrize(("stage", "target"), [(1, "label"), (1, "distribution"), (2, "label"), (2, "argmax"),
+                                               (2, "distribution")])  # fmt: skip
+def test_ignored_rows_cost_no_product_in_any_pass(stage, target, Watch):
     """Mutation: send every position through a head, forward or backward, and mask the loss afterwards."""
     ids, labels, positions = PACKED
-    model = build(stage, "torch")
+    model = build(stage, "torch", target=target)
     flops, rows = counted(model, PACKED)
     with Watch(VOCAB) as watch:
         without, none = counted(model, (ids, torch.full_like(labels, -100), positions))
     assert watch.projected == 0 and not any(none)
     assert 0 < sum(rows[1:]) < NUM * ids.numel()
-    known = step_flops(model.backbone.config, 0, 1, True, stage)
+    known = step_flops(model.backbone.config, 0, 1, True, stage, target=target)
     assert flops - without == sum(rows[1:]) * known.head_row + rows[0] * known.lm_row

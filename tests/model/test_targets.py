@@ -1,30 +1,40 @@
-"""What heads learn from the LM head's predictions, against float64 math, every document by itself."""
+"""What is learned from the LM head's predictions, against float64 math, every document by itself."""
+
+import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_medusa import DOCS, NUM, PACKED, build, gradients, relative
+from test_medusa import DOCS, NUM, PACKED, V, build, gradients, relative
 
 from medusa_ds.model.loss import linear_argmax, linear_kl
-from medusa_ds.model.medusa import MedusaModel
+from medusa_ds.model.medusa import COUNTERS, MedusaModel, metrics
 
 
-def student(target, own=True, temperature=1.0, chunk_mib=1):
-    plain = build(own=own, layers=2, tied=not own)
-    return MedusaModel(plain.backbone, plain.heads, 1, "torch", chunk_mib, target, temperature)
+def student(target, own=True, temperature=1.0, chunk_mib=1, stage=1, tied=False):
+    """Stage 2: a model that has moved away from its start."""
+    plain = build(own=own, layers=2, tied=tied or not own)
+    start = copy.deepcopy(plain.backbone) if stage == 2 else None
+    if stage == 2:
+        with torch.no_grad():
+            for parameter in plain.backbone.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return MedusaModel(plain.backbone, plain.heads, stage, "torch", chunk_mib, target, temperature, start)
 
 
 def reference(model, target, temperature):
     """Loss sums by head, and gradients of their weighted sum, by autograd over whole float64 logits."""
-    lm_weight = model.backbone.get_output_embeddings().weight.detach().double()
+    backbone = copy.deepcopy(model.backbone).double()
+    start = copy.deepcopy(model.start or model.backbone).double().requires_grad_(False)
     heads = {name: p.detach().double().requires_grad_() for name, p in model.heads.named_parameters()}
+    lm_weight = backbone.get_output_embeddings().weight
     sums = [torch.zeros((), dtype=torch.float64) for _ in range(NUM + 1)]
     for tokens, labels in DOCS:
-        hidden = model.backbone.base_model(input_ids=tokens[None]).last_hidden_state[0].detach().double()
-        teacher = hidden @ lm_weight.T
-        for k in range(1, NUM + 1):
+        hidden = backbone.base_model(input_ids=tokens[None]).last_hidden_state[0]
+        teacher = start(input_ids=tokens[None]).logits[0]
+        for k in range(0 if model.stage == 2 else 1, NUM + 1):
             x = hidden
-            for layer in range(2):
+            for layer in range(2 if k else 0):
                 x = x + F.silu(x @ heads[f"{k - 1}.blocks.{layer}.weight"].T + heads[f"{k - 1}.blocks.{layer}.bias"])
             logits = x @ heads.get(f"{k - 1}.projection.weight", lm_weight).T
             for t in range(len(tokens) - k - 1):
@@ -37,11 +47,15 @@ def reference(model, target, temperature):
                     log_q = (logits[t] / temperature).log_softmax(-1)
                     sums[k] = sums[k] + temperature**2 * (p * (p.log() - log_q)).sum()
     sum(w * loss for w, loss in zip((0.7, 1.0, 0.8, 0.5), sums, strict=True)).backward()
-    return sums, {name: p.grad for name, p in heads.items()}
+    grads = {f"backbone.{name}": p.grad for name, p in backbone.named_parameters() if p.requires_grad}
+    return sums, grads | {f"heads.{name}": p.grad for name, p in heads.items()}
+
+
+TARGETS = [("argmax", 1.0), ("distribution", 1.0), ("distribution", 2.0)]
 
 
 @pytest.mark.parametrize("own", [True, False])
-@pytest.mark.parametrize(("target", "temperature"), [("argmax", 1.0), ("distribution", 1.0), ("distribution", 2.0)])
+@pytest.mark.parametrize(("target", "temperature"), TARGETS)
 def test_loss_and_gradients_are_those_of_single_documents(target, temperature, own):
     """Mutations: the teacher at `rows_N` or `rows_N + k + 1` in `MedusaModel.forward`; no T in the gradient."""
     model = student(target, own, temperature)
@@ -49,9 +63,88 @@ def test_loss_and_gradients_are_those_of_single_documents(target, temperature, o
     sums, wanted = reference(model, target, temperature)
     for k in range(1, NUM + 1):
         assert output.losses[k].loss_sum.item() == pytest.approx(sums[k].item(), rel=1e-5)
-    assert found.keys() == {f"heads.{name}" for name in wanted}
+    assert found.keys() == wanted.keys()
     for name, gradient in wanted.items():
-        assert relative(found[f"heads.{name}"], gradient) < 2e-5, name
+        assert relative(found[name], gradient) < 2e-5, name
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("target", "temperature"), TARGETS)
+def test_stage_2_learns_from_the_frozen_start(target, temperature, tied):
+    """Mutations: teach by the model in training; the teacher's weight from one and its hidden states from the other;
+    the LM head's teacher at `rows_N + 1`; no gradient through the LM head's divergence."""
+    model = student(target, temperature=temperature, stage=2, tied=tied).train()
+    start = {name: weight.clone() for name, weight in model.start.state_dict().items()}
+    output, found = gradients(model, PACKED)
+    sums, wanted = reference(model, target, temperature)
+    for loss, total in zip(output.losses, sums, strict=True):
+        assert loss.loss_sum.item() == pytest.approx(total.item(), rel=1e-5)
+    assert found.keys() == wanted.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert "backbone.model.embed_tokens.weight" in wanted
+    for name, gradient in wanted.items():
+        assert relative(found[name], gradient) < 5e-5, name
+    assert not model.start.training
+    assert all(torch.equal(weight, start[name]) for name, weight in model.start.state_dict().items())
+
+
+@pytest.mark.parametrize("target", ["argmax", "distribution"])
+def test_validation_measures_the_labels_beside_the_frozen_start(target):
+    """Mutation: measure the start's loss on labels, or measure in training too."""
+    model, column = student(target, stage=2), COUNTERS.index("label_loss_sum")
+    plain = MedusaModel(model.backbone, model.heads, 2, "torch", 1)
+    assert metrics(model.train()(*PACKED).counters).keys() == metrics(plain(*PACKED).counters).keys()
+    with torch.no_grad():
+        counters, labels = model.eval()(*PACKED).counters, plain.eval()(*PACKED).counters
+    assert torch.equal(counters[:, 1:column], labels[:, 1:column])
+    assert counters[0, column] == labels[0, 0] > 0
+    assert not counters[1:, column].any()
+    assert not labels[:, column].any()
+    assert metrics(counters)["lm_label_loss"] == metrics(labels)["lm_loss"] != metrics(counters)["lm_loss"]
+
+
+def language(factor, draw):
+    """A micro-batch of texts in which a token says which one follows."""
+    ids = torch.randint(0, V, (8, 1), generator=draw)
+    for _ in range(15):
+        ids = torch.cat([ids, (ids[:, -1:] * factor + 1) % V], 1)
+    return ids, ids, torch.arange(16).expand(8, 16)
+
+
+def learn(model, factor, rate, steps, coefficient):
+    """Train on texts; the heads' losses before and after."""
+    draw = torch.Generator().manual_seed(0)
+    groups = [{"params": list(model.backbone.parameters())}, {"params": model.heads.parameters(), "lr": 4 * rate}]
+    optimizer, losses = torch.optim.AdamW(groups, lr=rate), []
+    for _ in range(steps):
+        output = model.train()(*language(factor, draw))
+        means = [loss.loss_sum / loss.count for loss in output.losses]
+        losses.append(sum(means[1:]).item())
+        (means[0] + coefficient * sum(means[1:])).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses[0], losses[-1]
+
+
+def test_the_frozen_start_holds_the_model_while_heads_learn():
+    """Of two trainings on a foreign language, the one towards the start keeps the model's own. Mutation: learn labels
+    in the LM head's row whatever the target."""
+    base = build(stage=2, tied=True, trained=False)
+    learn(base, 5, 1e-2, 60, 0.0)
+    prompt, options = torch.tensor([[3]]), {"max_new_tokens": 15, "min_new_tokens": 15, "do_sample": False}
+    own = language(5, torch.Generator().manual_seed(1))[:2]
+    moved = {}
+    for target in ("label", "distribution"):
+        model, start = copy.deepcopy(base), copy.deepcopy(base.backbone)
+        if target != "label":
+            model = MedusaModel(model.backbone, model.heads, 2, "torch", 1, target, start=copy.deepcopy(start))
+        before, after = learn(model, 7, 1e-3, 40, 0.2)
+        assert after < 0.8 * before, target
+        texts = [each.generate(prompt, **options).tolist() for each in (start, model.backbone)]
+        with torch.no_grad():
+            losses = [each(input_ids=own[0], labels=own[1]).loss.item() for each in (start, model.backbone)]
+        assert (texts[1] == texts[0]) == (target != "label")
+        moved[target] = losses[1] - losses[0]
+    assert 0 < 4 * moved["distribution"] < moved["label"]
 
 
 @pytest.mark.parametrize("target", ["argmax", "distribution"])

@@ -71,6 +71,12 @@ def _target_jobs(*zeros: str) -> list[Any]:
             for zero in zeros for target, lm_head in TARGETS]  # fmt: skip
 
 
+def _start_jobs(*zeros: str) -> list[Any]:
+    return [(f"{zero}-{target}-stage2", "trajectory",
+             {"zero": zero, "stage": 2, "save": True, "loss": {"target": target}})
+            for zero in zeros for target in ("argmax", "distribution")]  # fmt: skip
+
+
 @pytest.fixture(scope="session")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Every ZeRO config and stage on two ranks, each trained through and resumed in the middle, and failures."""
@@ -94,7 +100,8 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     jobs += [(f"{zero}-layers0", "trajectory", {"zero": zero, "stage": 1, "heads": {"layers": 0}})
              for zero in ("zero0", "zero2", "zero3")]  # fmt: skip
     jobs += [(f"{zero}-export", "export", {"zero": zero}) for zero in ("zero2", "zero3")]
-    jobs += _target_jobs("zero0", "zero3")
+    jobs += _target_jobs("zero0", "zero3") + _start_jobs("zero0", "zero2_offload", "zero3")
+    jobs.append(("zero3-start-export", "export", {"zero": "zero3", "loss": {"target": "distribution"}}))
     jobs.append(("stop", "stop_flag", {}))
     return Runs(folder, run_ranks(2, folder, jobs))
 
@@ -113,5 +120,7 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory, two_ranks: Runs) -> Runs:
         for size in (2, 4):
             arguments = {"zero": "zero0", "stage": stage, "train": {"micro_batch_size": size}}
             jobs.append((f"micro{size}-{stage}", "trajectory", arguments))
-    jobs += _target_jobs("zero0")
+    jobs += _target_jobs("zero0") + _start_jobs("zero0")
+    arguments = {"zero": "zero0", "stage": 2, "source": str(two_ranks.folder / "zero3-distribution-stage2")}
+    jobs.append(("start-elsewhere", "resumed", arguments | {"loss": {"target": "distribution"}}))
     return Runs(folder, run_ranks(1, folder, jobs))

@@ -1,5 +1,7 @@
 """Learning from the LM head's predictions: however ranks and ZeRO cut the work, the same training."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -26,3 +28,53 @@ def test_two_ranks_train_as_one_does(zero, target, lm_head, two_ranks, one_rank)
         if name.startswith("backbone."):
             assert torch.equal(after[name], before[name]), name
         assert (after[name] - weight).norm() <= 1e-4 * weight.norm(), name
+
+
+def numbers(run):
+    return [float.fromhex(text) for key in ("loss", "grad_norm") for text in run[key]]
+
+
+@pytest.mark.parametrize("zero", ["zero0", "zero2_offload", "zero3"])
+@pytest.mark.parametrize("target", ["argmax", "distribution"])
+def test_the_frozen_start_teaches_two_ranks_as_one(zero, target, two_ranks, one_rank) -> None:
+    """Mutation: teach by the model in training, which ends elsewhere, and whose own divergence is zero."""
+    two, one = f"{zero}-{target}-stage2", f"zero0-{target}-stage2"
+    assert numbers(two_ranks[two]) == pytest.approx(numbers(one_rank[one]), rel=1e-5)
+    before, after = (load_file(two_ranks.folder / two / f"{when}.safetensors") for when in ("before", "after"))
+    wanted = load_file(one_rank.folder / one / "after.safetensors")
+    assert {name.split(".")[0] for name in wanted} == {"backbone", "heads", "start"}
+    for name, weight in wanted.items():
+        if name.startswith("start."):
+            assert torch.equal(before[name], before[name.replace("start.", "backbone.", 1)]), name
+            assert torch.equal(after[name], before[name]), name
+        else:
+            assert not torch.equal(after[name], before[name]), name
+            assert (after[name] - weight).norm() <= 1e-4 * weight.norm(), name
+    lm_losses = [step[0][0] / step[0][1] for step in two_ranks[two]["counters"]]
+    assert (abs(lm_losses[0]) < 1e-6) == (target == "distribution")
+    assert lm_losses[-1] > 1e-4
+
+
+def test_the_frozen_start_is_in_no_checkpoint_and_comes_from_the_recipes_model(two_ranks, one_rank) -> None:
+    """Mutation: build the start from the backbone when the checkpoint has been read."""
+    source = "zero3-distribution-stage2"
+    plain, saved = (two_ranks.folder / name / "checkpoints" / "step-000002" for name in ("zero3-2", source))
+    names = [{name for file in folder.glob("*.safetensors") for name in load_file(file)} for folder in (plain, saved)]
+    assert names[0] == names[1]
+    assert not any("start." in name for name in names[1])
+    whole, resumed = two_ranks[source], one_rank["start-elsewhere"]
+    assert numbers(resumed) == pytest.approx(numbers({key: whole[key][2:] for key in ("loss", "grad_norm")}), rel=1e-5)
+    first = load_file(two_ranks.folder / source / "before.safetensors")
+    after = load_file(one_rank.folder / "start-elsewhere" / "after.safetensors")
+    assert all(torch.equal(after[name], first[name]) for name in after if name.startswith("start."))
+
+
+def test_the_frozen_start_is_not_exported(two_ranks) -> None:
+    folder = two_ranks.folder / "zero3-start-export"
+    saved, trained = load_file(folder / "backbone" / "model.safetensors"), load_file(folder / "after.safetensors")
+    assert all(torch.equal(weight, trained[f"backbone.{name}"]) for name, weight in saved.items())
+    moved = [name for name, weight in saved.items() if not torch.equal(weight, trained[f"start.{name}"])]
+    assert moved == list(saved)
+    assert {name.split(".")[0] for name in load_file(folder / "heads" / "heads.safetensors")} == {"0", "1", "2"}
+    recipe = json.loads((folder / "heads" / "heads.json").read_text())["recipe"]
+    assert '"distribution"' in recipe

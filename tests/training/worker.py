@@ -172,9 +172,9 @@ def stop_flag(out: Path) -> dict[str, Any]:
     return {"stop": asked, "eval": counters.tolist()}
 
 
-def export(out: Path, zero: str) -> dict[str, Any]:
+def export(out: Path, zero: str, **sections: Any) -> dict[str, Any]:
     """Train stage 2 a little, save what was trained."""
-    engine = MedusaEngine(make_recipe(out, zero, 2), STEPS)
+    engine = MedusaEngine(make_recipe(out, zero, 2, **sections), STEPS)
     train(engine, 0, 2)
     dump(engine, out / "after.safetensors")
     engine.export(out)
