@@ -3,23 +3,28 @@
 Medusa heads guess what their own backbone will say, so its answers are the best text to train them on. Prompts come
 from a source, or the model makes them up: a chat model that is given its template's beginning of a user turn writes
 one (Magpie, arXiv 2406.08464). Every row has a number. It ends in the output file, among the removed rows, or has
-failed, and whatever ended the process, the same command goes on with the rest.
+failed, and whatever ended the process, the same command goes on with the rest. Several ranks share the rows; what a row
+becomes depends on none of them.
 """
 
 import hashlib
 import json
-import sys
-import time
+import os
 from collections import Counter, deque
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from medusa_ds.data.dialogues import chat_template, check_template
 from medusa_ds.data.prompts import load_prompts
 from medusa_ds.decoding.packed import pack_projections
 from medusa_ds.decoding.runs import place
 from medusa_ds.distilling.journal import Journal
+from medusa_ds.distilling.output import Output
+from medusa_ds.distilling.progress import Progress
+from medusa_ds.distilling.ranks import Ranks
 from medusa_ds.distilling.requests import MAKE_PROMPT, Engine, Reply, Request, Sampling
 from medusa_ds.distilling.sampler import Sampler
 from medusa_ds.distilling.server import Server
@@ -27,10 +32,9 @@ from medusa_ds.distilling.texts import Excluded, Seen, repetitive
 from medusa_ds.errors import UserError
 from medusa_ds.model.backbone import load_backbone, load_tokenizer
 from medusa_ds.recipe import Recipe
+from medusa_ds.training.supervisor import Supervisor, end_with_others
 
 MADE_PROMPT_TOKENS = 256
-INTERRUPTED_STATUS = 130
-PLAIN_INTERVAL_S = 15.0
 _MARK = "\U0010fff0"
 Messages = list[dict[str, Any]]
 
@@ -75,32 +79,48 @@ class Settings:
 
 
 def distill(recipe: Recipe, settings: Settings) -> dict[str, Any]:
-    """Make the rows that are still missing, print a summary and return it.
+    """Make the rows that are still missing, print a summary and return it; every rank calls it.
 
     Raises:
         UserError: nothing to do, an output of other settings, or a source, model or server that cannot be used.
-        SystemExit: 130 after Ctrl-C.
     """
     if settings.prompts is None and not settings.synthesize:
         raise UserError("distill: found neither --prompts nor --synthesize; give one of them, or both")
+    ranks = Ranks()
+    if settings.server and ranks.size > 1:
+        raise UserError(
+            f"--server: found {ranks.size} ranks; one process keeps the server busy: run medusa-ds distill without the "
+            "deepspeed launcher, with more requests in flight (--batch)"
+        )
+    kept = "ending at once; finished rows are kept, and the same command goes on"
+    local_size = int(os.environ.get("LOCAL_SIZE", "0"))
+    supervisor = Supervisor(ranks.rank, local_size, recipe.train.hang_timeout, before_start=kept)
+    try:
+        with end_with_others(ranks.rank):
+            ranks.join()
+            return _distill(recipe, settings, ranks)
+    finally:
+        supervisor.close()
+
+
+def _distill(recipe: Recipe, settings: Settings, ranks: Ranks) -> dict[str, Any]:
     chat = _Chat(recipe)
     asked = _read("--prompts", settings.prompts, settings.split)[: settings.limit] if settings.prompts else []
     excluded = [row for source in settings.exclude for row in _read("--exclude", source) if not isinstance(row, str)]
     unwanted = [message["content"] for row in excluded for message in row if message["role"] == "user"]
-    progress, rows = Journal(Path(f"{settings.out}.progress")), Journal(Path(settings.out))
+    output = Output(Path(settings.out), _state(recipe, settings, asked, unwanted), ranks)
     try:
-        _check_state(progress, rows, _state(recipe, settings, asked, unwanted))
-        engines = _Engines(recipe, settings, chat.tokenizer)
-        prompts = asked + _make_prompts(settings, chat, engines, progress, len(asked))
+        engines = _Engines(recipe, settings, chat.tokenizer, ranks)
+        prompts = asked + _make_prompts(settings, chat, engines, output, len(asked))
         removed = _removed(prompts, Excluded(unwanted), chat.tokenizer.all_special_tokens, len(asked))
-        failed = _answer(settings, chat, engines, prompts, removed, progress, rows)
-    except KeyboardInterrupt:
-        print(f"\nstopped; finished rows are in {settings.out}, and the same command goes on", file=sys.stderr)
-        sys.exit(INTERRUPTED_STATUS)
+        failed = _answer(settings, chat, engines, prompts, removed, output)
+        parts = ranks.gather((failed, removed))
+        output.merge()
     finally:
-        progress.close()
-        rows.close()
-    return _summary(settings.out, len(prompts), failed, removed)
+        output.close()
+    failed = sum((part for part, _ in parts), Counter())
+    removed = {number: reason for _, part in parts for number, reason in part.items()}
+    return ranks.first(lambda: _summary(settings.out, len(prompts), failed, removed))
 
 
 class _Chat:
@@ -123,8 +143,8 @@ class _Chat:
 class _Engines:
     """Makes engines; the model is loaded once, when it is first needed."""
 
-    def __init__(self, recipe: Recipe, settings: Settings, tokenizer: Any) -> None:
-        self.recipe, self.settings, self.tokenizer = recipe, settings, tokenizer
+    def __init__(self, recipe: Recipe, settings: Settings, tokenizer: Any, ranks: Ranks) -> None:
+        self.recipe, self.settings, self.tokenizer, self.ranks = recipe, settings, tokenizer, ranks
         self.backbone: Any = None
 
     def make(self, sampling: Sampling, rows: int) -> Engine:
@@ -135,6 +155,9 @@ class _Engines:
             return Server(settings.server, name, sampling, in_flight, settings.timeout_s, settings.retries)
         if self.backbone is None:
             device, dtype = place(settings.device, settings.dtype)
+            if device.type == "cuda" and device.index is None:
+                device = torch.device("cuda", self.ranks.local_rank)
+                torch.cuda.set_device(device)
             self.backbone = load_backbone(self.recipe.model, dtype, device=device)
             pack_projections(self.backbone)
         batch = settings.batch or (512 if self.backbone.device.type == "cuda" else 8)
@@ -161,42 +184,30 @@ def _state(recipe: Recipe, settings: Settings, asked: list[Any], unwanted: list[
     }  # fmt: skip
 
 
-def _check_state(progress: Journal, rows: Journal, state: dict[str, Any]) -> None:
-    if not progress.rows:
-        if rows.rows:
-            raise UserError(f"{rows.path}: holds rows, but {progress.path} is missing; name another file in --out")
-        progress.append(state)
-        return
-    before = progress.rows[0]
-    changed = [key for key in state if before.get(key) != state[key]]
-    if changed:
-        raise UserError(
-            *(f"{rows.path}: {key}: was made with {before.get(key)!r}; now {state[key]!r}" for key in changed),
-            f"{rows.path}: belongs to other settings; name another file in --out, or go back to the values above",
-        )
-
-
-def _make_prompts(settings: Settings, chat: _Chat, engines: _Engines, progress: Journal, first: int) -> list[Any]:
+def _make_prompts(settings: Settings, chat: _Chat, engines: _Engines, output: Output, first: int) -> list[Any]:
     """The prompts that the model makes, kept in the progress file: messages, or why one cannot be used."""
-    made = {row["row"]: row for row in progress.rows if "prompt" in row}
+    ranks = engines.ranks
+    made = {row["row"]: row for row in output.before if "prompt" in row}
     wanted = range(first, first + settings.synthesize)
-    if todo := deque(Request(row, MAKE_PROMPT, chat.before_prompt(), []) for row in wanted if row not in made):
-        print(f"making {len(todo):,} prompts", flush=True)
+    missing, new = [row for row in wanted if row not in made], {}
+    if todo := deque(Request(row, MAKE_PROMPT, chat.before_prompt(), []) for row in ranks.share(missing)):
+        bar = _begin(f"making {len(missing):,} prompts", len(todo), ranks)
         before = len(chat.tokenizer(todo[0].text, add_special_tokens=False)["input_ids"])
         sampling = replace(
             settings.sampling, temperature=settings.synthesize_temperature, top_p=1.0, max_prompt_tokens=before,
             max_new_tokens=max(1, min(MADE_PROMPT_TOKENS, settings.sampling.max_prompt_tokens - before)),
         )  # fmt: skip
-        bar = _Progress(len(todo))
 
         def keep(request: Request, reply: Reply) -> None:
             bar.add(1, reply.tokens)
             if not reply.finish.startswith("failed"):
-                made[request.row] = {"row": request.row, "prompt": reply.text, "finish": reply.finish}
-                progress.append(made[request.row])
+                new[request.row] = {"row": request.row, "prompt": reply.text, "finish": reply.finish}
+                output.progress.append(new[request.row])
 
         engines.make(sampling, len(todo)).run(todo, keep)
         bar.close()
+    for part in ranks.gather(new):
+        made |= part
     seen = Seen()
     prompts: list[Any] = []
     for number in wanted:
@@ -228,12 +239,10 @@ def _removed(prompts: list[Any], excluded: Excluded, controls: list[str], asked:
 
 
 def _answer(
-    settings: Settings, chat: _Chat, engines: _Engines, prompts: list[Any], removed: dict[int, str], progress: Journal,
-    rows: Journal,
-) -> Counter[str]:  # fmt: skip
-    """Answer what is neither answered nor removed; the reasons of rows that failed."""
-    removed |= {row["row"]: row["removed"] for row in progress.rows if "removed" in row}
-    done = {row["row"] for row in rows.rows}
+    settings: Settings, chat: _Chat, engines: _Engines, prompts: list[Any], removed: dict[int, str], output: Output
+) -> Counter[str]:
+    """Answer this rank's part of what is neither answered nor removed; the reasons of rows that failed."""
+    removed |= {row["row"]: row["removed"] for row in output.before if "removed" in row}
     talks: dict[int, tuple[Messages, deque[dict[str, Any]], list[int]]] = {}
     failed: Counter[str] = Counter()
 
@@ -246,17 +255,16 @@ def _answer(
                 return Request(number, turn, chat.before_answer(messages), list(messages))
         return None
 
+    missing = [number for number in range(len(prompts)) if number not in output.written and number not in removed]
     todo: deque[Request] = deque()
-    for number, messages in enumerate(prompts):
-        if number not in done and number not in removed:
-            talks[number] = ([], deque(messages), [])
-            request = ask(number, 0)
-            assert request is not None
-            todo.append(request)
+    for number in engines.ranks.share(missing):
+        talks[number] = ([], deque(prompts[number]), [])
+        request = ask(number, 0)
+        assert request is not None
+        todo.append(request)
     if not todo:
         return failed
-    print(f"answering {len(todo):,} of {len(prompts):,} rows", flush=True)
-    bar = _Progress(len(todo))
+    bar = _begin(f"answering {len(missing):,} of {len(prompts):,} rows", len(todo), engines.ranks)
 
     def keep(request: Request, reply: Reply) -> Request | None:
         number, finish = request.row, reply.finish
@@ -273,12 +281,12 @@ def _answer(
             if following is not None:
                 bar.add(0, reply.tokens)
                 return following
-            rows.append({"row": number, "messages": messages, "tokens": tokens})
+            output.rows.append({"row": number, "messages": messages, "tokens": tokens})
         elif finish.startswith("failed"):
             failed[finish] += 1
         else:
             removed[number] = f"answer: {finish}"
-            progress.append({"row": number, "removed": removed[number]})
+            output.progress.append({"row": number, "removed": removed[number]})
         bar.add(1, reply.tokens)
         del talks[number]
         return None
@@ -288,32 +296,11 @@ def _answer(
     return failed
 
 
-class _Progress:
-    """Rows, tokens a second and the time left: a line that is rewritten, or on no terminal one every 15 seconds."""
-
-    def __init__(self, total: int) -> None:
-        self.total, self.rows, self.tokens = total, 0, 0
-        self.started = self.printed = time.monotonic()
-        self.terminal = sys.stderr.isatty()
-
-    def add(self, rows: int, tokens: int) -> None:
-        self.rows, self.tokens = self.rows + rows, self.tokens + tokens
-        if time.monotonic() - self.printed >= (0.5 if self.terminal else PLAIN_INTERVAL_S):
-            self._print()
-
-    def close(self) -> None:
-        self._print(last=True)
-
-    def _print(self, last: bool = False) -> None:
-        self.printed = time.monotonic()
-        seconds = max(self.printed - self.started, 1e-9)
-        left = "" if last else f", {seconds / max(self.rows, 1) * (self.total - self.rows):,.0f} s left"
-        line = (
-            f"{self.rows:,} of {self.total:,} rows, {self.tokens:,} tokens in {seconds:,.0f} s, "
-            f"{self.tokens / seconds:,.0f} tokens/s{left}"
-        )
-        end = "\n" if last or not self.terminal else ""
-        print(f"\r{line}\x1b[K" if self.terminal else line, end=end, file=sys.stderr, flush=True)
+def _begin(text: str, rows: int, ranks: Ranks) -> Progress:
+    """Say what begins, and show the first rank's progress."""
+    if ranks.rank == 0:
+        print(text + (f" on {ranks.size} ranks; {rows:,} of them here" if ranks.size > 1 else ""), flush=True)
+    return Progress(rows, shown=ranks.rank == 0)
 
 
 def _summary(out: str, asked: int, failed: Counter[str], removed: dict[int, str]) -> dict[str, Any]:

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 NON_FINITE_STATUS = 3
 _STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
-_LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # gloo's words
 
 FREE_TO_CHANGE = (
     "output", "deepspeed", "data.hidden_cache", "loss.impl", "loss.chunk_mib", "model.attention", "model.liger_kernels",
@@ -69,14 +68,14 @@ def main(recipe_file: str | None = None) -> None:
 
 def run(recipe: Recipe, recipe_file: Path) -> None:
     """Train a validated recipe, on every rank."""
-    from medusa_ds.training.supervisor import Supervisor
+    from medusa_ds.training.supervisor import Supervisor, end_with_others
 
     rank, output = int(os.environ.get("RANK", "0")), Path(recipe.output)
     supervisor = Supervisor(rank, int(os.environ.get("LOCAL_SIZE", "0")), recipe.train.hang_timeout)
     lock = None
     try:
         lock = _claim(output, recipe) if rank == 0 else None
-        with _failures(rank, output):
+        with end_with_others(rank), _failures(output):
             _run(recipe, recipe_file, rank, output, supervisor)
     finally:
         supervisor.close()
@@ -139,8 +138,8 @@ def _run(recipe: Recipe, recipe_file: Path, rank: int, output: Path, supervisor:
 
 
 @contextmanager
-def _failures(rank: int, output: Path) -> Iterator[None]:
-    """One line for a disk that is full or cannot be written, and for a rank that has gone."""
+def _failures(output: Path) -> Iterator[None]:
+    """One line for a disk that is full or cannot be written."""
     try:
         yield
     except OSError as error:
@@ -152,12 +151,6 @@ def _failures(rank: int, output: Path) -> Iterator[None]:
         )
         problem.one_rank = True
         raise problem from None
-    except RuntimeError as error:
-        if not any(text in str(error) for text in _LOST_RANK):
-            raise
-        print(f"rank {rank}: another rank has died; ending (its own message says why)", file=sys.stderr, flush=True)
-        time.sleep(3)  # the launcher hands on the first status that it sees: let it be the other's
-        sys.exit(1)
 
 
 def _adopt_slurm() -> None:

@@ -32,7 +32,7 @@ class Journal:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 - open for the whole run
         except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror}); name another file in --out") from None
+            raise _one_rank(f"{path}: cannot be written ({error.strerror}); name another file in --out") from None
         try:
             self._read()
         except BaseException:
@@ -72,10 +72,17 @@ class Journal:
             while line:
                 line = line[self._file.write(line) :]
         except OSError as error:
-            raise UserError(
+            raise _one_rank(
                 f"{self.path}: cannot be written ({error.strerror}); make room: the same command goes on"
             ) from None
 
     def close(self) -> None:
         """Let other processes have the file."""
         self._file.close()
+
+
+def _one_rank(problem: str) -> UserError:
+    """A file has one writer, so that no other rank will say it."""
+    error = UserError(problem)
+    error.one_rank = True
+    return error

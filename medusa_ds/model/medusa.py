@@ -204,7 +204,7 @@ class MedusaModel(nn.Module):
         return MedusaOutput(losses, counters)
 
 
-def _hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, grad: bool) -> Tensor:
+def _hidden_states(model: Any, input_ids: Tensor, position_ids: Tensor, grad: bool) -> Tensor:
     """Last hidden states [B*S, H]; without mask and cache, transformers keeps documents apart by position ids."""
     with torch.set_grad_enabled(torch.is_grad_enabled() and grad):
         output = model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)

@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from typing import NoReturn
 
 import psutil
@@ -27,6 +28,7 @@ DEAD_RANK_GRACE_S = 5.0
 HUNG_STATUS = 124
 """Exit status of a rank that finished no step within `train.hang_timeout`."""
 
+_LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # gloo's words
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -37,10 +39,18 @@ class Supervisor:
         rank: this process's rank, for messages.
         local_world_size: ranks that the launcher started on this host; 0 when it was not the stock launcher.
         hang_timeout: seconds without `beat` after which this rank dumps its stacks and ends.
+        before_start: what to say of a signal that ends the rank before `start`.
     """
 
-    def __init__(self, rank: int, local_world_size: int, hang_timeout: float) -> None:
+    def __init__(
+        self,
+        rank: int,
+        local_world_size: int,
+        hang_timeout: float,
+        before_start: str = "no step has begun, ending at once",
+    ) -> None:
         self.rank, self.local_world_size, self.hang_timeout = rank, local_world_size, hang_timeout
+        self._before_start = before_start
         self.stop_status: int | None = None
         """Exit status to end with after the next step's checkpoint, or None to go on."""
         self._stop_at = 0.0
@@ -48,7 +58,8 @@ class Supervisor:
         self._dead_at: float | None = None
         self._stopped_at: dict[int, float] = {}
         self._parent = psutil.Process().parent()
-        self._grandparent_pid = self._parent.ppid() if self._parent and _is_launcher(self._parent) else None
+        launched = "CROSS_SIZE" in os.environ and self._parent is not None and _is_launcher(self._parent)
+        self._grandparent_pid = self._parent.ppid() if self._parent and launched else None
         if _is_orphan(self._parent):
             self._end(128 + signal.SIGHUP, "the launcher is gone; ending")
         self._read_fd, write_fd = os.pipe()
@@ -107,7 +118,7 @@ class Supervisor:
 
     def _request_stop(self, status: int, reason: str) -> None:
         if self._beat_at is None:
-            self._end(status, f"{reason}; no step has begun, ending at once")
+            self._end(status, f"{reason}; {self._before_start}")
         self.stop_status, self._stop_at = status, time.monotonic()
         self._say(f"{reason}; a checkpoint is written after this step, then the run ends")
 
@@ -163,7 +174,22 @@ class Supervisor:
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
     def _say(self, text: str) -> None:
-        print(f"rank {self.rank} on {socket.gethostname()} (pid {os.getpid()}): {text}", file=sys.stderr, flush=True)
+        after_bar = "\n" if sys.stderr.isatty() else ""
+        where = f"{after_bar}rank {self.rank} on {socket.gethostname()} (pid {os.getpid()})"
+        print(f"{where}: {text}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def end_with_others(rank: int) -> Iterator[None]:
+    """One line where a collective call fails since another rank has gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(text in str(error) for text in _LOST_RANK):
+            raise
+        print(f"rank {rank}: another rank has died; ending (its own message says why)", file=sys.stderr, flush=True)
+        time.sleep(3)  # the launcher hands on the first status that it sees: let it be the other's
+        sys.exit(1)
 
 
 def _ignore(number: int, frame: object) -> None:
