@@ -1,6 +1,7 @@
 """The distillation program: interrupted runs, accounting, and a server that misbehaves."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -9,7 +10,9 @@ import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import psutil
 import pytest
+from support import launch
 
 from medusa_ds import cli
 from medusa_ds.data.sources import load_conversations
@@ -138,6 +141,70 @@ def test_prompts_of_a_benchmark_are_left_out(tiny_recipe, tmp_path, prompts, cap
     run(tiny_recipe, out, prompts, "--exclude", str(excluded))
     assert "1 x overlap with --exclude" in capsys.readouterr().out
     assert 10 not in [row["row"] for row in lines(out)]
+
+
+def test_what_other_ranks_left_is_moved_in_once(tiny_recipe, tmp_path, prompts, capsys):
+    """Mutations: take a row twice; forget the parts of an interrupted run; answer rows that a part holds."""
+    whole = run(tiny_recipe, tmp_path / "whole.jsonl", prompts, "--synthesize", "12")
+    out = tmp_path / "out.jsonl"
+    capsys.readouterr()
+    for name in ("out.jsonl", "out.jsonl.progress"):
+        written = (tmp_path / name.replace("out", "whole")).read_text().splitlines(keepends=True)
+        (tmp_path / name).write_text("".join(written[:6]))
+        (tmp_path / f"{name}.rank1").write_text("".join(written[5:9]))  # the first was moved before
+        (tmp_path / f"{name}.rank12").write_text("".join(written[9:]) + '{"row": 0, "mess')
+    assert run(tiny_recipe, out, prompts, "--synthesize", "12") == whole
+    assert "answering" not in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.rank*"))
+    (tmp_path / "other.jsonl.rank1").write_text('{"row": 1, "messages": [], "tokens": []}\n')
+    with pytest.raises(SystemExit, match="2"):
+        run(tiny_recipe, tmp_path / "other.jsonl", prompts)
+    assert "other.jsonl.rank1: holds rows, but" in capsys.readouterr().err
+
+
+def launched(recipe, out, prompts, *more, ranks):
+    tools = ("--num_gpus", str(ranks), "--module")
+    return launch("medusa_ds.cli", *arguments(recipe, out, prompts, *more), options=tools, log_dir=out.parent)
+
+
+def count_lines(out):
+    return sum(file.read_bytes().count(b"\n") for file in out.parent.glob(f"{out.name}*"))
+
+
+def test_ranks_share_the_rows_and_leave_what_one_process_leaves(tiny_recipe, tmp_path, prompts):
+    """Of two ranks one dies; three are interrupted; two go on to the end. Mutations: each rank removes near-duplicates
+    of its own prompts alone; a rank leaves its parts; a dead rank's rows are asked again."""
+    settings = ["--synthesize", "24", "--batch", "2"]
+    whole = run(tiny_recipe, tmp_path / "whole.jsonl", prompts, *settings)
+    out = tmp_path / "out.jsonl"
+    before = 0
+    for ranks, more in ((2, 12), (3, 8)):
+        job = launched(tiny_recipe, out, prompts, *settings, ranks=ranks)
+        while job.process.poll() is None and count_lines(out) < before + more:
+            time.sleep(0.002)
+        if ranks == 2:
+            psutil.Process(job.process.pid).children()[0].children()[1].kill()
+        else:  # as a terminal does
+            os.killpg(job.process.pid, signal.SIGINT)
+        assert job.wait(60) != 0, job.text
+        assert "Traceback" not in job.text, job.text
+        assert before < count_lines(out) < sum(map(len, whole)), job.text
+        before = count_lines(out)
+    assert "finished rows are kept" in job.text
+    job = launched(tiny_recipe, out, prompts, *settings, ranks=2)
+    assert job.wait(120) == 0, job.text
+    assert content(out) == whole
+    assert not list(tmp_path.glob("*.rank*"))
+    assert job.text.count("rows asked =") == 1
+    assert "rows on 2 ranks" in job.text
+
+
+def test_a_server_is_asked_by_one_process(tiny_recipe, tmp_path, prompts, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="2"):
+        run(tiny_recipe, tmp_path / "out.jsonl", prompts, "--server", "http://localhost:1/v1")
+    assert "--server: found 2 ranks" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out*"))
 
 
 class Faults(BaseHTTPRequestHandler):

@@ -19,7 +19,10 @@ COMMANDS = [
 ]
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("medusa-ds ") and c != "medusa-ds list"])
+SUBCOMMANDS = [c.replace("deepspeed --module medusa_ds.cli ", "medusa-ds ") for c in COMMANDS]
+
+
+@pytest.mark.parametrize("command", [c for c in SUBCOMMANDS if c.startswith("medusa-ds ") and c != "medusa-ds list"])
 def test_medusa_ds_commands_parse(command: str) -> None:
     """Turns red when the README names an option that its subcommand lacks."""
     name, *rest = shlex.split(command)[1:]
