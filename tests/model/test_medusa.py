@@ -217,7 +217,16 @@ def test_counters_match_loops_over_positions():
         full = [p for p in places if all((j, *p) in right for j in range(1, k + 1))]
         before = [p for p in full if all(right[(j, *p)] for j in range(1, k))]
         both = [p for p in before if right[(k, *p)]]
-        expected = [len(places), sum(right[(k, *p)] for p in places), len(both), len(full), len(both), len(before), 0]
+        expected = [
+            len(places),
+            sum(right[(k, *p)] for p in places),
+            len(both),
+            len(full),
+            len(both),
+            len(before),
+            0,
+            0,
+        ]
         assert counters[k, 1:].tolist() == expected
         acceptance += len(both) / len(full)
     assert counters[1, 3] > 5
