@@ -13,7 +13,7 @@ from medusa_ds.model.medusa import COUNTERS, MedusaModel, metrics
 
 def student(target, own=True, temperature=1.0, chunk_mib=1, stage=1, tied=False):
     """Stage 2: a model that has moved away from its start."""
-    plain = build(own=own, layers=2, tied=tied or not own)
+    plain = build(stage=stage, own=own, layers=2, tied=tied or not own)
     start = copy.deepcopy(plain.backbone) if stage == 2 else None
     if stage == 2:
         with torch.no_grad():
