@@ -172,8 +172,8 @@ def count_lines(out):
 
 
 def test_ranks_share_the_rows_and_leave_what_one_process_leaves(tiny_recipe, tmp_path, prompts):
-    """Of two ranks one dies; three are interrupted; two go on to the end. Mutations: each rank removes near-duplicates
-    of its own prompts alone; a rank leaves its parts; a dead rank's rows are asked again."""
+    """Of two ranks one dies; three are interrupted; two go on to the end. Mutations: ranks do not tell each other the
+    prompts that they made; a rank leaves its parts; a dead rank's rows are asked again."""
     settings = ["--synthesize", "24", "--batch", "2"]
     whole = run(tiny_recipe, tmp_path / "whole.jsonl", prompts, *settings)
     out = tmp_path / "out.jsonl"
@@ -187,7 +187,7 @@ def test_ranks_share_the_rows_and_leave_what_one_process_leaves(tiny_recipe, tmp
         else:  # as a terminal does
             os.killpg(job.process.pid, signal.SIGINT)
         assert job.wait(60) != 0, job.text
-        assert "Traceback" not in job.text, job.text
+        assert "/medusa_ds/" not in job.text, job.text  # a traceback of ours; the launcher shows its own
         assert before < count_lines(out) < sum(map(len, whole)), job.text
         before = count_lines(out)
     assert "finished rows are kept" in job.text
