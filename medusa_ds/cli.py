@@ -90,8 +90,8 @@ def estimate_needs(args: argparse.Namespace) -> None:
 def distill_model(args: argparse.Namespace) -> None:
     """Let the recipe's own model answer prompts, or make them up, as training data; goes on where it was interrupted.
 
-    Without a server the built-in engine decodes. Rows go to OUT in the format that `data.path` reads. Several GPUs share
-    the rows under the launcher: deepspeed --module medusa_ds.cli distill RECIPE --out OUT ...
+    Without a server the built-in engine decodes. Rows go to OUT in the format that `data.path` reads. Several GPUs
+    share the rows under the launcher: deepspeed --module medusa_ds.cli distill RECIPE --out OUT ...
     """
     recipe = Recipe.load(args.recipe, args.overrides, planning=True)
     from medusa_ds.distill import Sampling, Settings, distill

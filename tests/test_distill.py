@@ -174,7 +174,7 @@ def count_lines(out):
 def test_ranks_share_the_rows_and_leave_what_one_process_leaves(tiny_recipe, tmp_path, prompts):
     """Of two ranks one dies; three are interrupted; two go on to the end. Mutations: ranks do not tell each other the
     prompts that they made; a rank leaves its parts; a dead rank's rows are asked again."""
-    settings = ["--synthesize", "24", "--batch", "2"]
+    settings = ["--synthesize", "24", "--batch", "2", "--keep-unfinished"]
     whole = run(tiny_recipe, tmp_path / "whole.jsonl", prompts, *settings)
     out = tmp_path / "out.jsonl"
     before = 0
