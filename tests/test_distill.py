@@ -145,7 +145,9 @@ def test_prompts_of_a_benchmark_are_left_out(tiny_recipe, tmp_path, prompts, cap
 
 def test_what_other_ranks_left_is_moved_in_once(tiny_recipe, tmp_path, prompts, capsys):
     """Mutations: take a row twice; forget the parts of an interrupted run; answer rows that a part holds."""
-    whole = run(tiny_recipe, tmp_path / "whole.jsonl", prompts, "--synthesize", "12")
+    settings = ["--synthesize", "12", "--keep-unfinished"]
+    whole = run(tiny_recipe, tmp_path / "whole.jsonl", prompts, *settings)
+    assert len(whole[0]) > 9
     out = tmp_path / "out.jsonl"
     capsys.readouterr()
     for name in ("out.jsonl", "out.jsonl.progress"):
@@ -153,7 +155,7 @@ def test_what_other_ranks_left_is_moved_in_once(tiny_recipe, tmp_path, prompts, 
         (tmp_path / name).write_text("".join(written[:6]))
         (tmp_path / f"{name}.rank1").write_text("".join(written[5:9]))  # the first was moved before
         (tmp_path / f"{name}.rank12").write_text("".join(written[9:]) + '{"row": 0, "mess')
-    assert run(tiny_recipe, out, prompts, "--synthesize", "12") == whole
+    assert run(tiny_recipe, out, prompts, *settings) == whole
     assert "answering" not in capsys.readouterr().out
     assert not list(tmp_path.glob("*.rank*"))
     (tmp_path / "other.jsonl.rank1").write_text('{"row": 1, "messages": [], "tokens": []}\n')

@@ -37,7 +37,7 @@ def numbers(run):
 @pytest.mark.parametrize("zero", ["zero0", "zero2_offload", "zero3"])
 @pytest.mark.parametrize("target", ["argmax", "distribution"])
 def test_the_frozen_start_teaches_two_ranks_as_one(zero, target, two_ranks, one_rank) -> None:
-    """Mutation: teach by the model in training, which ends elsewhere, and whose own divergence is zero."""
+    """Mutation: teach by the model in training, whose divergence from itself is zero."""
     two, one = f"{zero}-{target}-stage2", f"zero0-{target}-stage2"
     assert numbers(two_ranks[two]) == pytest.approx(numbers(one_rank[one]), rel=1e-5)
     before, after = (load_file(two_ranks.folder / two / f"{when}.safetensors") for when in ("before", "after"))
