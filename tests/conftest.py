@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -76,6 +76,38 @@ output: {tmp_path / "out"}
 """
     )
     return file
+
+
+@pytest.fixture
+def make_run(tiny_recipe: Path, tiny_model: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Writes what a finished run leaves, with heads that differ from their start."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from medusa_ds.model.heads import MedusaHeads, save_heads
+    from medusa_ds.recipe import Recipe
+    from medusa_ds.training.build import heads_meta
+
+    def make(
+        name: str = "run", *overrides: str, dtype: torch.dtype = torch.float32, tokens: torch.Tensor | None = None
+    ) -> Path:
+        recipe = Recipe.load(tiny_recipe, [*overrides, f"output={tmp_path / name}"])
+        model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=dtype)
+        spec, (vocab, size) = recipe.heads, model.lm_head.weight.shape
+        heads = MedusaHeads(spec.num, spec.layers, size, vocab, spec.lm_head == "own", dtype, tokens)
+        heads.initialize(model.lm_head.weight)
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for tensor in heads.parameters():
+                tensor += 0.3 * torch.randn_like(tensor)
+            if recipe.stage == 2:
+                model.lm_head.weight.mul_(1.25)
+                model.save_pretrained(tmp_path / name / "backbone")
+        save_heads(tmp_path / name / "heads", heads.state_dict(), heads_meta(recipe))
+        AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / name / "heads")
+        return tmp_path / name
+
+    return make
 
 
 @pytest.fixture(autouse=True)

@@ -1,82 +1,24 @@
-"""Exported directories, as each engine reads them, as transformers alone decodes with them, and back again."""
+"""Exported directories, as each engine reads them."""
 
 import json
-import os
-import pickle
-import subprocess
-import sys
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import engines
 import pytest
 import torch
+from exporting import MakeRun, assert_same, export_, tensors_of
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from support import train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from medusa_ds import export, import_heads
+from medusa_ds import export
 from medusa_ds.cli import main
 from medusa_ds.decoding.answers import Settings
 from medusa_ds.decoding.runs import load_run, save_tree
-from medusa_ds.errors import UserError
 from medusa_ds.evaluate import evaluate
-from medusa_ds.model.heads import MedusaHeads, load_heads, save_heads
-from medusa_ds.recipe import Recipe
-from medusa_ds.training.build import heads_meta
-
-MakeRun = Callable[..., Path]
-
-
-@pytest.fixture
-def make_run(tiny_recipe: Path, tiny_model: Path, tmp_path: Path) -> MakeRun:
-    """Writes what a finished run leaves, with heads that differ from their start."""
-
-    def make(
-        name: str = "run", *overrides: str, dtype: torch.dtype = torch.float32, tokens: torch.Tensor | None = None
-    ) -> Path:
-        recipe = Recipe.load(tiny_recipe, [*overrides, f"output={tmp_path / name}"])
-        model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=dtype)
-        spec, (vocab, size) = recipe.heads, model.lm_head.weight.shape
-        heads = MedusaHeads(spec.num, spec.layers, size, vocab, spec.lm_head == "own", dtype, tokens)
-        heads.initialize(model.lm_head.weight)
-        torch.manual_seed(1)
-        with torch.no_grad():
-            for tensor in heads.parameters():
-                tensor += 0.3 * torch.randn_like(tensor)
-            if recipe.stage == 2:
-                model.lm_head.weight.mul_(1.25)
-                model.save_pretrained(tmp_path / name / "backbone")
-        save_heads(tmp_path / name / "heads", heads.state_dict(), heads_meta(recipe))
-        AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / name / "heads")
-        return tmp_path / name
-
-    return make
-
-
-def export_(run: Path, out: str, *options: str) -> Path:
-    with warnings.catch_warnings():
-        main(["export", str(run), str(run.parent / out), *options])
-    return run.parent / out
-
-
-def tensors_of(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of an export, by file and name."""
-    files = [*path.glob("*.safetensors"), path / "heads" / "heads.safetensors"]
-    found = {f"{file.name}:{name}": tensor for file in files for name, tensor in load_file(file).items()}
-    if (path / "medusa_lm_head.pt").exists():
-        found |= {f"pt:{name}": tensor for name, tensor in torch.load(path / "medusa_lm_head.pt").items()}
-    return found
-
-
-def assert_same(left: Path, right: Path) -> None:
-    one, other = tensors_of(left), tensors_of(right)
-    assert one.keys() == other.keys()
-    assert [name for name in one if one[name].dtype != other[name].dtype or not one[name].equal(other[name])] == []
-
+from medusa_ds.model.heads import load_heads, save_heads
 
 ENGINES = {"fasterdecoding": engines.fasterdecoding, "tgi": engines.tgi, "tensorrt-llm": engines.tensorrt_llm,
            "vllm": engines.vllm}  # fmt: skip
@@ -138,20 +80,6 @@ def test_engines_without_token_maps_get_rows_whose_guesses_are_those_of_the_mapp
     }
 
 
-def test_transformers_alone_maps_the_guesses(make_run: MakeRun, tmp_path: Path, monkeypatch: Any) -> None:
-    """Turns red when rows are taken for tokens."""
-    tokens = torch.arange(299, 40, -3)
-    path = export_(make_run("run", tokens=tokens), "out", "--for", "transformers")
-    model = AutoModelForCausalLM.from_pretrained(
-        json.loads((path / "config.json").read_text())["base_model_name_or_path"]
-    )
-    heads, hidden = export.custom_generate.Heads(model, str(path), {}), torch.randn(5, 32)
-    loaded = load_run(path, torch.device("cpu"), torch.float32)
-    with torch.no_grad():
-        wanted = torch.stack([tokens[head.logits(hidden).argmax(-1)] for head in loaded.heads], 1)
-        assert heads.guess(hidden).equal(wanted)
-
-
 def test_export_cuts_heads_trained_in_full_to_the_most_frequent_tokens(
     make_run: MakeRun, tiny_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -200,227 +128,6 @@ def test_config_says_what_engines_ask_for_and_nothing_of_the_base_models_counts(
         "medusa_fc_bias": True, "dtype": "float32", "torch_dtype": "float32",
     }  # fmt: skip
     assert (engines.vllm_config(path)["num_heads"], engines.vllm_config(path)["num_hidden_layers"]) == (2, 2)
-
-
-ALONE = """
-import json, sys
-class Refuse:
-    def find_spec(self, name, *_):
-        if name.split(".")[0] == "medusa_ds":
-            raise ImportError("refused")
-sys.meta_path.insert(0, Refuse())
-import torch, transformers
-try:
-    import medusa_ds
-    raise SystemExit("medusa_ds could be imported")
-except ImportError:
-    pass
-base, path = sys.argv[1:]
-model = transformers.AutoModelForCausalLM.from_pretrained(base)
-passes, same = {"plain": 0, "heads": 0}, 0
-current = None
-def count(*_):
-    passes[current] += 1
-model.register_forward_hook(count)
-draw = torch.Generator().manual_seed(5)
-for i in range(50):
-    ids = torch.randint(3, 300, (1, 2 + i % 9), generator=draw)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0}
-    current = "plain"
-    plain = model.generate(**inputs, max_new_tokens=40)
-    current = "heads"
-    same += model.generate(**inputs, max_new_tokens=40, custom_generate=path, trust_remote_code=True).equal(plain)
-print(json.dumps({"same": same, **passes}))
-"""
-
-
-def distil(run: Path) -> None:
-    """Teach a run's heads the greedy text of its backbone."""
-    loaded = load_run(run, torch.device("cpu"), torch.float32)
-    draw = torch.Generator().manual_seed(4)
-    texts = loaded.backbone.generate(
-        torch.randint(3, 300, (96, 4), generator=draw), max_new_tokens=40, min_new_tokens=40, do_sample=False,
-        pad_token_id=0,
-    )  # fmt: skip
-    with torch.no_grad():
-        hidden = loaded.backbone.base_model(input_ids=texts).last_hidden_state
-    heads = torch.nn.ModuleList(loaded.heads)
-    optimizer = torch.optim.Adam(heads.parameters(), lr=1e-2)
-    for _ in range(60):
-        optimizer.zero_grad()
-        loss = torch.zeros(())
-        for k, head in enumerate(heads, 1):
-            logits = head.logits(hidden[:, 3 : -k - 1])
-            loss = loss + torch.nn.functional.cross_entropy(logits.flatten(0, 1), texts[:, 4 + k :].flatten())
-        loss.backward()
-        optimizer.step()
-    config, _ = load_heads(run)
-    save_heads(run / "heads", heads.state_dict(), {key: config[key] for key in export.META})
-
-
-def test_transformers_alone_decodes_greedily_with_fewer_passes(make_run: MakeRun, tmp_path: Path) -> None:
-    """Turns red when `decode` accepts one guess more than agrees, or leaves the cache uncropped."""
-    run = make_run()
-    distil(run)
-    path = export_(run, "out", "--for", "transformers")
-    base = json.loads((path / "config.json").read_text())["base_model_name_or_path"]
-    env = {**os.environ, "PYTHONPATH": "", "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", ALONE, base, str(path)], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    counts = json.loads(done.stdout.splitlines()[-1])
-    assert counts["same"] == 50
-    assert counts["heads"] < 0.8 * counts["plain"], counts
-
-
-def decode_with(path: Path, model: Any, ids: torch.Tensor, **options: Any) -> Any:
-    mask = options.pop("attention_mask", torch.ones_like(ids))
-    settings = {"attention_mask": mask, "pad_token_id": 0, "trust_remote_code": True, **options}
-    return model.generate(ids, custom_generate=str(path), **settings)
-
-
-def test_custom_generate_handles_batches_processors_streams_and_refusals(
-    make_run: MakeRun, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    run = make_run()
-    distil(run)
-    path = export_(run, "out", "--for", "transformers")
-    model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    ids = torch.randint(3, 300, (4, 9), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(ids)
-    mask[0, :4] = 0
-    settings = {"attention_mask": mask, "max_new_tokens": 30, "do_sample": False}
-    plain = model.generate(ids, pad_token_id=0, **settings)
-    ends = [int(plain[0, 13]), int(plain[1, 25])]  # rows end at different steps
-    for options in ({}, {"repetition_penalty": 1.3}, {"eos_token_id": ends}):
-        plain = model.generate(ids, pad_token_id=0, **settings, **options)
-        assert decode_with(path, model, ids, **settings, **options).equal(plain), options
-
-    class Stream:
-        tokens: list[int] = []
-        ended = False
-
-        def put(self, tokens: torch.Tensor) -> None:
-            self.tokens += tokens.flatten().tolist()
-
-        def end(self) -> None:
-            self.ended = True
-
-    stream = Stream()
-    out = decode_with(path, model, ids[:1], max_new_tokens=9, do_sample=False, streamer=stream,
-                      return_dict_in_generate=True)  # fmt: skip
-    assert stream.ended and stream.tokens == out.sequences[0].tolist()
-    for options in ({"num_beams": 2}, {"cache_implementation": "static"}, {"use_cache": False},
-                    {"output_scores": True, "return_dict_in_generate": True}):  # fmt: skip
-        with pytest.raises(ValueError, match="Medusa heads"):
-            decode_with(path, model, ids[:1], max_new_tokens=4, do_sample=False, **options)
-
-
-def test_sampling_with_heads_has_the_models_distribution(
-    make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Chi-square over all texts of three tokens. Turns red when a wrong guess, not the drawn token, is kept."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=4, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=32, initializer_range=0.4, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
-    heads = MedusaHeads(2, 1, 16, 4)
-    heads.initialize(model.lm_head.weight)
-    meta = {"base_model": "x", "revision": None, "num": 2, "layers": 1, "lm_head": "own", "hidden_size": 16,
-            "vocab_size": 4, "recipe": ""}  # fmt: skip
-    save_heads(tmp_path / "out" / "heads", heads.state_dict(), meta)
-    (tmp_path / "out" / "custom_generate").mkdir()
-    source = Path(export.custom_generate.__file__).read_text()
-    (tmp_path / "out" / "custom_generate" / "generate.py").write_text(source)
-
-    prompt = torch.tensor([[1, 3]])
-    texts = torch.cartesian_prod(*[torch.arange(4)] * 3)
-    with torch.no_grad():
-        logits = model(torch.cat([prompt.expand(64, -1), texts], 1)).logits[:, 1:-1]
-    expected = logits.log_softmax(-1).gather(-1, texts[..., None])[..., 0].sum(-1).exp()
-    passes = []
-    hook = model.register_forward_hook(lambda *_: passes.append(1))
-    torch.manual_seed(0)
-    draws, rows = 500, 2
-    seen = torch.zeros(64)
-    for _ in range(draws):
-        out = decode_with(tmp_path / "out", model, prompt.expand(rows, -1), max_new_tokens=3, do_sample=True, top_k=0)
-        seen += torch.bincount((out[:, 2:] * torch.tensor([16, 4, 1])).sum(-1), minlength=64)
-    hook.remove()
-    assert len(passes) < 2.97 * draws  # guesses were kept
-    wanted = expected * draws * rows
-    assert float(((seen - wanted) ** 2 / wanted).sum()) < 63 + 4 * (2 * 63) ** 0.5
-
-
-@pytest.mark.parametrize("engine", ["vllm", "tgi", "fasterdecoding", "all"])
-@pytest.mark.parametrize("lm_head", ["own", "shared"])
-def test_export_import_export_gives_identical_tensors(make_run: MakeRun, engine: str, lm_head: str) -> None:
-    """Turns red when the import counts heads from the config, or drops a head's last block."""
-    run = make_run("run", f"heads.lm_head={lm_head}", "heads.num=2", "heads.layers=1", dtype=torch.bfloat16)
-    first = export_(run, "first", "--for", engine)
-    if lm_head == "shared" and engine == "fasterdecoding":  # there every head has a copy: it comes back as its own
-        return
-    main(["import", str(first), str(run.parent / "back")])
-    assert_same(first, export_(run.parent / "back", "second", "--for", engine))
-    assert load_run(run.parent / "back", torch.device("cpu"), torch.bfloat16).tokenizer.chat_template
-
-
-def test_published_heads_are_imported_without_biases_and_with_a_wrong_config(tiny_model: Path, tmp_path: Path) -> None:
-    draw = torch.Generator().manual_seed(0)
-    old = {f"medusa_head.{h}.0.linear.weight": torch.randn(32, 32, generator=draw) for h in range(5)}
-    old |= {f"medusa_head.{h}.1.weight": torch.randn(300, 32, generator=draw) for h in range(5)}
-    (tmp_path / "old").mkdir()
-    torch.save(old, tmp_path / "old" / "medusa_lm_head.pt")
-    (tmp_path / "old" / "config.json").write_text(json.dumps({"medusa_num_heads": 2, "medusa_num_layers": 1}))
-    with pytest.raises(SystemExit):
-        main(["import", str(tmp_path / "old"), str(tmp_path / "new")])
-    main(["import", str(tmp_path / "old"), str(tmp_path / "new"), "--base-model", str(tiny_model)])
-    config, heads = load_heads(tmp_path / "new")
-    assert (config["num"], config["layers"]) == (5, 1)
-    assert heads["4.projection.weight"].equal(old["medusa_head.4.1.weight"])
-    assert not heads["0.blocks.0.bias"].any()
-    assert (
-        load_run(tmp_path / "new", torch.device("cpu"), torch.float32)
-        .heads[4]
-        .blocks[0]
-        .weight.equal(old["medusa_head.4.0.linear.weight"])
-    )
-
-
-class Hostile:
-    def __reduce__(self) -> Any:
-        return (os.mkdir, (os.environ["HOSTILE"],))
-
-
-def test_hostile_damaged_and_foreign_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Turns red when the pickle is read with `weights_only=False`."""
-    monkeypatch.setenv("HOSTILE", str(tmp_path / "done"))
-    (tmp_path / "config.json").write_text(json.dumps({"base_model_name_or_path": "owner/model", "vocab_size": 300}))
-    file = tmp_path / "medusa_lm_head.pt"
-
-    def refusal() -> str:
-        with pytest.raises(UserError) as error:
-            import_heads.main(str(tmp_path), str(tmp_path / "out"))
-        assert not (tmp_path / "out").exists()
-        return str(error.value)
-
-    assert "holds no heads" in refusal()
-    file.write_bytes(pickle.dumps(Hostile()))
-    assert "cannot be read" in refusal() and not (tmp_path / "done").exists()
-    good = {"0.0.linear.weight": torch.zeros(4, 4), "0.1.weight": torch.zeros(9, 4), "1.1.weight": torch.zeros(9, 4)}
-    torch.save(good, file)
-    assert "1.blocks.0.weight is None, not (4, 4)" in refusal()
-    torch.save({"token_map": torch.zeros(3), **good}, file)
-    assert "token_map" in refusal()
-    torch.save({**good, "0.0.linear.bias": torch.zeros(5)}, file)
-    assert "0.blocks.0.bias is (5,), not (4,)" in refusal()
-    save_file({"model.embed_tokens.weight": torch.zeros(3)}, tmp_path / "model.safetensors")
-    assert "model.embed_tokens.weight; not heads" in refusal()
 
 
 @pytest.fixture(scope="module")
