@@ -111,6 +111,19 @@ class _Slots(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # its name in older versions of transformers
 
 
+class _StaticCache(Cache):
+    """All layers' slots; `current`, where set, are those of the layer that runs, whatever number it has."""
+
+    current: _Slots | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        slots: Any = self.layers[layer_idx] if self.current is None else self.current
+        keys_values: tuple[Tensor, Tensor] = slots.update(key_states, value_states)
+        return keys_values
+
+
 class Session:
     """The buffers of a batch size and a number of slots, and the CUDA graph over them.
 
@@ -133,7 +146,7 @@ class Session:
         self.batch, self.slots, self.tree = batch, slots, tree
         self.kv = torch.zeros(2 * layers, batch, heads, slots, size, dtype=backbone.dtype, device=device)
         self._layers = [_Slots(self.kv[2 * i], self.kv[2 * i + 1], tree.nodes) for i in range(layers)]
-        self.cache = Cache(layers=list(self._layers))
+        self.cache = _StaticCache(layers=list(self._layers))
         self.length_B = torch.zeros(batch, dtype=torch.long, device=device)
         self.active_B = torch.ones(batch, dtype=torch.long, device=device)
         self.candidates_BC = torch.zeros(batch, 1 + tree.depth * tree.width, dtype=torch.long, device=device)

@@ -12,8 +12,9 @@ Shape suffixes: B rows, P longest prompt, N tree nodes, D tree depth + 1, H hidd
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +22,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from medusa_ds.decoding.acceptance import Acceptance
 from medusa_ds.decoding.cache import Session, static_attention
+from medusa_ds.decoding.compiled import CompiledBackbone, compile_part
 from medusa_ds.decoding.packed import pack_projections
+from medusa_ds.decoding.top_tokens import top_tokens
 from medusa_ds.decoding.trees import Tree
 from medusa_ds.errors import UserError
 from medusa_ds.model.heads import MedusaHead
@@ -79,11 +82,11 @@ class Decoder:
         self.use_graph = backbone.device.type == "cuda" if graph is None else graph
         if backbone.device.type == "cuda":
             pack_projections(backbone)
-        self._run: Callable[[Session], None] = self._step
+        self._parts: CompiledBackbone | None = None
         if compile_step:
-            torch._dynamo.config.recompile_limit = 256  # one compilation a tree and session, over all decoders
-            # multiplies one row by Triton reductions, which read weights faster than cuBLAS and fuse with the norms
-            self._run = torch.compile(self._step, dynamic=False, options={"coordinate_descent_tuning": True})
+            self._parts = CompiledBackbone(backbone)
+            self._begin = compile_part(self._begin)  # type: ignore[method-assign]
+            self._finish = compile_part(self._finish)  # type: ignore[method-assign]
         self._session: Session | None = None
         self.ends = set(end_tokens(backbone))
         self.limit = getattr(backbone.config, "max_position_embeddings", None) or 1 << 30
@@ -180,8 +183,13 @@ class Decoder:
         return session
 
     def _capture(self, session: Session) -> None:
-        with static_attention(self.backbone):
-            session.graph = capture(lambda: self._run(session))
+        with self._installed(session):
+            session.graph = capture(lambda: self._step(session))
+
+    @contextmanager
+    def _installed(self, session: Session) -> Iterator[None]:
+        with static_attention(self.backbone), self._parts.installed(session) if self._parts else nullcontext():
+            yield
 
     @torch.no_grad()
     def step(self, session: Session, generator: torch.Generator | None = None) -> None:
@@ -191,8 +199,8 @@ class Decoder:
         if session.graph is not None:
             session.graph.replay()
         else:
-            with static_attention(self.backbone):
-                self._run(session)
+            with self._installed(session):
+                self._step(session)
 
     def _prefill(self, session: Session, prompts: Sequence[Sequence[int]], generator: torch.Generator) -> None:
         with static_attention(self.backbone):
@@ -202,16 +210,20 @@ class Decoder:
         self._propose(session, self._guess(hidden_BH), root_B)
 
     def _step(self, session: Session) -> None:
+        inputs = self._begin(session)
+        hidden_BNH = self.backbone.base_model(**inputs, past_key_values=session.cache, use_cache=True).last_hidden_state
+        # not compiled: Inductor would copy all keys and values there and back to move a path of them
+        session.keep(*self._finish(session, inputs["input_ids"], hidden_BNH))
+
+    def _begin(self, session: Session) -> dict[str, Any]:
+        """The tree's tokens, their positions and what they see."""
+        tokens_BN = session.candidates_BC[:, self.tree.slot_N]
+        position_BN = session.length_B[:, None] + self.tree.depth_N
+        return {"input_ids": tokens_BN, "position_ids": position_BN, **session.masks(position_BN)}
+
+    def _finish(self, session: Session, tokens_BN: Tensor, hidden_BNH: Tensor) -> tuple[Tensor, Tensor]:
+        """Accept a path and guess on from its end; the path and the count of its accepted nodes."""
         tree = self.tree
-        tokens_BN = session.candidates_BC[:, tree.slot_N]
-        position_BN = session.length_B[:, None] + tree.depth_N
-        hidden_BNH = self.backbone.base_model(
-            input_ids=tokens_BN,
-            position_ids=position_BN,
-            past_key_values=session.cache,
-            use_cache=True,
-            **session.masks(position_BN),
-        ).last_hidden_state
         every_node = self._reads_lm_head_once(hidden_BNH)
         if every_node:
             parts = [hidden_BNH, *(head.blocks(hidden_BNH) for head in self.heads)]
@@ -219,13 +231,13 @@ class Decoder:
         else:
             logits_GBNV = self.backbone.get_output_embeddings()(hidden_BNH)[None]
         verdict = self.acceptance.judge(logits_GBNV[0], tokens_BN, tree, session.uniform_BN)
-        session.keep(verdict.path_BD, verdict.count_B)
         row_B = torch.arange(len(tokens_BN), device=tokens_BN.device)
         if every_node:
             self._propose(session, logits_GBNV[1:, row_B, verdict.last_B], verdict.next_B)
         else:
             self._propose(session, self._guess(hidden_BNH[row_B, verdict.last_B]), verdict.next_B)
         session.out_BD.copy_(torch.cat([verdict.count_B[:, None], verdict.emitted_BD], 1))
+        return verdict.path_BD, verdict.count_B
 
     def _reads_lm_head_once(self, hidden_BNH: Tensor) -> bool:
         """Whether to ask the heads at every node, before the last accepted one is known.
@@ -233,7 +245,7 @@ class Decoder:
         That reads the LM head's weight once instead of twice, which pays while reading takes longer than multiplying.
         """
         rows = (1 + len(self.heads)) * hidden_BNH.shape[0] * hidden_BNH.shape[1]
-        shared = bool(self.heads) and all(head.projection is None for head in self.heads)
+        shared = len(self.heads) > 0 and all(head.projection is None for head in self.heads)
         return shared and hidden_BNH.is_cuda and rows <= 256
 
     def _guess(self, hidden_BH: Tensor) -> Tensor:
@@ -244,7 +256,9 @@ class Decoder:
         """Write the root and every head's best guesses, the next tree's candidates."""
         parts = [root_B[:, None]]
         if self.heads:
-            guesses_KBW = self.heads[0].tokens(logits_KBV.topk(self.tree.width, dim=-1).indices)
+            width = self.tree.width
+            best_KBW = top_tokens(logits_KBV, width) if logits_KBV.is_cuda else logits_KBV.topk(width, dim=-1).indices
+            guesses_KBW = self.heads[0].tokens(best_KBW)
             parts.append(guesses_KBW.transpose(0, 1).flatten(1))
         session.candidates_BC.copy_(torch.cat(parts, 1))
 

@@ -25,20 +25,20 @@ class _First(nn.Module):
         self.rest: list[Tensor] = []
 
     def forward(self, hidden: Tensor) -> Tensor:
-        first, *self.rest = F.linear(hidden, self.weight, self.bias).split(self.sizes, -1)
+        first, *rest = F.linear(hidden, self.weight, self.bias).split(self.sizes, -1)
+        self.rest = list(rest)  # torch.compile of PyTorch 2.11 makes a tuple of it
         return first
 
 
 class _Other(nn.Module):
     first: _First
 
-    def __init__(self, first: _First, index: int) -> None:
+    def __init__(self, first: _First) -> None:
         super().__init__()
         self.__dict__["first"] = first  # not a submodule: its weight is the first's
-        self.index = index
 
     def forward(self, _: Tensor) -> Tensor:
-        return self.first.rest[self.index]
+        return self.first.rest.pop(0)
 
 
 @torch.no_grad()
@@ -52,5 +52,5 @@ def pack_projections(backbone: nn.Module) -> None:
                 continue
             first = _First(plain)
             setattr(module, names[0], first)
-            for index, name in enumerate(names[1:]):
-                setattr(module, name, _Other(first, index))
+            for name in names[1:]:
+                setattr(module, name, _Other(first))

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from medusa_ds.decoding.acceptance import Acceptance
 from medusa_ds.decoding.generator import Decoder
 from medusa_ds.decoding.measure import copy_bandwidth, plain_step_bytes, step_ms
+from medusa_ds.decoding.top_tokens import top_tokens
 from medusa_ds.decoding.trees import chain, default_tree
 from medusa_ds.model.heads import MedusaHeads
 
@@ -85,6 +86,16 @@ def test_compiled_step_gives_the_same_text():
         for fuse in (False, True)
     ]
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [500, 49152, 128256])
+def test_top_tokens_are_those_of_topk(vocab, dtype):
+    torch.manual_seed(0)
+    logits = torch.randn(3, 2, vocab, device="cuda", dtype=dtype)
+    chosen = top_tokens(logits, 10)
+    assert logits.gather(-1, chosen).equal(logits.topk(10).values)
+    assert all(len(set(row)) == 10 for row in chosen.flatten(0, 1).tolist())
 
 
 @pytest.mark.parametrize("shape", os.environ.get("MEDUSA_DS_SHAPES", "smollm2_135m").split(","))
