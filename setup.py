@@ -22,7 +22,7 @@ setup(
         "medusa_ds.recipes": ["*.yaml"], "medusa_ds.ds_configs": ["*.json"],
     },
     install_requires=[
-        "torch>=2.8", "deepspeed>=0.19.8", "transformers>=5.17", "liger-kernel>=0.8.5", "datasets>=4.0", "triton",
+        "torch>=2.8", "deepspeed>=0.19.8", "transformers>=5.17", "liger-kernel>=0.8.5,<0.9", "datasets>=4.0", "triton",
         "pyyaml", "accelerate", "gguf",
     ],
     extras_require={

@@ -234,6 +234,17 @@ def fill_sizes(config: dict[str, Any], hidden_size: int) -> dict[str, Any]:
     return _without_auto(config, sizes)
 
 
+def clips_in_adam(config: dict[str, Any]) -> bool:
+    """Whether PyTorch's fused AdamW clips: under ZeRO 2, whose reduced gradients are on the device before the step."""
+    return config.get("zero_optimization", {}).get("stage", 0) == 2 and not offloads(config)
+
+
+def offloads(config: dict[str, Any]) -> bool:
+    """Whether a DeepSpeed config keeps the optimizer off the GPU."""
+    offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
+    return bool(offload.get("device", "none") != "none")
+
+
 def _without_auto(node: Any, sizes: dict[str, int]) -> Any:
     if not isinstance(node, dict):
         return node

@@ -33,8 +33,8 @@ def main(recipe: Recipe, hidden: bool = False) -> None:
     if rank == 0:
         _tell(recipe, data, tokenizer)
     if hidden:
-        from medusa_ds.training.engine import start_process_group  # deepspeed is slow to import
         from medusa_ds.training.hidden import open_hidden_cache
+        from medusa_ds.training.launch import start_process_group  # deepspeed is slow to import
 
         open_hidden_cache(recipe, data, start_process_group(recipe))
         torch.distributed.destroy_process_group()

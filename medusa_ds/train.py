@@ -96,8 +96,9 @@ def _run(recipe: Recipe, recipe_file: Path, rank: int, output: Path, supervisor:
     from medusa_ds.data.vocabulary import token_map
     from medusa_ds.model.backbone import load_config, load_tokenizer
     from medusa_ds.training.build import build_model
-    from medusa_ds.training.engine import MedusaEngine, NonFiniteError, start_process_group
+    from medusa_ds.training.engine import MedusaEngine, NonFiniteError
     from medusa_ds.training.hidden import open_hidden_cache
+    from medusa_ds.training.launch import start_process_group
     from medusa_ds.training.loop import Loop
     from medusa_ds.training.report import Report, quiet_libraries
     from medusa_ds.training.step import memory_hint

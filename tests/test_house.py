@@ -41,7 +41,7 @@ ALLOWED = {
 }
 # libraries that one place alone may know, by the first part of the import
 KEEPERS = {
-    "deepspeed": {"training.engine"},
+    "deepspeed": {"training.engine", "training.launch"},
     "liger_kernel": {"model.loss", "model.backbone", "benchmark.original", "benchmark.head"},
 }
 # `transformers.X` beyond its top level: families, a model's files, the key-value cache, and HfDeepSpeedConfig

@@ -97,6 +97,7 @@ class MedusaHead(nn.Module):
         shared_projection: nn.Module | None = None,
         teacher_NH: Tensor | None = None,
         temperature: float = 1.0,
+        scale: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Loss of supervised rows.
 
@@ -109,6 +110,7 @@ class MedusaHead(nn.Module):
             teacher_NH: hidden states from which the LM head predicts the targets; with them the loss is the head's
                 divergence from that prediction, and the targets do not count.
             temperature: see `loss.linear_kl`.
+            scale: see `loss.linear_cross_entropy`.
 
         Returns:
             `(loss_sum, predicted_N)`.
@@ -119,10 +121,10 @@ class MedusaHead(nn.Module):
         if teacher_NH is not None:  # both weights are whole inside the LM head's call
             assert shared_projection is not None
             own = self.projection
-            teacher = {"teacher_NH": teacher_NH, "temperature": temperature, "student": own}
+            teacher = {"teacher_NH": teacher_NH, "temperature": temperature, "student": own, "scale": scale}
             return shared_projection(rows_NH, chunk_mib=chunk_mib, **teacher)
         projection = self._projection(shared_projection)
-        loss_sum, predicted_N = projection(rows_NH, self.rows(targets_N), impl, chunk_mib)
+        loss_sum, predicted_N = projection(rows_NH, self.rows(targets_N), impl, chunk_mib, scale=scale)
         return loss_sum, self.tokens(predicted_N)
 
     def rows(self, token_ids: Tensor) -> Tensor:

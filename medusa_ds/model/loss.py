@@ -9,8 +9,8 @@
 
 Both chunked implementations compute the gradients in the forward pass, while a chunk's logits are there, and only
 scale them in the backward pass. The weight's gradient is accumulated in fp32: adding chunks in bf16 loses the small
-ones. `liger` is Liger's Triton kernel, `torch` the same algorithm in plain PyTorch, `eager` the textbook form with fp32
-logits.
+ones (a single chunk has nothing to add). `liger` is Liger's Triton kernel, `torch` the same algorithm in plain PyTorch,
+`eager` the textbook form with fp32 logits.
 
 Shapes: N rows, H hidden size, V vocabulary.
 """
@@ -39,7 +39,12 @@ def resolve_impl(impl: str, device: torch.device | str) -> Impl:
 
 
 def linear_cross_entropy(
-    rows_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, impl: Impl = "torch", chunk_mib: int = 1024
+    rows_NH: Tensor,
+    weight_VH: Tensor,
+    targets_N: Tensor,
+    impl: Impl = "torch",
+    chunk_mib: int = 1024,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Summed cross-entropy of a linear layer, and its predictions.
 
@@ -50,24 +55,31 @@ def linear_cross_entropy(
         weight_VH: vocabulary projection, of the same dtype.
         targets_N: token ids in [0, V).
         impl: see the module's docstring. `liger` needs a GPU.
-        chunk_mib: memory that one chunk of logits may take, MiB; a chunk has at least one row.
+        chunk_mib: memory that one chunk of logits may take, MiB; a chunk has at least one row. Liger's may be larger
+            where that takes less memory in all.
+        scale: scalar that the gradients are multiplied by, while they are made, in place of the gradient of the loss
+            that the backward pass begins with, which must be 1. None: that gradient, in a pass of its own.
 
     Returns:
         `loss_sum`, a scalar (float64 for float64 inputs, otherwise float32; always float32 with Liger), and
         `predicted_N`, the argmax of the logits.
     """
-    num_rows, (vocab, hidden) = rows_NH.shape[0], weight_VH.shape
+    num_rows, vocab = rows_NH.shape[0], weight_VH.shape[0]
     accumulate = torch.float64 if rows_NH.dtype == torch.float64 else torch.float32
     if impl == "eager":
         logits_NV = (rows_NH @ weight_VH.T).to(accumulate)
-        return nn.functional.cross_entropy(logits_NV, targets_N, reduction="sum"), logits_NV.detach().argmax(-1)
-    if impl == "liger":
-        chunk_rows = max(1, (chunk_mib << 20) // (vocab * rows_NH.element_size()))
-        multiplier = liger_chunk_multiplier(num_rows, vocab, hidden, chunk_rows)
-        if multiplier is not None:
-            return _liger_linear_cross_entropy(rows_NH, weight_VH, targets_N, multiplier)
-    chunk_rows = max(1, (chunk_mib << 20) // (vocab * accumulate.itemsize))
-    return _ChunkedLinearCrossEntropy.apply(rows_NH, weight_VH, targets_N, chunk_rows, torch.is_grad_enabled())
+        loss_sum = nn.functional.cross_entropy(logits_NV, targets_N, reduction="sum")
+        return loss_sum if scale is None else _Scaled.apply(loss_sum, scale), logits_NV.detach().argmax(-1)
+    kernel, learns = impl == "liger", weight_VH.requires_grad and torch.is_grad_enabled()
+    row_bytes = vocab * (rows_NH.dtype if kernel else accumulate).itemsize
+    chunk_rows = max(1, (chunk_mib << 20) // row_bytes)
+    # a single chunk needs no fp32 sum of gradients: where it is no larger than a usual one and half that sum, it takes
+    # less memory than chunks do
+    if kernel and learns and num_rows * row_bytes <= (chunk_mib << 20) + 2 * weight_VH.numel():
+        chunk_rows = max(1, num_rows)
+    return _ChunkedLinearCrossEntropy.apply(
+        rows_NH, weight_VH, targets_N, chunk_rows, kernel, scale, torch.is_grad_enabled()
+    )
 
 
 def linear_kl(
@@ -77,6 +89,7 @@ def linear_kl(
     teacher_VH: Tensor,
     temperature: float = 1.0,
     chunk_mib: int = 1024,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Summed forward Kullback-Leibler divergence of a linear layer from another one, and its predictions.
 
@@ -91,6 +104,7 @@ def linear_kl(
         teacher_VH: vocabulary projection of the teacher; may be `weight_VH`.
         temperature: T, divides both logits.
         chunk_mib: memory that one chunk of both logits may take, MiB; a chunk has at least one row.
+        scale: see `linear_cross_entropy`.
 
     Returns:
         `loss_sum`, in nats (float64 for float64 inputs, otherwise float32), and `predicted_N`, the argmax of the
@@ -99,8 +113,9 @@ def linear_kl(
     itemsize = rows_NH.element_size() if rows_NH.is_cuda else max(4, rows_NH.element_size())
     chunk_rows = max(1, (chunk_mib << 20) // (2 * weight_VH.shape[0] * itemsize))
     return _ChunkedLinearKL.apply(
-        rows_NH, weight_VH, teacher_NH.detach(), teacher_VH.detach(), temperature, chunk_rows, torch.is_grad_enabled()
-    )
+        rows_NH, weight_VH, teacher_NH.detach(), teacher_VH.detach(), temperature, chunk_rows, scale,
+        torch.is_grad_enabled(),
+    )  # fmt: skip
 
 
 def linear_argmax(rows_NH: Tensor, weight_VH: Tensor, chunk_mib: int = 1024) -> Tensor:
@@ -111,69 +126,104 @@ def linear_argmax(rows_NH: Tensor, weight_VH: Tensor, chunk_mib: int = 1024) -> 
     return torch.cat(chunks)
 
 
-def liger_chunk_multiplier(num_rows: int, vocab: int, hidden: int, chunk_rows: int) -> int | None:
-    """Liger's `chunk_mem_const` for the largest chunk that keeps to `chunk_rows` rows.
+def _cross_entropy(
+    logits_CV: Tensor, targets_C: Tensor, loss_C: Tensor, predicted_C: Tensor, gradients: bool
+) -> Tensor:
+    """Fill in losses and predictions; returns the gradient of the logits, where it is wanted."""
+    targets_C1, logits_CV = targets_C[:, None], logits_CV.to(loss_C.dtype)
+    greatest_C1, argmax_C1 = logits_CV.max(dim=-1, keepdim=True)
+    predicted_C.copy_(argmax_C1[:, 0])
+    target_logits_C1 = logits_CV.gather(1, targets_C1)
+    exp_CV = logits_CV.sub_(greatest_C1).exp_()
+    total_C1 = exp_CV.sum(dim=-1, keepdim=True)
+    loss_C.copy_((greatest_C1 + total_C1.log() - target_logits_C1)[:, 0])
+    if gradients:
+        exp_CV.div_(total_C1).scatter_add_(1, targets_C1, torch.full_like(total_C1, -1.0))
+    return exp_CV
 
-    Liger takes chunks of `min(N, next_power_of_2(ceil(N / ceil(V / (chunk_mem_const * H)))))` rows, so that they are
-    powers of two unless one chunk holds everything.
 
-    Returns:
-        The multiplier, or None where Liger cannot do it: no rows, or a budget below what 1 gives (plain PyTorch then).
+def _liger_cross_entropy(
+    logits_CV: Tensor, targets_C: Tensor, loss_C: Tensor, predicted_C: Tensor, gradients: bool
+) -> Tensor:
+    """The same by Liger's kernel, which puts the gradient in place of the logits.
+
+    The kernel itself, since the functions around it make the host wait for the GPU (three times a loss).
     """
-    largest_chunk = num_rows if num_rows <= chunk_rows else 1 << (chunk_rows.bit_length() - 1)
-    if largest_chunk == 0:
-        return None
-    num_chunks = -(-num_rows // largest_chunk)
-    if num_chunks == 1:
-        return -(-vocab // hidden)
-    # the greatest m with ceil(V / (m * H)) >= num_chunks
-    return (vocab - 1) // ((num_chunks - 1) * hidden) or None
+    from liger_kernel.ops.cross_entropy import liger_cross_entropy_kernel  # needs Triton: not on a CPU
 
-
-def _liger_linear_cross_entropy(
-    rows_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, multiplier: int
-) -> tuple[Tensor, Tensor]:
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy  # needs Triton: not on a CPU
-
-    if weight_VH.requires_grad and torch.is_grad_enabled() and not rows_NH.requires_grad:
-        rows_NH = rows_NH.detach().requires_grad_()  # Liger gives no gradient to a weight whose input needs none
-    output = liger_fused_linear_cross_entropy(
-        rows_NH,
-        weight_VH,
-        targets_N,
-        reduction="sum",
-        accum_dtype=torch.float32,
-        return_predicted_tokens=True,
-        chunk_mem_const=multiplier,
-    )
-    return output.loss, output.predicted_tokens
+    (num_rows, vocab), block = logits_CV.shape, 1 << (logits_CV.shape[1] - 1).bit_length()
+    liger_cross_entropy_kernel[(num_rows,)](
+        X_ptr=logits_CV, X_stride=logits_CV.stride(0), Y_ptr=targets_C, Y_stride=targets_C.stride(0), weight_ptr=None,
+        loss_ptr=loss_C, z_loss_ptr=None, loss_stride=1, token_accuracy_ptr=None, token_accuracy_stride=0,
+        predicted_tokens_ptr=predicted_C, predicted_tokens_stride=1, n_cols=vocab, n_non_ignore=1,
+        sum_non_ignore_weight=1, weight_sum=0.0, ignore_index=-100, lse_square_scale=0.0, label_smoothing=0.0,
+        reduction="sum", softcap=None, RETURN_Z_LOSS=False, RETURN_TOKEN_ACCURACY=False, RETURN_PREDICTED_TOKENS=True,
+        HAS_WEIGHT=False, HAS_SOFTCAPPING=False, HAS_GRADIENTS=gradients, BLOCK_SIZE=min(2**15, block), num_warps=32,
+    )  # fmt: skip
+    return logits_CV
 
 
 class _Gradients:
-    """Gradients of a linear layer's inputs, added up over chunks of its rows while their logits are there."""
+    """Gradients of a linear layer's inputs, added up over chunks of its rows while their logits are there.
 
-    def __init__(self, ctx: Any, rows_NH: Tensor, weight_VH: Tensor, grad_enabled: bool) -> None:
+    The weight's is a sum in fp32, or in the weight's own dtype where a single product of that dtype makes it.
+    """
+
+    def __init__(
+        self, ctx: Any, rows_NH: Tensor, weight_VH: Tensor, scale: Tensor | None, grad_enabled: bool, single: bool
+    ) -> None:
         # needs_input_grad says nothing of no_grad, under which the gradients would be computed for nothing
         rows_need, weight_needs = (grad_enabled and needs for needs in ctx.needs_input_grad[:2])
-        self.rows_NH, self.weight_VH = rows_NH, weight_VH
+        self.rows_NH, self.weight_VH, self.scale, self.keep = rows_NH, weight_VH, scale, 0 if single else 1
         self.accumulate = torch.float64 if rows_NH.dtype == torch.float64 else torch.float32
         self.grad_rows_NH = torch.empty_like(rows_NH) if rows_need else None
-        self.grad_weight_VH = torch.zeros_like(weight_VH, dtype=self.accumulate) if weight_needs else None
+        self.grad_weight_VH: Tensor | None = None
+        if weight_needs:
+            self.grad_weight_VH = (
+                torch.empty_like(weight_VH) if single else torch.zeros_like(weight_VH, dtype=self.accumulate)
+            )
         self.wanted = rows_need or weight_needs
 
     def add(self, chunk: slice, grad_logits_CV: Tensor) -> None:
-        rounded_CV = grad_logits_CV.to(self.weight_VH.dtype)
+        rounded_CV, rows_CH, total_VH = (
+            grad_logits_CV.to(self.weight_VH.dtype),
+            self.rows_NH[chunk],
+            self.grad_weight_VH,
+        )
         if self.grad_rows_NH is not None:
-            self.grad_rows_NH[chunk] = rounded_CV @ self.weight_VH
-        total_VH, rows_CH = self.grad_weight_VH, self.rows_NH[chunk]
+            self.grad_rows_NH[chunk] = _times(rounded_CV @ self.weight_VH, self.scale)
         if total_VH is not None and total_VH.is_cuda and total_VH.dtype != rows_CH.dtype:
-            torch.addmm(total_VH, rounded_CV.T, rows_CH, out_dtype=self.accumulate, out=total_VH)
+            rows_CH = _times(rows_CH, self.scale)  # products of bf16, added up in fp32 as they are made
+            torch.addmm(total_VH, rounded_CV.T, rows_CH, out_dtype=total_VH.dtype, out=total_VH)
         elif total_VH is not None:
-            total_VH.addmm_(grad_logits_CV.T.to(self.accumulate), rows_CH.to(self.accumulate))
+            rows_CH = _times(rows_CH.to(total_VH.dtype), self.scale)
+            total_VH.addmm_(grad_logits_CV.T.to(total_VH.dtype), rows_CH, beta=self.keep)
 
     def save(self, ctx: Any) -> None:
         weight = None if self.grad_weight_VH is None else self.grad_weight_VH.to(self.weight_VH.dtype)
         ctx.save_for_backward(self.grad_rows_NH, weight)
+        ctx.is_scaled = self.scale is not None
+
+
+def _times(tensor: Tensor, scale: Tensor | None) -> Tensor:
+    """Their product in the tensor's dtype; a factor on the GPU would be rounded to that dtype first."""
+    if scale is None:
+        return tensor
+    return (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * scale).to(tensor.dtype)
+
+
+class _Scaled(torch.autograd.Function):
+    """A loss whose gradient is multiplied."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(scale)
+        return loss.view_as(loss)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None]:
+        return _times(grad_loss, ctx.saved_tensors[0]), None
 
 
 class _Chunked(torch.autograd.Function):
@@ -182,44 +232,42 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = (None if grad is None else grad * grad_loss for grad in ctx.saved_tensors)
+        factor = None if ctx.is_scaled else grad_loss
+        assert factor is not None or grad_loss.is_cuda or grad_loss == 1, "the gradient of a scaled loss is 1"
+        scaled = (None if grad is None else _times(grad, factor) for grad in ctx.saved_tensors)
         return (*scaled, *[None] * (len(ctx.needs_input_grad) - 2))
 
 
 class _ChunkedLinearCrossEntropy(_Chunked):
     @staticmethod
     def forward(
-        ctx: Any, rows_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, chunk_rows: int, grad_enabled: bool
-    ) -> tuple[Tensor, Tensor]:
-        gradients = _Gradients(ctx, rows_NH, weight_VH, grad_enabled)
-        loss_sum = rows_NH.new_zeros((), dtype=gradients.accumulate)
-        predicted_N = torch.empty_like(targets_N)
-        for start in range(0, rows_NH.shape[0], chunk_rows):
+        ctx: Any, rows_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, chunk_rows: int, kernel: bool,
+        scale: Tensor | None, grad_enabled: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        num_rows = rows_NH.shape[0]
+        single = kernel and 0 < num_rows <= chunk_rows
+        gradients = _Gradients(ctx, rows_NH, weight_VH, scale, grad_enabled, single)
+        loss_N = rows_NH.new_empty(num_rows, dtype=gradients.accumulate)
+        predicted_N, cross_entropy = torch.empty_like(targets_N), _liger_cross_entropy if kernel else _cross_entropy
+        for start in range(0, num_rows, chunk_rows):
             chunk = slice(start, start + chunk_rows)
-            targets_C1 = targets_N[chunk, None]
-            logits_CV = (rows_NH[chunk] @ weight_VH.T).to(gradients.accumulate)
-            greatest_C1, argmax_C1 = logits_CV.max(dim=-1, keepdim=True)
-            predicted_N[chunk] = argmax_C1[:, 0]
-            target_logits_C1 = logits_CV.gather(1, targets_C1)
-            exp_CV = logits_CV.sub_(greatest_C1).exp_()
-            total_C1 = exp_CV.sum(dim=-1, keepdim=True)
-            loss_sum += (greatest_C1 + total_C1.log() - target_logits_C1).sum()
+            logits_CV = rows_NH[chunk] @ weight_VH.T
+            logits_CV = cross_entropy(logits_CV, targets_N[chunk], loss_N[chunk], predicted_N[chunk], gradients.wanted)
             if gradients.wanted:
-                grad_logits_CV = exp_CV.div_(total_C1)
-                grad_logits_CV.scatter_add_(1, targets_C1, torch.full_like(total_C1, -1.0))
-                gradients.add(chunk, grad_logits_CV)
+                gradients.add(chunk, logits_CV)
+            del logits_CV  # before the next chunk is there
         gradients.save(ctx)
         ctx.mark_non_differentiable(predicted_N)
-        return loss_sum, predicted_N
+        return loss_N.sum(), predicted_N
 
 
 class _ChunkedLinearKL(_Chunked):
     @staticmethod
     def forward(
         ctx: Any, rows_NH: Tensor, weight_VH: Tensor, teacher_NH: Tensor, teacher_VH: Tensor, temperature: float,
-        chunk_rows: int, grad_enabled: bool,
+        chunk_rows: int, scale: Tensor | None, grad_enabled: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        gradients = _Gradients(ctx, rows_NH, weight_VH, grad_enabled)
+        gradients = _Gradients(ctx, rows_NH, weight_VH, scale, grad_enabled, single=False)
         accumulate = gradients.accumulate
         loss_sum = rows_NH.new_zeros((), dtype=accumulate)
         predicted_N = torch.empty(rows_NH.shape[0], dtype=torch.long, device=rows_NH.device)

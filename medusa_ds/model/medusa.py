@@ -27,12 +27,12 @@ from medusa_ds.model.rows import head_rows
 class HeadLoss(NamedTuple):
     """What one head made of a micro-batch.
 
-    `loss_sum`: scalar with graph. `count`: N, a LongTensor scalar. `predicted`: argmax token ids [N].
+    `loss_sum`: scalar with graph. `count`: N. `predicted`: argmax token ids [N].
     `rows`: indices into the B*S positions [N]. `missed`: those of rows left out, whose target has no row.
     """
 
     loss_sum: Tensor
-    count: Tensor  # type: ignore[assignment]
+    count: int  # type: ignore[assignment]
     predicted: Tensor
     rows: Tensor
     missed: Tensor
@@ -128,7 +128,7 @@ class MedusaModel(nn.Module):
                 use_vocabulary_projection(model)
         self.backbone = backbone.requires_grad_(stage == 2)
         self.start = None if start is None else start.requires_grad_(False)
-        self.heads = heads
+        self.heads, self.known_V = heads, heads.known_V
         self.stage, self.loss_impl, self.chunk_mib = stage, loss_impl, chunk_mib
         self.target, self.temperature = target, temperature
 
@@ -148,66 +148,87 @@ class MedusaModel(nn.Module):
         states_MH: Tensor | None = None,
         row_R: Tensor | None = None,
         scales_M: Tensor | None = None,
+        scales: Tensor | None = None,
     ) -> MedusaOutput:
         """Loss sums and counters of one micro-batch.
 
+        Rows are found where the labels are: on the CPU, the host need not wait for the GPU to know how many.
+
         Args:
             input_ids: LongTensor [B, S].
-            labels: LongTensor [B, S], token ids or -100, not shifted.
-            position_ids: LongTensor [B, S]; restart at 0 with every document of a sequence.
+            labels: LongTensor [B, S], token ids or -100, not shifted; on the CPU or with `input_ids`.
+            position_ids: LongTensor [B, S], where the labels are; restart at 0 with every document of a sequence.
             states_MH: hidden states of M positions that were computed before; the backbone is not asked then.
             row_R: LongTensor [B*S], which of them a position has.
             scales_M: what to multiply them by.
+            scales: [K+1], what the gradients of the losses are multiplied by, see `loss.linear_cross_entropy`.
         """
+        device, first = input_ids.device, 0 if self.stage == 2 else 1
         if states_MH is None:
             hidden_RH = _hidden_states(self.backbone, input_ids, position_ids, grad=self.stage == 2)
         else:
             scaled_MH = states_MH if scales_M is None else states_MH.float() * scales_M[:, None]
             hidden_RH = scaled_MH.to(next(self.heads.parameters()).dtype)
+        # found while the GPU runs the backbone
+        rows = _moved([self._rows(labels, position_ids, k) for k in range(first, len(self.heads) + 1)], device)
         lm_head: Any = self.backbone.get_output_embeddings()
         teacher, teacher_RH = lm_head, hidden_RH
         if self.start is not None:
             teacher = self.start.get_output_embeddings()
             teacher_RH = _hidden_states(self.start, input_ids, position_ids, grad=False)
-        first = 0 if self.stage == 2 else 1
         if self.target == "argmax":  # the LM head at t+k predicts the token of head k's label
-            lm_rows_N, _ = head_rows(labels, position_ids, 0)
+            lm_rows_N = head_rows(labels, position_ids, 0)[0].to(device)
             predicted_N = teacher(teacher_RH[lm_rows_N], argmax=True, chunk_mib=self.chunk_mib)
             chosen_R = lm_rows_N.new_zeros(len(hidden_RH)).index_put((lm_rows_N,), predicted_N)
         losses: list[HeadLoss | None] = [None] * first
         right: list[Tensor | None] = [None] * first
-        for k in range(first, len(self.heads) + 1):
-            rows_N, targets_N = head_rows(labels, position_ids, k)
-            missed_M = rows_N[:0]
-            if k > 0 and self.heads.token_map is not None:
-                known_N = self.heads.knows(targets_N)
-                missed_M, rows_N, targets_N = rows_N[~known_N], rows_N[known_N], targets_N[known_N]
+        for k, (rows_N, targets_N, missed_M) in enumerate(rows, first):
             learned_N = chosen_R[rows_N + k] if self.target == "argmax" else targets_N
             args = (hidden_RH[rows_N if row_R is None else row_R[rows_N]], learned_N, self.loss_impl, self.chunk_mib)
+            scale = None if scales is None else scales[k]
             teaching: dict[str, Any] = {}
             if self.target == "distribution":
                 teaching = {"teacher_NH": teacher_RH[rows_N + k], "temperature": self.temperature}
             if k > 0:
                 shared = teacher if teaching else lm_head
-                loss_sum, predicted_N = self.heads[k - 1](*args, shared_projection=shared, **teaching)
+                loss_sum, predicted_N = self.heads[k - 1](*args, shared_projection=shared, scale=scale, **teaching)
             elif teaching:
-                loss_sum, predicted_N = teacher(args[0], chunk_mib=self.chunk_mib, student=lm_head, **teaching)
+                options = {"chunk_mib": self.chunk_mib, "student": lm_head, "scale": scale}
+                loss_sum, predicted_N = teacher(args[0], **options, **teaching)
             else:
-                loss_sum, predicted_N = lm_head(*args)
-            losses.append(HeadLoss(loss_sum, targets_N.new_tensor(len(rows_N)), predicted_N, rows_N, missed_M))
+                loss_sum, predicted_N = lm_head(*args, scale=scale)
+            losses.append(HeadLoss(loss_sum, len(rows_N), predicted_N, rows_N, missed_M))
             right.append(predicted_N == targets_N)
         counters = _count(losses, right, labels.numel())
         if self.start is not None and not self.training:
-            rows_N, targets_N = head_rows(labels, position_ids, 0)
+            rows_N, targets_N, _ = rows[0]
             label_loss_sum, _ = lm_head(hidden_RH[rows_N], targets_N, self.loss_impl, self.chunk_mib)
             counters[0, COUNTERS.index("label_loss_sum")] = label_loss_sum.detach()
         return MedusaOutput(losses, counters)
+
+    def _rows(self, labels: Tensor, position_ids: Tensor, k: int) -> list[Tensor]:
+        """Rows and targets of head k, and the rows left out, whose target has no row in the heads' vocabulary."""
+        rows_N, targets_N = head_rows(labels, position_ids, k)
+        if k == 0 or self.known_V is None:
+            return [rows_N, targets_N, rows_N[:0]]
+        known_N = self.known_V.to(labels.device)[targets_N]
+        return [rows_N[known_N], targets_N[known_N], rows_N[~known_N]]
+
+
+def _moved(parts: list[list[Tensor]], device: torch.device) -> list[list[Tensor]]:
+    """The same on a device, in one copy that the host does not wait for."""
+    flat = [part for head in parts for part in head]
+    if flat[0].device == device:
+        return parts
+    moved = torch.cat(flat).pin_memory().to(device, non_blocking=True).split([len(part) for part in flat])
+    return [list(moved[at : at + 3]) for at in range(0, len(flat), 3)]
 
 
 def _hidden_states(model: Any, input_ids: Tensor, position_ids: Tensor, grad: bool) -> Tensor:
     """Last hidden states [B*S, H]; without mask and cache, transformers keeps documents apart by position ids."""
     with torch.set_grad_enabled(torch.is_grad_enabled() and grad):
-        output = model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        positions = position_ids.to(input_ids.device, non_blocking=True)
+        output = model.base_model(input_ids=input_ids, position_ids=positions, use_cache=False)
     return output.last_hidden_state.flatten(0, 1)
 
 
@@ -220,13 +241,14 @@ def _count(losses: list[HeadLoss | None], right: list[Tensor | None], num_positi
     for k, (loss, right_N) in enumerate(zip(losses, right, strict=True)):
         if loss is None or right_N is None:
             continue
-        counters[k, 0], counters[k, 1], counters[k, 2] = loss.loss_sum.detach(), loss.count, right_N.sum()
+        counters[k, 0], counters[k, 2] = loss.loss_sum.detach(), right_N.sum()
+        counters[k, 1].fill_(loss.count)  # assigning a number would wait for the GPU
         if k == 0:
             continue
         nowhere_R = torch.zeros_like(all_present_R)
         all_present_R = all_present_R & nowhere_R.index_fill(0, torch.cat([loss.rows, loss.missed]), True)
         counters[k, 4], counters[k, 6] = all_present_R.sum(), (all_present_R & all_right_R).sum()
         all_right_R = all_right_R & nowhere_R.index_put((loss.rows,), right_N)
-        counters[k, 7] = len(loss.missed)
+        counters[k, 7].fill_(len(loss.missed))
         counters[k, 3] = counters[k, 5] = (all_present_R & all_right_R).sum()
     return counters

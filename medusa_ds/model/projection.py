@@ -38,21 +38,22 @@ class VocabularyProjection(ZeroLinear):
         teacher_VH: Tensor | None = None,
         temperature: float = 1.0,
         student: nn.Module | None = None,
+        scale: Tensor | None = None,
     ) -> Any:
         """Logits [..., V] of hidden states [..., H], or what a loss needs of rows [N, H], without keeping logits.
 
         With `argmax`, the first choice [N]. With targets, `(loss_sum, predicted_N)` of the cross-entropy. With
         `teacher_NH`, the same of the divergence from the teacher, whose weight is `teacher_VH` or this one; with
-        `student`, this is the teacher, and its weight is handed on to that projection.
+        `student`, this is the teacher, and its weight is handed on to that projection. `scale` is the losses'.
         """
         if argmax:
             return linear_argmax(hidden, self.weight, chunk_mib)
         if student is not None:
-            teacher = {"teacher_NH": teacher_NH, "teacher_VH": self.weight, "temperature": temperature}
+            teacher = {"teacher_NH": teacher_NH, "teacher_VH": self.weight, "temperature": temperature, "scale": scale}
             return student(hidden, chunk_mib=chunk_mib, **teacher)
         if teacher_NH is not None:
             teacher_VH = self.weight if teacher_VH is None else teacher_VH
-            return linear_kl(hidden, self.weight, teacher_NH, teacher_VH, temperature, chunk_mib)
+            return linear_kl(hidden, self.weight, teacher_NH, teacher_VH, temperature, chunk_mib, scale)
         if targets_N is not None:
-            return linear_cross_entropy(hidden, self.weight, targets_N, impl, chunk_mib)
+            return linear_cross_entropy(hidden, self.weight, targets_N, impl, chunk_mib, scale)
         return super().forward(hidden)

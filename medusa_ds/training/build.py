@@ -113,7 +113,9 @@ def _shape(recipe: Recipe) -> dict[str, Any]:
 def complete_config(config: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     """What a DeepSpeed config still lacks: sizes that follow from the model, fp32 accumulation, places of monitors.
 
-    A single micro-batch has nothing to add up: its bf16 gradients then go to the optimizer without fp32 copies.
+    A single micro-batch has nothing to add up: its bf16 gradients then go to the optimizer without fp32 copies. What
+    DeepSpeed would do in passes of its own over all gradients is left to others: averages to the loss, which is made of
+    sums (ZeRO 3 knows only averages), norm and clipping to `step.clip` where it can (see `ds_config.clips_in_adam`).
     """
     config = ds_config.fill_sizes(config, load_config(recipe.model).get_text_config().hidden_size)
     zero_stage = config.get("zero_optimization", {}).get("stage", 0)
@@ -121,6 +123,12 @@ def complete_config(config: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     if config["bf16"]["enabled"] and zero_stage > 0 and micro_batches > 1:
         # DeepSpeed's default adds micro-batches up in bf16; ZeRO 0 knows nothing else
         config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    if zero_stage < 3:
+        config["gradient_allreduce_op"] = "sum"
+    if ds_config.clips_in_adam(config):
+        config["gradient_clipping"] = 0.0
+        config["zero_optimization"]["compute_grad_norm"] = config["bf16"]["check_grad_overflow"] = False
+    config.setdefault("timers", {"throughput": {"enabled": False}})  # which waits for the GPU twice a step
     if config["tensorboard"]["enabled"]:
         config["tensorboard"].setdefault("output_path", recipe.output)
     return config

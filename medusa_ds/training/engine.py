@@ -1,4 +1,4 @@
-"""MedusaEngine: loss sums become weights. The only user of deepspeed.
+"""MedusaEngine: loss sums become weights. With `launch.py` the only user of deepspeed.
 
 One step is written out in `train_batch`: count, all-reduce the counts, forward and backward with sums over global
 counts, all-reduce what was measured, step. What DeepSpeed would do silently is an error here: a step that was skipped,
@@ -13,11 +13,10 @@ from __future__ import annotations
 import math
 import os
 import shutil
-import socket
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from datetime import timedelta
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +28,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.integrations import HfDeepSpeedConfig
 
+from medusa_ds.ds_config import clips_in_adam, offloads
 from medusa_ds.errors import UserError
 from medusa_ds.model.heads import different_maps, save_heads
 from medusa_ds.model.lm_head import LmHeadAlone
@@ -37,8 +37,18 @@ from medusa_ds.model.rows import count_targets
 from medusa_ds.recipe import Recipe
 from medusa_ds.training import checkpoint, optim
 from medusa_ds.training.build import Gathered, Partitioned, build_model, complete_config, heads_meta
+from medusa_ds.training.launch import start_process_group
 from medusa_ds.training.manifest import sync_files
-from medusa_ds.training.step import NonFiniteError, StepResult, memory_hint, non_finite, norm_of, sum_over_ranks
+from medusa_ds.training.step import (
+    NonFiniteError,
+    StepResult,
+    checked,
+    clip,
+    memory_hint,
+    non_finite,
+    norm_of,
+    sum_over_ranks,
+)
 from medusa_ds.training.tensors import LogicalTensors
 
 if TYPE_CHECKING:
@@ -77,8 +87,7 @@ class MedusaEngine:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         config = complete_config(config, recipe)
         self.accumulation: int = config["gradient_accumulation_steps"]
-        self._zero = config.get("zero_optimization", {})
-        self._zero_stage: int = self._zero.get("stage", 0)
+        self._zero_stage: int = config.get("zero_optimization", {}).get("stage", 0)
         partitioned: Partitioned | None = None
         if self._zero_stage == 3:
             _alive = HfDeepSpeedConfig(config)  # while it lives, transformers builds and loads partitioned
@@ -86,7 +95,7 @@ class MedusaEngine:
         dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
         model = build(recipe, dtype, self.device, partitioned, self._gathered)
         groups = optim.parameter_groups(model, recipe.train)
-        optimizer, self.ds_config = self._optimizer(groups), config
+        optimizer, self.ds_config = self._optimizer(groups, config), config
         self._engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
         self._tensors = LogicalTensors(self._engine, deepspeed.utils, self._gathered, self.rank, self.world_size)
         self.steps_taken, self._best = 0, -math.inf
@@ -95,7 +104,6 @@ class MedusaEngine:
         if self._has_states:  # made by a step without gradients, which ZeRO 0 in bf16 takes and Adam has counted
             self._tensors.set_adam_step(0)
         self.model, self.monitor = model, self._engine.monitor
-        self._known_V = model.heads.known_V
         self._token_map = None if model.heads.token_map is None else model.heads.token_map.tolist()
 
     def train_batch(self, micro_batches: Sequence[MicroBatch], step: int, stop: bool = False) -> StepResult:
@@ -119,30 +127,30 @@ class MedusaEngine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = recipe.train.lr * group["lr_scale"] * optim.lr_factor(step, self.total_steps, recipe.train)
         with memory_hint(recipe):
-            self._engine.train()
-            counts = torch.zeros(num + 2, dtype=torch.int64, device=self.device)
-            counts[-1] = stop
-            for batch in micro_batches:
-                counts[:-1] += count_targets(batch.labels, batch.position_ids, num, self._known_V).to(self.device)
-            dist.all_reduce(counts)
+            if not self.model.training:  # all modules of a backbone take milliseconds
+                self._engine.train()
+            known_V = self.model.known_V
+            targets = [count_targets(batch.labels, batch.position_ids, num, known_V) for batch in micro_batches]
             weights = optim.loss_weights(step, self.total_steps, num, recipe.stage, recipe.loss)
-            scales = [w / max(1, count) for w, count in zip(weights, counts.tolist()[:-1], strict=True)]
+            sizes = torch.cat([torch.stack(targets).sum(0).double(), torch.tensor([stop, *weights]).double()])
+            sizes = sizes.to(self.device)
+            dist.all_reduce(sizes[: num + 2])
+            shares = sizes[num + 2 :] / sizes[: num + 1].clamp(min=1)
+            scales = shares * (self.world_size if self._zero_stage == 3 else 1)  # which averages over ranks
             loss_sum, counters = torch.zeros((), dtype=torch.float64, device=self.device), []
             for batch in micro_batches:
-                output = self._engine(*self._on_device(batch))
-                pairs = zip(scales, output.losses, strict=True)
-                loss = torch.stack([scale * head.loss_sum for scale, head in pairs if head is not None]).sum()
-                # DeepSpeed divides by accumulation steps and averages over ranks; both are undone here
-                self._engine.backward(loss * (self.world_size * self.accumulation))
-                loss_sum += loss.detach()
+                output = self._engine(*self._on_device(batch), scales=scales)
+                losses = [(k, head.loss_sum) for k, head in enumerate(output.losses) if head is not None]
+                self._engine.backward(torch.stack([loss for _, loss in losses]).sum(), scale_wrt_gas=False)
+                loss_sum += sum(shares[k] * loss.detach() for k, loss in losses)
                 counters.append(output.counters.double())
                 if len(counters) < self.accumulation:
                     self._engine.step()
-            total_loss, total = sum_over_ranks(loss_sum, counters, micro_batches, step)
-            grad_norm = self._step(micro_batches, step)
+            sources = [batch.sources for batch in micro_batches]
+            total_loss, total, grad_norm = self._step(*sum_over_ranks(loss_sum, counters), sources, step)
         rates = {group["name"]: group["lr"] for group in self._engine.optimizer.param_groups}
         now = optim.coefficient(step, self.total_steps, recipe.loss)
-        return StepResult(total, total_loss, rates, grad_norm, now, bool(counts[-1]))
+        return StepResult(total, total_loss, rates, grad_norm, now, bool(sizes[num + 1]))
 
     def eval_batch(self, micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
         """Counters (float64, CPU) of micro-batches, summed over all ranks; as many on each rank.
@@ -276,37 +284,46 @@ class MedusaEngine:
             result[name] = copies[id(tensor)]
         return result if self.rank == 0 else {}
 
-    def _step(self, micro_batches: Sequence[MicroBatch], step: int) -> float:
-        """Let DeepSpeed change the weights; returns the gradient's norm."""
-        norm = math.nan
-        if self._zero_stage == 0:  # there DeepSpeed neither reports the norm nor stops at a NaN
-            norm = norm_of([p.grad for p in self._tensors.params.values() if p.grad is not None])
-            if not math.isfinite(norm):
-                raise non_finite("the gradient", step, [batch.sources for batch in micro_batches])
-        self._engine.step()
-        if self._zero_stage > 0:
-            norm = float(self._engine.get_global_grad_norm() or 0.0)
+    def _step(
+        self, sums: torch.Tensor, finite: torch.Tensor, sources: list[list[list[str]]], step: int
+    ) -> tuple[float, torch.Tensor, float]:
+        """Let DeepSpeed change the weights if all is finite; returns loss, counters and the gradient's norm."""
+        if clips_in_adam(self.ds_config):  # a bad step changes nothing, so that the host may look at it afterwards
+            parts = chain.from_iterable(self._engine.optimizer.averaged_gradients.values())
+            device_norm = clip(self._engine.basic_optimizer, parts, self.recipe.train.max_grad_norm, sums[0])
+            self._engine.step()
+            loss, counters = checked(sums, finite, sources, step)
+            norm = float(device_norm)
+        else:
+            loss, counters = checked(sums, finite, sources, step)
+            if self._zero_stage == 0:  # there DeepSpeed neither reports the norm nor stops at a NaN
+                norm = float(norm_of(p.grad for p in self._tensors.params.values() if p.grad is not None))
+                if not math.isfinite(norm):
+                    raise non_finite("the gradient", step, sources)
+            self._engine.step()
+            norm = norm if self._zero_stage == 0 else float(self._engine.get_global_grad_norm() or 0.0)
         if not self._engine.was_step_applied() or not math.isfinite(norm):
-            raise non_finite("the gradient", step, [batch.sources for batch in micro_batches])
+            raise non_finite("the gradient", step, sources)
         self._has_states = True
         self.steps_taken = step + 1
-        return norm
+        return loss, counters, norm
 
     def _on_device(self, batch: MicroBatch) -> list[torch.Tensor | None]:
-        parts = (batch.input_ids, batch.labels, batch.position_ids, *(batch.hidden or ()))
-        return [None if part is None else part.to(self.device, non_blocking=True) for part in parts]
+        parts = (batch.input_ids, *(batch.hidden or ()))  # labels and positions: the model finds its rows on the CPU
+        ids, *hidden = [None if part is None else part.to(self.device, non_blocking=True) for part in parts]
+        return [ids, batch.labels, batch.position_ids, *hidden]
 
     def _gathered(self, params: Iterable[Any], modifier_rank: int | None = 0) -> AbstractContextManager[Any]:
         if self._zero_stage < 3:
             return nullcontext()
         return deepspeed.zero.GatheredParameters(list(params), modifier_rank=modifier_rank)
 
-    def _optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    def _optimizer(self, groups: list[dict[str, Any]], config: dict[str, Any]) -> torch.optim.Optimizer:
         train = self.recipe.train
         options: dict[str, Any] = {"lr": 0.0, "betas": tuple(train.betas), "eps": train.eps}
-        if self._zero.get("offload_optimizer", {}).get("device", "none") != "none":
+        if offloads(config):
             return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
-        return torch.optim.AdamW(groups, fused=self.device.type == "cuda", **options)
+        return torch.optim.AdamW(groups, fused=True, **options)
 
     def _make_optimizer_states(self) -> None:
         """Adam's states exist from the first step on: take one without gradient at rate 0, which changes no weight."""
@@ -330,21 +347,3 @@ class MedusaEngine:
 
     def _root(self) -> Path:
         return Path(self.recipe.output) / "checkpoints"
-
-
-def start_process_group(recipe: Recipe) -> torch.device:
-    """Join the ranks of this launch, once in a process; returns this rank's device."""
-    on_gpu = torch.cuda.is_available()
-    if "MASTER_ADDR" not in os.environ:  # started without a launcher
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(device)
-        # for a norm in fp64 DeepSpeed copies each gradient to fp64: 4 GiB for a projection of the 8B shape
-        deepspeed.accelerator.get_accelerator().is_fp64_supported = lambda: False
-    timeout = timedelta(seconds=recipe.train.hang_timeout)
-    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False, timeout=timeout)
-    return device

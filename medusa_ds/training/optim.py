@@ -11,6 +11,9 @@ from torch import nn
 
 from medusa_ds.recipe import LossSpec, TrainSpec
 
+ALONE = 2**26
+"""Elements from which on a parameter of the heads is a group of its own."""
+
 
 def lr_factor(step: int, total_steps: int, train: TrainSpec) -> float:
     """The learning rate of a step over its peak.
@@ -64,8 +67,9 @@ def parameter_groups(model: nn.Module, train: TrainSpec) -> list[dict[str, Any]]
 
     Returns:
         Groups that are not empty, each with `name` (`heads`, `heads_no_decay`, ...) and `lr_scale`, its learning rate
-        over that of the backbone. The rates themselves are 0 until a step sets them: some of DeepSpeed's optimizers
-        take a step while they are made.
+        over that of the backbone. A head's large projection has a group of its own, under the same name: ZeRO 1 and 2
+        make the fp32 gradient of one group at a time, and need not copy a single tensor to flatten the group. The
+        rates themselves are 0 until a step sets them: some of DeepSpeed's optimizers take a step while they are made.
     """
     groups: dict[str, dict[str, Any]] = {}
     for name, param in model.named_parameters():
@@ -73,12 +77,13 @@ def parameter_groups(model: nn.Module, train: TrainSpec) -> list[dict[str, Any]]
             continue
         part = name.split(".", 1)[0]
         assert part in ("heads", "backbone"), name
-        dimensions = len(getattr(param, "ds_shape", param.shape))  # ZeRO-3 leaves an empty tensor behind
+        shape = getattr(param, "ds_shape", param.shape)  # ZeRO-3 leaves an empty tensor behind
         scale = (train.lr_multiplier or 1.0) if part == "heads" else 1.0
-        key = part if dimensions >= 2 else f"{part}_no_decay"
-        decay = train.weight_decay if dimensions >= 2 else 0.0
+        key = part if len(shape) >= 2 else f"{part}_no_decay"
+        decay = train.weight_decay if len(shape) >= 2 else 0.0
         new = {"params": [], "name": key, "lr": 0.0, "lr_scale": scale, "weight_decay": decay}
-        groups.setdefault(key, new)["params"].append(param)
+        alone = part == "heads" and math.prod(shape) >= ALONE
+        groups.setdefault(name if alone else key, new)["params"].append(param)
     check_groups(model, list(groups.values()))
     return list(groups.values())
 

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from medusa_ds.errors import UserError
+from medusa_ds.model.medusa import COUNTERS
 from medusa_ds.recipe import Recipe
-
-if TYPE_CHECKING:
-    from medusa_ds.data.packing import MicroBatch
 
 _MAX_SOURCES = 16  # rows named per rank in an error
 
@@ -41,31 +37,36 @@ class NonFiniteError(UserError):
     """A loss or gradient that is not a number, on any rank; raised on all of them, before any weight was changed."""
 
 
-def sum_over_ranks(
-    loss: torch.Tensor, counters: Sequence[torch.Tensor], batches: Sequence[MicroBatch], step: int
-) -> tuple[float, torch.Tensor]:
-    """Add up what all ranks measured, unless one of them measured something that is not finite.
+def sum_over_ranks(loss: torch.Tensor, counters: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add up what all ranks measured, without waiting for it.
 
     Args:
         loss: this rank's share of the loss, float64 scalar.
         counters: of each micro-batch; column 0 holds loss sums.
-        batches: the micro-batches, to be named.
-        step: their step.
 
     Returns:
-        The loss, and the counters on the CPU.
-
-    Raises:
-        NonFiniteError: on every rank, with step, ranks and source rows.
+        Sums, float64: micro-batches whose loss is not finite, loss, counters; and which micro-batches of this rank
+        are finite.
     """
     finite = torch.stack([part[:, 0].isfinite().all() for part in counters])
-    local = torch.cat([(~finite).sum().double()[None], loss[None], torch.stack(list(counters)).sum(0).flatten()])
-    dist.all_reduce(local)
-    bad, total, *_ = local.tolist()
-    if bad:
-        rows = [batch.sources for batch, fine in zip(batches, finite.tolist(), strict=True) if not fine]
+    sums = torch.cat([(~finite).sum().double()[None], loss[None], torch.stack(list(counters)).sum(0).flatten()])
+    dist.all_reduce(sums)
+    return sums, finite
+
+
+def checked(
+    sums: torch.Tensor, finite: torch.Tensor, sources: Sequence[list[list[str]]], step: int
+) -> tuple[float, torch.Tensor]:
+    """Loss and counters (on the CPU) of `sum_over_ranks`.
+
+    Raises:
+        NonFiniteError: on every rank, with step, ranks and source rows, when a loss is not finite on any of them.
+    """
+    values = sums.cpu()
+    if values[0]:
+        rows = [found for found, fine in zip(sources, finite.tolist(), strict=True) if not fine]
         raise non_finite("the loss", step, rows)
-    return total, local[2:].reshape(counters[0].shape).cpu()
+    return float(values[1]), values[2:].reshape(-1, len(COUNTERS))
 
 
 def non_finite(what: str, step: int, rows: Sequence[list[list[str]]]) -> NonFiniteError:
@@ -80,10 +81,36 @@ def non_finite(what: str, step: int, rows: Sequence[list[list[str]]]) -> NonFini
     )
 
 
-def norm_of(gradients: Sequence[torch.Tensor]) -> float:
-    """Global 2-norm, in fp32; NaN or infinite when any gradient is."""
+def norm_of(gradients: Iterable[torch.Tensor]) -> torch.Tensor:
+    """2-norm over all of them, an fp32 scalar; NaN or infinite when any gradient is."""
     norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
-    return float(torch.stack(norms).norm()) if norms else math.nan
+    return torch.stack(norms).norm()
+
+
+def clip(
+    optimizer: torch.optim.Optimizer, gradients: Iterable[torch.Tensor], max_norm: float, bad: torch.Tensor
+) -> torch.Tensor:
+    """Have a fused AdamW clip by the global norm in its next step, and change nothing if the norm is not finite.
+
+    Its kernel divides by `grad_scale` and does nothing where `found_inf` is 1, as `torch.amp.GradScaler` uses it, so
+    that neither takes a pass over the gradients, and the host need not wait for the norm.
+
+    Args:
+        optimizer: PyTorch's AdamW with `fused=True`.
+        gradients: this rank's parts; all ranks' parts together hold each gradient once.
+        max_norm: 0 for no clipping.
+        bad: above 0 where nothing shall change for another reason.
+
+    Returns:
+        The norm over all ranks, before clipping.
+    """
+    square = norm_of(gradients).square()
+    dist.all_reduce(square)
+    norm = square.sqrt()
+    scale = ((norm + 1e-6) / max_norm).clamp(min=1.0) if max_norm else torch.ones_like(norm)
+    optimizer.grad_scale = scale  # type: ignore[attr-defined]
+    optimizer.found_inf = (~norm.isfinite() | (bad > 0)).float()  # type: ignore[attr-defined]
+    return norm
 
 
 @contextmanager

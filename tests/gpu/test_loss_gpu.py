@@ -1,5 +1,7 @@
 """Linear cross-entropy on a GPU against float64 eager math and plain PyTorch in the working precision."""
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -77,6 +79,19 @@ def test_no_worse_than_plain_pytorch(n, vocab, hidden, impl, dtype, chunk_mib, u
     )
     assert not bad, report
     assert agreement >= (0.999 if dtype == torch.float32 else 0.95) or n < 50
+
+
+@pytest.mark.parametrize("chunk_mib", [1, 1024])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_scaled_while_they_are_made(dtype, chunk_mib):
+    """Mutation: leave the scale out of either gradient."""
+    rows, weight, targets = planted(3000, 5003, 128, dtype)
+    scale = torch.tensor(-0.37, dtype=torch.float64, device="cuda")
+    wanted, _ = run(by("liger", chunk_mib), rows, weight, targets, -0.37)
+    scaled = functools.partial(linear_cross_entropy, impl="liger", chunk_mib=chunk_mib, scale=scale)
+    found, _ = run(scaled, rows, weight, targets, 1.0)
+    for name, part in wanted.items():
+        assert float((found[name] - part).norm() / part.norm()) < (1e-5 if dtype == torch.float32 else 5e-3), name
 
 
 @pytest.mark.parametrize("impl", ["liger", "torch"])

@@ -2,13 +2,11 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 from medusa_ds.errors import UserError
 from medusa_ds.model import loss as loss_module
-from medusa_ds.model.loss import liger_chunk_multiplier, linear_cross_entropy, resolve_impl
+from medusa_ds.model.loss import linear_cross_entropy, linear_kl, resolve_impl
 
 SIZES = [(1, 7, 3), (13, 101, 17), (67, 1031, 33), (50, 5003, 9)]  # N, V, H
 
@@ -148,23 +146,32 @@ def test_nothing_is_computed_for_gradients_that_nobody_wants(Watch):
     assert watch.products == 1
 
 
-def ligers_chunk(num_rows, vocab, hidden, multiplier):
-    """Chunk rows by the formula of Liger 0.8.5, ops/fused_linear_cross_entropy.py."""
-    factor = -(-vocab // (multiplier * hidden))
-    wanted = -(-num_rows // factor)
-    return min(1 << (wanted - 1).bit_length(), num_rows)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("way", ["torch", "eager", "kl"])
+def test_a_scale_multiplies_the_gradients_and_leaves_the_loss(way, dtype):
+    """Mutations: leave `_times` out of the rows' or of the weight's gradient; round the scale to bf16 (0.15% off)."""
+    scale, (rows, weight, targets) = torch.tensor(0.7021, dtype=torch.float64), planted(40, 101, 17, dtype)
+    teacher, teacher_weight, _ = planted(40, 103, 17, dtype)
+
+    def function(scale):
+        if way == "kl":
+            return lambda rows, weight, _: linear_kl(rows, weight, teacher, teacher_weight[:101], 1.5, 1, scale)
+        return lambda rows, weight, targets: linear_cross_entropy(rows, weight, targets, way, 1, scale)
+
+    found, wanted = run(function(scale), rows, weight, targets), run(function(None), rows, weight, targets)
+    assert torch.equal(found["loss"], wanted["loss"])
+    assert torch.equal(found["predicted"], wanted["predicted"])
+    for name in ("input", "target rows", "other rows"):
+        projected = (found[name].double() * wanted[name].double()).sum() / wanted[name].double().square().sum()
+        assert projected == pytest.approx(float(scale), rel=1e-9 if dtype == torch.float64 else 1e-3), name
 
 
-@settings(max_examples=500, deadline=None)
-@given(st.integers(1, 20000), st.integers(2, 200000), st.integers(1, 9000), st.integers(1, 20000))
-def test_liger_gets_the_largest_chunk_within_the_budget(num_rows, vocab, hidden, chunk_rows):
-    multiplier = liger_chunk_multiplier(num_rows, vocab, hidden, chunk_rows)
-    if multiplier is None:
-        assert ligers_chunk(num_rows, vocab, hidden, 1) > chunk_rows, "Liger could have kept to the budget"
-        return
-    assert ligers_chunk(num_rows, vocab, hidden, multiplier) <= chunk_rows
-    larger = ligers_chunk(num_rows, vocab, hidden, multiplier + 1)
-    assert larger > chunk_rows or larger == ligers_chunk(num_rows, vocab, hidden, multiplier)
+def test_a_scaled_loss_is_not_multiplied_again():
+    """Mutation: without the check the factor 2 is lost without a word."""
+    rows, weight, targets = planted(20, 101, 8)
+    loss, _ = linear_cross_entropy(rows, weight.requires_grad_(), targets, "torch", scale=torch.tensor(0.5))
+    with pytest.raises(AssertionError, match="the gradient of a scaled loss is 1"):
+        (2 * loss).backward()
 
 
 def test_implementation_follows_the_device():

@@ -3,6 +3,7 @@
 import pytest
 from worker import GLOBAL_BATCH, make_recipe
 
+from medusa_ds.ds_config import clips_in_adam
 from medusa_ds.training.build import complete_config
 
 
@@ -14,3 +15,15 @@ def test_only_several_micro_batches_are_added_up_in_fp32(tmp_path, zero, micro_b
     recipe = make_recipe(tmp_path, zero, train={"precision": "bf16", "micro_batch_size": micro_batch})
     config = complete_config(recipe.ds_config(1, on_gpu=True), recipe)
     assert config.get("data_types", {}).get("grad_accum_dtype") == found
+
+
+@pytest.mark.parametrize("zero", ["zero0", "zero1", "zero2", "zero3", "zero2_offload"])
+def test_clipping_is_either_deepspeeds_or_adams(tmp_path, zero):
+    """Mutation: switch DeepSpeed's norm off where `MedusaEngine` does not ask for its own."""
+    recipe = make_recipe(tmp_path, zero, train={"precision": "bf16"})
+    config = complete_config(recipe.ds_config(1, on_gpu=True), recipe)
+    by_adam = zero == "zero2"
+    assert clips_in_adam(config) == by_adam
+    assert config["gradient_clipping"] == (0.0 if by_adam else 1.0)
+    assert config["zero_optimization"].get("compute_grad_norm", True) != by_adam
+    assert config["bf16"].get("check_grad_overflow", True) != by_adam

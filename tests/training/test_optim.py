@@ -74,6 +74,19 @@ def test_groups_hold_each_trainable_parameter_once() -> None:
     assert {g["name"] for g in optim.parameter_groups(model, train_spec())} == {"heads", "heads_no_decay"}
 
 
+def test_large_projections_of_heads_are_groups_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mutation: leave them in one group, whose fp32 gradient is then as large as all of them."""
+    monkeypatch.setattr(optim, "ALONE", 16)
+    model = Model()
+    model.heads.append(nn.Linear(4, 5, bias=False))
+    model.heads.append(nn.Linear(4, 3, bias=False))
+    groups = optim.parameter_groups(model, train_spec(lr_multiplier=4.0))
+    sizes = sorted((group["name"], sum(param.numel() for param in group["params"])) for group in groups)
+    assert sizes == [("backbone", 20), ("backbone_no_decay", 13), ("heads", 12), ("heads", 16), ("heads", 20),
+                     ("heads_no_decay", 4)]  # fmt: skip
+    assert all(group["lr_scale"] == 4 for group in groups if group["name"] == "heads")
+
+
 def test_groups_that_miss_or_repeat_a_parameter_are_refused() -> None:
     """Mutation: skipping biases in `parameter_groups` trips the check."""
     model = Model()

@@ -25,7 +25,7 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(zero: str, stage: i
     assert_same_end(two_ranks, f"{zero}-{stage}")
 
 
-@pytest.mark.parametrize("zero", ["zero0", "zero1", "zero3"])
+@pytest.mark.parametrize("zero", ["zero0", "zero1", "zero2", "zero3"])
 def test_resumed_run_in_bf16_equals_an_uninterrupted_one(zero: str, two_ranks: Runs) -> None:
     """Mutation: leaving the count of the step that ZeRO 0 takes while it is made."""
     assert_same_end(two_ranks, f"{zero}-bf16")

@@ -1,0 +1,28 @@
+"""The ranks of a launch find each other."""
+
+import os
+import socket
+from datetime import timedelta
+
+import deepspeed
+import torch
+
+from medusa_ds.recipe import Recipe
+
+
+def start_process_group(recipe: Recipe) -> torch.device:
+    """Join the ranks of this launch, once in a process; returns this rank's device."""
+    on_gpu = torch.cuda.is_available()
+    if "MASTER_ADDR" not in os.environ:  # started without a launcher
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+        # for a norm in fp64 DeepSpeed copies each gradient to fp64: 4 GiB for a projection of the 8B shape
+        deepspeed.accelerator.get_accelerator().is_fp64_supported = lambda: False
+    timeout = timedelta(seconds=recipe.train.hang_timeout)
+    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False, timeout=timeout)
+    return device
