@@ -79,7 +79,7 @@ class LossSpec(Section):
     impl: Literal["auto", "liger", "torch", "eager"] = "auto"
     """`liger` (auto on a GPU), `torch` (auto on a CPU): chunked, no logits kept. `eager` keeps fp32 logits."""
     chunk_mib: Annotated[int, Field(ge=1)] = 1024
-    """Memory that one chunk of logits may take, MiB."""
+    """Memory that one chunk of logits may take, MiB; more where a single chunk takes less memory in all."""
     target: Literal["label", "argmax", "distribution"] = "label"
     """What head k learns at position t. `label`: the text's token t+k+1. `argmax`, `distribution`: what the backbone's
     own LM head predicts there, its first choice or its softmax (by forward KL). In stage 2 that is what the model
