@@ -1,5 +1,6 @@
 """The distillation program: interrupted runs, accounting, and a server that misbehaves."""
 
+import gzip
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from support import launch
 
 from medusa_ds import cli
 from medusa_ds.data.sources import load_conversations
+from medusa_ds.distilling import server as server_module
 from medusa_ds.recipe import DataSpec
 
 WORDS = "red green blue one two three four five six seven".split()
@@ -246,8 +248,13 @@ class Faults(BaseHTTPRequestHandler):
             data = b'{"error": "overloaded"}'
         if fault == ["no json"]:
             data = b"<html>"
+        if fault == ["endless"]:
+            data = json.dumps(answer | {"padding": "x" * server_module.MAX_ANSWER_BYTES}).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
+        if fault == ["compressed"]:
+            data = gzip.compress(data)
+            self.send_header("Content-Encoding", "gzip")
         self.send_header("Content-Length", str(len(data) + (50 if fault == ["cut"] else 0)))
         self.end_headers()
         self.wfile.write(data)
@@ -296,6 +303,19 @@ def test_a_failing_server_costs_no_finished_row(tiny_recipe, tmp_path, server, c
         turns = [texts[number], f"more {texts[number]}"]
         assert said == [turns[0], f"answer to {turns[0]}", turns[1], f"answer to {turns[1]}"]
     assert all(handler.asked[f"more {text}"] == 1 for text in texts)
+
+
+@pytest.mark.filterwarnings(BROKEN, "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_servers_answer_cannot_fill_the_memory(tiny_recipe, tmp_path, server, capfd, monkeypatch):
+    """Red when an answer is read whole, however long, or unpacked."""
+    monkeypatch.setattr(server_module, "MAX_ANSWER_BYTES", 1 << 16)
+    handler, url = server
+    handler.plan = {"number 1": ["endless"] * 9, "number 2": ["compressed"] * 9}
+    file, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    file.write_text("".join(json.dumps({"turns": [f"number {n}"]}) + "\n" for n in range(6)))
+    run(tiny_recipe, out, file, "--server", url, "--timeout", "5", "--retries", "1", "--batch", "2")
+    assert "6 rows asked = 4 written" in capfd.readouterr().out
+    assert sorted(row["row"] for row in lines(out)) == [0, 3, 4, 5]
 
 
 @pytest.mark.filterwarnings(BROKEN, "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")

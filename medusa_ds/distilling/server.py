@@ -7,6 +7,7 @@ but failures comes back, the server is gone, and the run ends.
 
 import os
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -15,6 +16,7 @@ from medusa_ds.errors import UserError
 
 _FINISH = {"stop": "end", "length": "cut off"}
 _GONE = 20  # failures in a row, over those in flight
+MAX_ANSWER_BYTES = 16 << 20
 
 
 class Server:
@@ -38,7 +40,10 @@ class Server:
             raise UserError("--server: needs the openai package; pip install 'medusa-ds[distill]'") from None
         self.url, self.model, self.sampling, self.in_flight = url, model, sampling, in_flight
         key = os.environ.get("OPENAI_API_KEY", "none")
-        self.client = openai.OpenAI(base_url=url, api_key=key, timeout=timeout_s, max_retries=retries)
+        bounded = openai.DefaultHttpxClient(event_hooks={"response": [_bound]}, headers={"Accept-Encoding": "identity"})
+        self.client = openai.OpenAI(
+            base_url=url, api_key=key, timeout=timeout_s, max_retries=retries, http_client=bounded
+        )
 
     def run(self, requests: deque[Request], handle: Handle) -> None:
         """See `Engine`.
@@ -89,3 +94,20 @@ class Server:
             return Reply(text, tokens, _FINISH.get(choice.finish_reason, f"finish reason {choice.finish_reason}"))
         except Exception as error:  # whatever the client and the layers below it make of a server's answer
             return Reply("", 0, f"failed: {type(error).__name__}: {' '.join(str(error).split())[:120]}")
+
+
+def _bound(response: Any) -> None:
+    """Have the client read no more than `MAX_ANSWER_BYTES` of a response, nor what could unpack to more."""
+    if response.headers.get("Content-Encoding", "identity") != "identity":
+        raise ValueError("a compressed answer, which was not asked for")
+    read = response.iter_raw
+
+    def iter_raw(*args: Any) -> Iterator[bytes]:
+        size = 0
+        for part in read(*args):
+            size += len(part)
+            if size > MAX_ANSWER_BYTES:
+                raise ValueError(f"an answer of more than {MAX_ANSWER_BYTES >> 20} MiB")
+            yield part
+
+    response.iter_raw = iter_raw
