@@ -236,13 +236,15 @@ def fill_sizes(config: dict[str, Any], hidden_size: int) -> dict[str, Any]:
 
 def clips_in_adam(config: dict[str, Any]) -> bool:
     """Whether PyTorch's fused AdamW clips: under ZeRO 2, whose reduced gradients are on the device before the step."""
-    return config.get("zero_optimization", {}).get("stage", 0) == 2 and not offloads(config)
+    stage, (offloads_optimizer, _) = zero_settings(config)
+    return stage == 2 and not offloads_optimizer
 
 
-def offloads(config: dict[str, Any]) -> bool:
-    """Whether a DeepSpeed config keeps the optimizer off the GPU."""
-    offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
-    return bool(offload.get("device", "none") != "none")
+def zero_settings(config: dict[str, Any]) -> tuple[int, tuple[bool, bool]]:
+    """ZeRO stage of a DeepSpeed config, and whether optimizer and parameters are offloaded."""
+    zero = config.get("zero_optimization") or {}
+    devices = [(zero.get(key) or {}).get("device", "none") for key in ("offload_optimizer", "offload_param")]
+    return zero.get("stage", 0), (devices[0] != "none", devices[1] != "none")
 
 
 def _without_auto(node: Any, sizes: dict[str, int]) -> Any:

@@ -207,7 +207,7 @@ def main(recipe: Recipe, world_sizes: list[int], tokens_per_s: float | None, cou
     for ranks in world_sizes:
         cells, fits, cpu_own = [], "", 0
         for name, file in files.items():
-            gpu, cpu = states_bytes(parts, stage, *zero_settings(ds_config.load(file)), ranks, width)
+            gpu, cpu = states_bytes(parts, stage, *ds_config.zero_settings(ds_config.load(file)), ranks, width)
             cells.append(f"{(gpu + work) / GIB:>{max(8, len(name))}.1f}")
             if file == own:
                 fits, cpu_own = smallest_gpu(gpu + work), cpu
@@ -225,13 +225,6 @@ def main(recipe: Recipe, world_sizes: list[int], tokens_per_s: float | None, cou
         f"{most} at a time: {most * checkpoint / GIB:.1f} GiB; saved at the end: {final / GIB:.2f} GiB"
     )
     print(_hours(recipe, tokens_per_s, total_steps(recipe, data)))
-
-
-def zero_settings(settings: dict[str, Any]) -> tuple[int, tuple[bool, bool]]:
-    """ZeRO stage of a DeepSpeed config, and whether optimizer and parameters are offloaded."""
-    zero = settings.get("zero_optimization") or {}
-    devices = [(zero.get(key) or {}).get("device", "none") for key in ("offload_optimizer", "offload_param")]
-    return zero.get("stage", 0), (devices[0] != "none", devices[1] != "none")
 
 
 def _hidden_cache(recipe: Recipe, config: Any, data: Any) -> str:

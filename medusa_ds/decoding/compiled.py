@@ -42,7 +42,7 @@ class CompiledBackbone:
         for module, forward in self._forward.items():
             module.forward = forward
         for layer, slots in zip(self._layers, session.cache.layers, strict=True):
-            layer.forward = _in_turn(session.cache, slots, self._forward[layer])
+            layer.forward = _in_turn(session.cache, slots, layer.forward)
         try:
             yield
         finally:

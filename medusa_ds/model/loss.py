@@ -185,11 +185,8 @@ class _Gradients:
         self.wanted = rows_need or weight_needs
 
     def add(self, chunk: slice, grad_logits_CV: Tensor) -> None:
-        rounded_CV, rows_CH, total_VH = (
-            grad_logits_CV.to(self.weight_VH.dtype),
-            self.rows_NH[chunk],
-            self.grad_weight_VH,
-        )
+        rounded_CV = grad_logits_CV.to(self.weight_VH.dtype)
+        rows_CH, total_VH = self.rows_NH[chunk], self.grad_weight_VH
         if self.grad_rows_NH is not None:
             self.grad_rows_NH[chunk] = _times(rounded_CV @ self.weight_VH, self.scale)
         if total_VH is not None and total_VH.is_cuda and total_VH.dtype != rows_CH.dtype:

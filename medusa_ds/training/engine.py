@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.integrations import HfDeepSpeedConfig
 
-from medusa_ds.ds_config import clips_in_adam, offloads
+from medusa_ds.ds_config import clips_in_adam, zero_settings
 from medusa_ds.errors import UserError
 from medusa_ds.model.heads import different_maps, save_heads
 from medusa_ds.model.lm_head import LmHeadAlone
@@ -87,7 +87,7 @@ class MedusaEngine:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         config = complete_config(config, recipe)
         self.accumulation: int = config["gradient_accumulation_steps"]
-        self._zero_stage: int = config.get("zero_optimization", {}).get("stage", 0)
+        self._zero_stage, (offloads_optimizer, _) = zero_settings(config)
         partitioned: Partitioned | None = None
         if self._zero_stage == 3:
             _alive = HfDeepSpeedConfig(config)  # while it lives, transformers builds and loads partitioned
@@ -95,7 +95,7 @@ class MedusaEngine:
         dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
         model = build(recipe, dtype, self.device, partitioned, self._gathered)
         groups = optim.parameter_groups(model, recipe.train)
-        optimizer, self.ds_config = self._optimizer(groups, config), config
+        optimizer, self.ds_config = self._optimizer(groups, offloads_optimizer), config
         self._engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
         self._tensors = LogicalTensors(self._engine, deepspeed.utils, self._gathered, self.rank, self.world_size)
         self.steps_taken, self._best = 0, -math.inf
@@ -318,10 +318,10 @@ class MedusaEngine:
             return nullcontext()
         return deepspeed.zero.GatheredParameters(list(params), modifier_rank=modifier_rank)
 
-    def _optimizer(self, groups: list[dict[str, Any]], config: dict[str, Any]) -> torch.optim.Optimizer:
+    def _optimizer(self, groups: list[dict[str, Any]], offloaded: bool) -> torch.optim.Optimizer:
         train = self.recipe.train
         options: dict[str, Any] = {"lr": 0.0, "betas": tuple(train.betas), "eps": train.eps}
-        if offloads(config):
+        if offloaded:
             return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
         return torch.optim.AdamW(groups, fused=True, **options)
 
