@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -55,8 +56,12 @@ class Run:
         return self.log.read_text(errors="replace")
 
     def wait(self, timeout: float = 240) -> int:
-        """Wait for the end and return the exit status."""
-        return self.process.wait(timeout)
+        """Wait for the end and return the exit status; what takes longer is killed and fails."""
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            raise AssertionError(f"still running after {timeout} s:\n{self.text}") from None
 
     def wait_for(self, text: str, timeout: float = 120) -> None:
         """Wait until a text has been printed."""
@@ -76,6 +81,11 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
+def _take_sigint() -> None:
+    """A script's background jobs ignore SIGINT, and so would their children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def launch(
     recipe: str | Path, *overrides: str, ranks: int = 1, module: bool = False, env: dict[str, str] | None = None,
     cwd: Path | None = None, port: int | None = None, options: tuple[str, ...] | None = None, log_dir: Path,
@@ -91,7 +101,7 @@ def launch(
     with open(log, "w") as stream:
         process = subprocess.Popen(
             command, stdout=stream, stderr=subprocess.STDOUT, text=True, cwd=cwd or log_dir, env=surroundings,
-            start_new_session=True,
+            start_new_session=True, preexec_fn=_take_sigint,
         )  # fmt: skip
     return Run(process, log)
 

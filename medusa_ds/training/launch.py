@@ -23,6 +23,7 @@ def start_process_group(recipe: Recipe) -> torch.device:
         torch.cuda.set_device(device)
         # for a norm in fp64 DeepSpeed copies each gradient to fp64: 4 GiB for a projection of the 8B shape
         deepspeed.accelerator.get_accelerator().is_fp64_supported = lambda: False
-    timeout = timedelta(seconds=recipe.train.hang_timeout)
+    # the supervisor, which names the hung rank and shows stacks, comes first
+    timeout = timedelta(seconds=recipe.train.hang_timeout + 5)
     deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False, timeout=timeout)
     return device
