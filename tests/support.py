@@ -1,16 +1,17 @@
-"""What several tests use: a tiny tokenizer, and launching a recipe as a user does."""
+"""What several tests use: a tiny tokenizer, and running a recipe, with the launcher as a user does and without."""
 
 import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from forks import free_port, run_forks
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -74,11 +75,8 @@ class Run:
 _LAUNCHES = iter(range(10**9))
 
 
-def free_port() -> int:
-    """A port that nobody listens on at the moment."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+def _new_log(log_dir: Path) -> Path:
+    return log_dir / f"log-{os.getpid()}-{next(_LAUNCHES)}.txt"
 
 
 def _take_sigint() -> None:
@@ -96,7 +94,7 @@ def launch(
     options = options or ("--num_gpus", str(ranks))
     target = ["--module", "medusa_ds", str(recipe)] if module else [str(recipe)]
     command = [deepspeed, "--master_port", str(port or free_port()), *options, *target, *overrides]
-    log = log_dir / f"log-{os.getpid()}-{next(_LAUNCHES)}.txt"
+    log = _new_log(log_dir)
     surroundings = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "PYTHONPATH": "", **(env or {})}
     with open(log, "w") as stream:
         process = subprocess.Popen(
@@ -106,12 +104,27 @@ def launch(
     return Run(process, log)
 
 
-def train(recipe: str | Path, *overrides: str, log_dir: Path, **options: Any) -> str:
-    """Run a launch to its end, which must be a good one, and return what it printed."""
-    run = launch(recipe, *overrides, log_dir=log_dir, **options)
+def launched(*arguments: str | Path, **options: Any) -> str:
+    """A `launch` to its end, which must be a good one; returns what it printed."""
+    run = launch(*arguments, **options)
     status = run.wait()
     assert status == 0, run.text
     return run.text
+
+
+def train(
+    recipe: str | Path, *overrides: str, log_dir: Path, ranks: int = 1, env: dict[str, str] | None = None,
+    ends: tuple[int, ...] = (0,),
+) -> str:  # fmt: skip
+    """Run a recipe's ranks to their end without the launcher; returns what they printed.
+
+    Every exit status must be one of `ends`.
+    """
+    log = _new_log(log_dir)
+    statuses = run_forks(recipe, *overrides, logs=[log] * ranks, cwd=log_dir, env=env)
+    text = log.read_text(errors="replace")
+    assert set(statuses) <= set(ends), (statuses, text)
+    return text
 
 
 def metrics_of(output: Path, kind: str = "train") -> list[dict[str, Any]]:

@@ -1,11 +1,12 @@
-"""Training from a hidden cache as users run it: the stock launcher, a tiny model, kills, a full disk."""
+"""Training from a hidden cache: a tiny model, kills, a full disk."""
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
-from support import launch, losses_of, metrics_of, train
+from support import launched, losses_of, metrics_of, train
 
 from medusa_ds.cli import main
 
@@ -25,12 +26,13 @@ def test_kills_while_filling_and_while_reading_change_no_loss(tiny_recipe: Path,
     plain, out, cache = tmp_path / "plain", tmp_path / "out", tmp_path / "hidden"
     train(tiny_recipe, f"output={plain}", *STEPS, log_dir=tmp_path)
     command = (tiny_recipe, f"data.hidden_cache={cache}", *STEPS)
-    run = launch(*command, ranks=2, env=fault(cache, 1, "kill", 3, r"\.tmp-shard-.*tensors$"), log_dir=tmp_path)
-    assert run.wait() != 0 and "fault: kill" in run.text, run.text
+    killed = {"ranks": 2, "ends": (1, -signal.SIGKILL), "log_dir": tmp_path}
+    text = train(*command, env=fault(cache, 1, "kill", 3, r"\.tmp-shard-.*tensors$"), **killed)
+    assert "fault: kill" in text
     done = len(list(cache.glob("shard-*.json")))
     assert 0 < done < 16
-    run = launch(*command, ranks=2, env=fault(out, 1, "kill", 2, "step-000020"), log_dir=tmp_path)
-    assert run.wait() != 0 and f"filling {16 - done} of 16 shards" in run.text, run.text
+    text = train(*command, env=fault(out, 1, "kill", 2, "step-000020"), **killed)
+    assert "fault: kill" in text and f"filling {16 - done} of 16 shards" in text
     text = train(*command, "deepspeed=ds_configs/zero3.json", log_dir=tmp_path)
     assert "resuming after step 10 of 40" in text and f"hidden cache: {cache}" in text and "complete" in text
     assert losses_of(out) == pytest.approx(losses_of(plain), rel=2e-6)
@@ -44,14 +46,14 @@ def test_kills_while_filling_and_while_reading_change_no_loss(tiny_recipe: Path,
 def test_a_full_disk_is_one_line_and_prepare_fills_under_the_launcher(tiny_recipe: Path, tmp_path: Path) -> None:
     cache = tmp_path / "hidden"
     command = (tiny_recipe, f"data.hidden_cache={cache}", "train.steps=2", "heads.lm_head=shared")
-    run = launch(*command, ranks=2, env=fault(cache, 1, "ENOSPC", 3, r"\.tmp-shard-.*tensors$"), log_dir=tmp_path)
-    assert run.wait() == 2
-    errors = [line for line in run.text.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "Traceback" not in run.text, run.text
+    full = fault(cache, 1, "ENOSPC", 3, r"\.tmp-shard-.*tensors$")
+    text = train(*command, ranks=2, env=full, ends=(2, 1), log_dir=tmp_path)
+    errors = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in text, text
     assert f"{cache}: the hidden cache cannot be written (No space left on device)" in errors[0]
     shutil.rmtree(cache)
     tools = ("--num_gpus", "2", "--module")
-    text = train("medusa_ds.cli", "prepare", *map(str, command), "--hidden", options=tools, log_dir=tmp_path)
+    text = launched("medusa_ds.cli", "prepare", *map(str, command), "--hidden", options=tools, log_dir=tmp_path)
     assert "filling 16 of 16 shards" in text
     text = train(*command, "deepspeed=ds_configs/zero3.json", ranks=2, log_dir=tmp_path)
     assert "complete" in text and "heads saved in" in text

@@ -1,17 +1,10 @@
-"""Every shipped recipe trains: its model's tiny random-weight twin takes two steps, so that a new model is a new file.
-
-All are forks of one process, since importing torch and DeepSpeed costs more than the steps; DeepSpeed keeps process
-groups in globals, so that one process can hold one run.
-"""
+"""Every shipped recipe trains: its tiny random-weight twin takes two steps, so that a new model is a new file."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forks import run_forks
 from support import metrics_of, tiny_tokenizer
 
 from medusa_ds.recipe import Recipe, shipped
@@ -28,21 +21,6 @@ TINY = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 300,
     "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-RUN_ALL = """
-import json, os, sys
-from pathlib import Path
-import medusa_ds.data.packing, medusa_ds.training.loop
-from medusa_ds.recipe import Recipe
-from medusa_ds.train import run
-for file, overrides in json.loads(sys.argv[1]):
-    child = os.fork()
-    if not child:
-        run(Recipe.load(file, overrides), Path(file))
-        sys.stdout.flush()
-        os._exit(0)
-    if os.waitpid(child, 0)[1]:
-        sys.exit(f"{file} failed")
-"""
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +28,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory, conversations: Path) -> Path:
     """Directory that holds the output of every recipe's twin, by the recipe's name."""
     place = tmp_path_factory.mktemp("twins")
     tiny_tokenizer().save_pretrained(place / "model")
-    jobs = []
     for file in RECIPES:
         recipe = Recipe.load(file, planning=True)
         config = {"model_type": MODEL_TYPES[recipe.model.name.split("/")[0]], **TINY}
@@ -62,17 +39,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, conversations: Path) -> Path:
         ]  # fmt: skip
         if recipe.stage == 2:
             overrides.append(f"heads.init_from={place / file.stem.replace('stage2', 'stage1')}")
-        jobs.append([str(file), overrides])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    alone["TORCHDYNAMO_DISABLE"] = (
-        "1"  # DeepSpeed imports torch.compile's back ends for its Muon optimizer: seconds a start
-    )
-    command = [sys.executable, "-c", RUN_ALL, json.dumps(jobs)]
-    done = subprocess.run(command, env={**os.environ, **alone}, cwd=place, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
+        log = place / f"{file.stem}.log"
+        assert run_forks(file, *overrides, logs=[log], cwd=place) == [0], log.read_text()[-5000:]
     return place
 
 

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support import free_port, launch, losses_of, metrics_of, train
+from forks import free_port
+from support import launch, launched, losses_of, metrics_of, train
 
 
 def test_recipe_trains_heads_and_says_where_they_are(tiny_recipe: Path, tmp_path: Path) -> None:
-    text = train(tiny_recipe, "train.steps=30", "train.save_every=100", log_dir=tmp_path)
+    text = launched(tiny_recipe, "train.steps=30", "train.save_every=100", log_dir=tmp_path)
     out = tmp_path / "out"
     first, last = metrics_of(out, "validation")
     assert all(last[f"head{k}_loss"] < first[f"head{k}_loss"] for k in (1, 2, 3))
@@ -41,7 +42,7 @@ def test_plain_yaml_runs_as_a_module_from_any_directory(tiny_recipe: Path, tmp_p
     plain.write_text("\n".join(tiny_recipe.read_text().splitlines()[1:-1]) + "\n")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    train(plain, "train.steps=2", f"output={tmp_path / 'plain'}", module=True, cwd=elsewhere, log_dir=tmp_path)
+    launched(plain, "train.steps=2", f"output={tmp_path / 'plain'}", module=True, cwd=elsewhere, log_dir=tmp_path)
     assert losses_of(tmp_path / "stub") == losses_of(tmp_path / "plain")
 
 
@@ -54,17 +55,15 @@ def test_bad_recipe_ends_with_status_2_and_without_traceback(tiny_recipe: Path, 
 
 
 def test_batch_that_ranks_do_not_divide_is_refused_before_the_model_loads(tiny_recipe: Path, tmp_path: Path) -> None:
-    run = launch(tiny_recipe, "train.global_batch_size=2", ranks=2, log_dir=tmp_path)
-    assert run.wait() == 2
-    assert "train.global_batch_size: found 2" in run.text and "Traceback" not in run.text
+    text = train(tiny_recipe, "train.global_batch_size=2", ranks=2, ends=(2,), log_dir=tmp_path)
+    assert "train.global_batch_size: found 2" in text and "Traceback" not in text
 
 
 def test_another_recipe_into_the_same_output_is_refused(tiny_recipe: Path, tmp_path: Path) -> None:
     train(tiny_recipe, "train.steps=2", log_dir=tmp_path)
-    run = launch(tiny_recipe, "train.steps=2", "train.lr=1e-3", "heads.layers=2", log_dir=tmp_path)
-    assert run.wait() == 2
-    assert "train.lr: this output was made with 0.01; the recipe says 0.001" in run.text
-    assert "heads.layers: this output was made with 1; the recipe says 2" in run.text
+    text = train(tiny_recipe, "train.steps=2", "train.lr=1e-3", "heads.layers=2", ends=(2,), log_dir=tmp_path)
+    assert "train.lr: this output was made with 0.01; the recipe says 0.001" in text
+    assert "heads.layers: this output was made with 1; the recipe says 2" in text
 
 
 def test_warm_start_is_not_resuming(tiny_recipe: Path, tmp_path: Path) -> None:
@@ -147,9 +146,8 @@ def test_dead_rank_ends_the_job(tiny_recipe: Path, tmp_path: Path) -> None:
 def test_second_run_into_an_output_in_use_is_refused(tiny_recipe: Path, tmp_path: Path) -> None:
     run = launch(tiny_recipe, "train.steps=3000", log_dir=tmp_path)
     run.wait_for("step 1/3000")
-    second = launch(tiny_recipe, "train.steps=3000", log_dir=tmp_path)
-    assert second.wait() == 2
-    assert "in use by host" in second.text and "pid" in second.text
+    second = train(tiny_recipe, "train.steps=3000", ends=(2,), log_dir=tmp_path)
+    assert "in use by host" in second and "pid" in second
     run.process.send_signal(signal.SIGTERM)
     psutil.wait_procs(psutil.Process(run.process.pid).children(recursive=True), timeout=60)
     run.wait()

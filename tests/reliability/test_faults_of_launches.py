@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 import pytest
-from support import Run, launch, losses_of, metrics_of, train
+from support import Run, launch, launched, losses_of, metrics_of, train
 
 from medusa_ds.errors import UserError
 from medusa_ds.train import _claim
@@ -67,7 +67,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, convers
         f"  lr: 1e-2\n  save_every: 2\ndeepspeed: ds_configs/zero2.json\noutput: {folder / 'out'}\n"
     )
     secrets = {"HF_TOKEN": "hf_" + "Q" * 34, "WANDB_API_KEY": "c0ffee" * 6 + "abcd"}
-    text = train(recipe, *STEPS, ranks=2, module=True, env=secrets, log_dir=folder)
+    text = launched(recipe, *STEPS, ranks=2, module=True, env=secrets, log_dir=folder)
     written = b"".join(file.read_bytes() for file in (folder / "out").rglob("*") if file.is_file()) + text.encode()
     assert not any(secret.encode() in written for secret in secrets.values()), "a secret was written"
     return folder / "out"
@@ -123,9 +123,8 @@ def test_full_disk_is_one_line_and_data_that_changed_is_refused(
     changed.write_text("".join(conversations.read_text().splitlines(keepends=True)[:-1]))
     kept = (out / "recipe.yaml").read_text()
     (out / "recipe.yaml").write_text(kept.replace(str(conversations), str(changed)))
-    again = launch(tiny_recipe, *STEPS, f"data.path={changed}", log_dir=tmp_path)
-    assert again.wait() == 2
-    assert "step-000002: made with other training data" in again.text and "Traceback" not in again.text
+    again = train(tiny_recipe, *STEPS, f"data.path={changed}", ends=(2,), log_dir=tmp_path)
+    assert "step-000002: made with other training data" in again and "Traceback" not in again
 
 
 def test_signal_to_the_runner_before_any_rank_has_begun(tiny_recipe: Path, tmp_path: Path) -> None:
@@ -139,10 +138,10 @@ def test_signal_to_the_runner_before_any_rank_has_begun(tiny_recipe: Path, tmp_p
 
 def test_metrics_that_cannot_be_written_are_one_line(tiny_recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    run = launch(tiny_recipe, *STEPS, ranks=2, env=fault(out, 0, "ENOSPC", 4, "metrics.jsonl"), log_dir=tmp_path)
-    assert run.wait() == 2
-    assert f"error: {out / 'metrics.jsonl'}: cannot be written (No space left on device)" in run.text
-    assert "Traceback" not in run.text
+    full = fault(out, 0, "ENOSPC", 4, "metrics.jsonl")
+    text = train(tiny_recipe, *STEPS, ranks=2, env=full, ends=(2, 1), log_dir=tmp_path)
+    assert f"error: {out / 'metrics.jsonl'}: cannot be written (No space left on device)" in text
+    assert "Traceback" not in text
 
 
 def test_output_that_cannot_be_written_is_one_line() -> None:
@@ -268,7 +267,7 @@ def test_kill_in_every_phase_then_resume(
         else:
             members[f"rank {rank}"].kill()
     elif phase == "load":
-        train(tiny_recipe, *STEPS, ranks=2, env=cache, log_dir=tmp_path)
+        launched(tiny_recipe, *STEPS, ranks=2, env=cache, log_dir=tmp_path)
         for file in (out / "heads").iterdir():
             file.unlink()
         run = launch(tiny_recipe, *STEPS, ranks=2, env=cache, log_dir=tmp_path)
@@ -285,6 +284,6 @@ def test_kill_in_every_phase_then_resume(
         run = launch(tiny_recipe, *STEPS, "train.keep_last=1", ranks=2, env=env, log_dir=tmp_path)
         members = processes(run)
     assert ended(run, members.values()) != 0, run.text
-    train(tiny_recipe, *STEPS, ranks=2, env=cache, log_dir=tmp_path)
+    launched(tiny_recipe, *STEPS, ranks=2, env=cache, log_dir=tmp_path)
     assert losses_of(out) == losses_of(straight)
     assert not list((out / "checkpoints").glob(".tmp*"))

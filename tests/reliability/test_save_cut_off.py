@@ -1,46 +1,19 @@
 """Every file call of a save, on every rank, under ZeRO 0 to 3 in both stages, as the last one."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forks import run_forks
 
 WORKER = Path(__file__).with_name("save_worker.py")
 
 
 def run_pair(folder: Path, jobs: list[tuple[str, int, bool]]) -> list[dict[str, Any]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    processes = []
-    for rank in ("0", "1"):
-        surroundings = os.environ | {
-            "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-            "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1", "DS_LOG_LEVEL": "error",
-        }  # fmt: skip
-        with open(folder / f"rank{rank}.log", "w") as log:
-            command = [sys.executable, str(WORKER), str(folder), json.dumps(jobs)]
-            processes.append(subprocess.Popen(command, env=surroundings, stdout=log, stderr=subprocess.STDOUT))
-    try:
-        while any(process.poll() is None for process in processes):
-            if any(process.poll() for process in processes):
-                break
-            for process in processes:
-                try:
-                    process.wait(0.3)
-                except subprocess.TimeoutExpired:
-                    continue
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    logs = "\n".join((folder / f"rank{rank}.log").read_text()[-3000:] for rank in (0, 1))
-    assert all(process.returncode == 0 for process in processes), logs
+    logs = [folder / f"rank{rank}.log" for rank in (0, 1)]
+    statuses = run_forks(WORKER, str(folder), json.dumps(jobs), logs=logs, cwd=folder, timeout=3600)
+    assert statuses == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
 

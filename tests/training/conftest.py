@@ -1,14 +1,11 @@
 """Runs of the worker on one and on two ranks, each started once for all tests."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forks import run_forks
 from worker import ZEROS
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -19,35 +16,9 @@ def run_ranks(world: int, folder: Path, jobs: list[tuple[str, str, dict[str, Any
     """Run jobs one after another on `world` processes; returns each rank's results by job name."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    common = os.environ | {"WORLD_SIZE": str(world), "LOCAL_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
-                           "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-                           "DS_LOG_LEVEL": "error"}  # fmt: skip
-    processes = []
-    for rank in range(world):
-        with open(folder / f"rank{rank}.log", "w") as log:
-            command = [sys.executable, str(WORKER), str(folder), str(folder / "jobs.json")]
-            environment = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
-    try:
-        while any(process.poll() is None for process in processes):
-            for process in processes:
-                try:
-                    process.wait(0.2)
-                except subprocess.TimeoutExpired:
-                    continue
-                if process.returncode:
-                    break
-            if any(process.returncode for process in processes):
-                break
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    logs = "\n".join((folder / f"rank{rank}.log").read_text()[-4000:] for rank in range(world))
-    assert all(process.returncode == 0 for process in processes), logs
+    logs = [folder / f"rank{rank}.log" for rank in range(world)]
+    statuses = run_forks(WORKER, str(folder), str(folder / "jobs.json"), logs=logs, cwd=folder, timeout=600)
+    assert set(statuses) == {0}, "\n".join(log.read_text()[-4000:] for log in logs)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world)]
 
 
