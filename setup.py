@@ -18,7 +18,7 @@ setup(
     ],
     package_dir={"medusa_ds": "medusa_ds", "medusa_ds.recipes": "recipes", "medusa_ds.ds_configs": "ds_configs"},
     package_data={
-        "medusa_ds": ["pretrained/*/*"], "medusa_ds.data": ["sample/*"],
+        "medusa_ds": ["pretrained/*/*"], "medusa_ds.data": ["sample/*", "openings.txt"],
         "medusa_ds.recipes": ["*.yaml"], "medusa_ds.ds_configs": ["*.json"],
     },
     install_requires=[

@@ -99,8 +99,8 @@ def distill_model(args: argparse.Namespace) -> None:
     sampling = Sampling(args.temperature, args.top_p, args.max_new_tokens, args.max_prompt_tokens, args.seed)
     distill(recipe, Settings(
         args.out, args.prompts, args.split, args.limit, args.synthesize or 0, args.synthesize_temperature,
-        args.exclude, sampling, args.keep_unfinished, args.batch, args.server, args.server_model, args.timeout,
-        args.retries, args.device, args.dtype,
+        args.openings, args.exclude, sampling, args.keep_unfinished, args.batch, args.server, args.server_model,
+        args.timeout, args.retries, args.device, args.dtype,
     ))  # fmt: skip
 
 
@@ -227,6 +227,8 @@ COMMANDS = {
         option("--limit", type=count, metavar="N", help="take the first N prompts"),
         option("--synthesize", type=count, metavar="N", help="let the model make up N prompts"),
         option("--synthesize-temperature", type=positive, default=1.0, metavar="T", help="of these"),
+        option("--openings", nargs="?", const=str(Path(__file__).with_name("data") / "openings.txt"), metavar="FILE",
+                help="they begin with the lines of a text file in turn, so that they differ more; without FILE, ours"),
         option("--exclude", action="append", default=[], metavar="SOURCE",
                 help="leave out prompts that share eight words in a row with one of these; may be repeated"),
         option("--temperature", type=temperature, default=0.0, metavar="T",

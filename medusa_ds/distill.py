@@ -28,7 +28,7 @@ from medusa_ds.distilling.ranks import Ranks
 from medusa_ds.distilling.requests import MAKE_PROMPT, Engine, Reply, Request, Sampling
 from medusa_ds.distilling.sampler import Sampler
 from medusa_ds.distilling.server import Server
-from medusa_ds.distilling.texts import Excluded, Seen, repetitive
+from medusa_ds.distilling.texts import Excluded, Seen, read_openings, repetitive
 from medusa_ds.errors import UserError
 from medusa_ds.model.backbone import load_backbone, load_tokenizer
 from medusa_ds.recipe import Recipe
@@ -50,6 +50,7 @@ class Settings:
         limit: first prompts of the source that are taken; None takes all.
         synthesize: how many prompts to make.
         synthesize_temperature: of these.
+        openings: text file; the prompts that are made begin with its lines in turn, so that they differ more.
         exclude: sources of prompts that must not be answered.
         sampling: of the answers.
         keep_unfinished: keep answers that were cut off or repeat themselves, without labelling their end.
@@ -66,6 +67,7 @@ class Settings:
     limit: int | None = None
     synthesize: int = 0
     synthesize_temperature: float = 1.0
+    openings: str | None = None
     exclude: list[str] = field(default_factory=list)
     sampling: Sampling = field(default_factory=Sampling)
     keep_unfinished: bool = False
@@ -86,6 +88,8 @@ def distill(recipe: Recipe, settings: Settings) -> dict[str, Any]:
     """
     if settings.prompts is None and not settings.synthesize:
         raise UserError("distill: found neither --prompts nor --synthesize; give one of them, or both")
+    if settings.openings and not settings.synthesize:
+        raise UserError("--openings: found it without --synthesize, whose prompts it begins; give both or neither")
     ranks = Ranks()
     if settings.server and ranks.size > 1:
         raise UserError(
@@ -108,10 +112,11 @@ def _distill(recipe: Recipe, settings: Settings, ranks: Ranks) -> dict[str, Any]
     asked = _read("--prompts", settings.prompts, settings.split)[: settings.limit] if settings.prompts else []
     excluded = [row for source in settings.exclude for row in _read("--exclude", source) if not isinstance(row, str)]
     unwanted = [message["content"] for row in excluded for message in row if message["role"] == "user"]
-    output = Output(Path(settings.out), _state(recipe, settings, asked, unwanted), ranks)
+    openings = read_openings(settings.openings) if settings.openings else [""]
+    output = Output(Path(settings.out), _state(recipe, settings, asked, unwanted, openings), ranks)
     try:
         engines = _Engines(recipe, settings, chat.tokenizer, ranks)
-        prompts = asked + _make_prompts(settings, chat, engines, output, len(asked))
+        prompts = asked + _make_prompts(settings, openings, chat, engines, output, len(asked))
         removed = _removed(prompts, Excluded(unwanted), chat.tokenizer.all_special_tokens, len(asked))
         failed = _answer(settings, chat, engines, prompts, removed, output)
         parts = ranks.gather((failed, removed))
@@ -169,7 +174,9 @@ def _read(where: str, source: str, split: str = "train") -> list[Any]:
     return [row for _, row in load_prompts(where, source, split)]
 
 
-def _state(recipe: Recipe, settings: Settings, asked: list[Any], unwanted: list[str]) -> dict[str, Any]:
+def _state(
+    recipe: Recipe, settings: Settings, asked: list[Any], unwanted: list[str], openings: list[str]
+) -> dict[str, Any]:
     """What an output depends on."""
 
     def digest(value: Any) -> str:
@@ -179,20 +186,25 @@ def _state(recipe: Recipe, settings: Settings, asked: list[Any], unwanted: list[
         "model": recipe.model.name, "revision": recipe.model.revision, "template_args": recipe.data.template_args,
         "prompts": len(asked), "prompts_digest": digest(asked), "exclude_digest": digest(unwanted),
         "synthesize": settings.synthesize, "synthesize_temperature": settings.synthesize_temperature,
+        "openings_digest": digest(openings),
         "keep_unfinished": settings.keep_unfinished,
         **asdict(settings.sampling),
     }  # fmt: skip
 
 
-def _make_prompts(settings: Settings, chat: _Chat, engines: _Engines, output: Output, first: int) -> list[Any]:
+def _make_prompts(
+    settings: Settings, openings: list[str], chat: _Chat, engines: _Engines, output: Output, first: int
+) -> list[Any]:
     """The prompts that the model makes, kept in the progress file: messages, or why one cannot be used."""
     ranks = engines.ranks
     made = {row["row"]: row for row in output.before if "prompt" in row}
     wanted = range(first, first + settings.synthesize)
     missing, new = [row for row in wanted if row not in made], {}
-    if todo := deque(Request(row, MAKE_PROMPT, chat.before_prompt(), []) for row in ranks.share(missing)):
+    begin = chat.before_prompt()
+    texts = {row: begin + openings[row % len(openings)] for row in missing}
+    if todo := deque(Request(row, MAKE_PROMPT, texts[row], []) for row in ranks.share(missing)):
         bar = _begin(f"making {len(missing):,} prompts", len(todo), ranks)
-        before = len(chat.tokenizer(todo[0].text, add_special_tokens=False)["input_ids"])
+        before = max(len(chat.tokenizer(begin + each, add_special_tokens=False)["input_ids"]) for each in openings)
         sampling = replace(
             settings.sampling, temperature=settings.synthesize_temperature, top_p=1.0, max_prompt_tokens=before,
             max_new_tokens=max(1, min(MADE_PROMPT_TOKENS, settings.sampling.max_prompt_tokens - before)),
@@ -201,7 +213,8 @@ def _make_prompts(settings: Settings, chat: _Chat, engines: _Engines, output: Ou
         def keep(request: Request, reply: Reply) -> None:
             bar.add(1, reply.tokens)
             if not reply.finish.startswith("failed"):
-                new[request.row] = {"row": request.row, "prompt": reply.text, "finish": reply.finish}
+                text = request.text.removeprefix(begin) + reply.text if reply.text.strip() else ""
+                new[request.row] = {"row": request.row, "prompt": text, "finish": reply.finish}
                 output.progress.append(new[request.row])
 
         engines.make(sampling, len(todo)).run(todo, keep)

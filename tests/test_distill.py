@@ -136,6 +136,34 @@ def test_other_settings_are_refused(tiny_recipe, tmp_path, prompts, capsys):
     assert "--synthesize" in capsys.readouterr().err
 
 
+def test_openings_begin_the_made_prompts_in_turn(tiny_recipe, tmp_path, prompts, capsys):
+    """Mutation: keep only what the model wrote after the opening."""
+    openings, out = tmp_path / "openings.txt", tmp_path / "out.jsonl"
+    openings.write_text("one two\n\nthree\n")
+    settings = ["--synthesize", "9", "--keep-unfinished", "--limit", "1"]
+    plain = run(tiny_recipe, tmp_path / "plain.jsonl", prompts, *settings)
+    begun = run(tiny_recipe, out, prompts, *settings, "--openings", str(openings))
+    made = {row["row"]: row["prompt"] for row in lines(tmp_path / "out.jsonl.progress") if "prompt" in row}
+    assert set(made) == set(range(1, 10)) and begun != plain
+    assert all(prompt.startswith(("one two", "three")[row % 2]) for row, prompt in made.items() if prompt)
+    assert any(len(prompt) > len("one two") for prompt in made.values())
+    asked = {row["row"]: row["messages"][0]["content"] for row in lines(out) if row["row"] > 0}
+    assert asked and all(made[row].strip() == prompt for row, prompt in asked.items())
+    cli.main(["distill", str(tiny_recipe), "--out", str(tmp_path / "ours.jsonl"), "--synthesize", "2", "--openings",
+              "--max-new-tokens", "4", "--max-prompt-tokens", "120", "--device", "cpu"])  # fmt: skip
+    shipped = {row["row"]: row["prompt"] for row in lines(tmp_path / "ours.jsonl.progress") if "prompt" in row}
+    assert shipped[0].startswith("Write a") and shipped[1].startswith("Write a short story about")
+    (tmp_path / "empty.txt").write_text("\n")
+    for more, says in (
+        (["--limit", "1", "--openings", str(openings)], "without --synthesize"),
+        (["--synthesize", "1", "--openings", str(tmp_path / "none.txt")], "none.txt: cannot be read"),
+        (["--synthesize", "1", "--openings", str(tmp_path / "empty.txt")], "empty.txt: found no line with text"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            run(tiny_recipe, tmp_path / "bad.jsonl", prompts, *more)
+        assert says in capsys.readouterr().err
+
+
 def test_prompts_of_a_benchmark_are_left_out(tiny_recipe, tmp_path, prompts, capsys):
     excluded = tmp_path / "bench.jsonl"
     excluded.write_text(json.dumps({"turns": ["From RED to 10!"]}) + "\n")

@@ -1,9 +1,12 @@
-"""Which texts are not worth training on: repetitions, near-duplicates, and what a benchmark asks."""
+"""How made prompts begin, and which texts are not worth training on: repetitions, near-duplicates, a benchmark's."""
 
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
+
+from medusa_ds.errors import UserError
 
 LOOP_TOKENS, LOOP_PERIOD = 64, 32
 GRAM = 8  # words in a row that two independent texts do not share
@@ -70,3 +73,18 @@ class Seen:
                 self.rows[shingle].append(self.count)
         self.count += 1
         return True
+
+
+def read_openings(file: str) -> list[str]:
+    """The lines of a text file, blank ones left out.
+
+    Raises:
+        UserError: it cannot be read, or has no line with text.
+    """
+    try:
+        lines = [line.rstrip() for line in Path(file).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--openings: {file}: cannot be read as text ({error}); name another file") from None
+    if not any(lines):
+        raise UserError(f"--openings: {file}: found no line with text; write the beginning of a prompt into each line")
+    return [line for line in lines if line]
