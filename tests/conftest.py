@@ -16,6 +16,21 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from support import WORDS, tiny_tokenizer
 
+LONG = (
+    "test_train", "test_faults_of_launches", "test_engine", "test_resume", "test_distillation", "test_generator",
+    "test_distill", "test_hidden_cache", "test_save_cut_off", "test_custom_generate", "test_recipes_train",
+)  # fmt: skip
+"""Files that take longest, which begin first, so that no worker is left alone with one of them at the end."""
+SHARED = {"test_engine": "ranks", "test_resume": "ranks", "test_distillation": "ranks"}
+"""Files of one worker, since they share a fixture that takes a minute; every other file is a group of its own."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order tests and group them for `--dist=loadgroup`."""
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(SHARED.get(item.path.stem, item.path.stem)))
+
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:

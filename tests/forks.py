@@ -91,12 +91,15 @@ def _serve(answers: TextIO) -> tuple[str, list[str]] | None:
 if __name__ == "__main__":
     stdout = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # DeepSpeed logs to stdout
+    import cpuinfo
     import datasets  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     import medusa_ds.training.hidden
     import medusa_ds.training.loop  # noqa: F401
 
+    known = cpuinfo.get_cpu_info()  # DeepSpeed's CPU Adam asks each time, which starts a process
+    cpuinfo.get_cpu_info = lambda: known
     gc.freeze()  # or every fork's collections copy the pages of all modules
     if job := _serve(stdout):
         sys.argv[:], sys.path[0] = [job[0], *job[1]], str(Path(job[0]).parent)
@@ -106,3 +109,5 @@ if __name__ == "__main__":
 
             file_faults.install_from_environment()
         runpy.run_path(job[0], run_name="__main__")
+    else:
+        os._exit(0)  # without what libraries say of a fork server's end

@@ -127,6 +127,12 @@ def train(
     return text
 
 
+def fault(under: Path, rank: int | None, do: str, call: int = 1, match: str = "") -> dict[str, str]:
+    """The environment in which a rank meets a fault at one of its calls for files; see `reliability/inject`."""
+    values = {"under": str(under), "rank": rank, "do": do, "call": call, "match": match}
+    return {"PYTHONPATH": str(Path(__file__).parent / "reliability" / "inject"), "FAULT": json.dumps(values)}
+
+
 def metrics_of(output: Path, kind: str = "train") -> list[dict[str, Any]]:
     """Lines of a run's `metrics.jsonl`."""
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]

@@ -11,9 +11,8 @@ import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import psutil
 import pytest
-from support import launch
+from support import fault, launch, train
 
 from medusa_ds import cli
 from medusa_ds.data.sources import load_conversations
@@ -194,9 +193,11 @@ def test_what_other_ranks_left_is_moved_in_once(tiny_recipe, tmp_path, prompts, 
     assert "other.jsonl.rank1: holds rows, but" in capsys.readouterr().err
 
 
-def launched(recipe, out, prompts, *more, ranks):
-    tools = ("--num_gpus", str(ranks), "--module")
-    return launch("medusa_ds.cli", *arguments(recipe, out, prompts, *more), options=tools, log_dir=out.parent)
+def forked(recipe, out, prompts, *more, ranks, ends=(0,), env=None):
+    """What the program says on some ranks without a launcher."""
+    program = out.parent / "cli.py"
+    program.write_text("from medusa_ds.cli import main\n\nmain()\n")
+    return train(program, *arguments(recipe, out, prompts, *more), ranks=ranks, ends=ends, env=env, log_dir=out.parent)
 
 
 def count_lines(out):
@@ -204,31 +205,30 @@ def count_lines(out):
 
 
 def test_ranks_share_the_rows_and_leave_what_one_process_leaves(tiny_recipe, tmp_path, prompts):
-    """Of two ranks one dies; three are interrupted; two go on to the end. Mutations: ranks do not tell each other the
-    prompts that they made; a rank leaves its parts; a dead rank's rows are asked again."""
+    """Of three ranks one dies; a launch of two is interrupted; two go on to the end. Mutations: ranks do not tell each
+    other the prompts that they made; a rank leaves its parts; a dead rank's rows are asked again."""
     settings = ["--synthesize", "24", "--batch", "2", "--keep-unfinished"]
     whole = run(tiny_recipe, tmp_path / "whole.jsonl", prompts, *settings)
     out = tmp_path / "out.jsonl"
-    before = 0
-    for ranks, more in ((2, 12), (3, 8)):
-        job = launched(tiny_recipe, out, prompts, *settings, ranks=ranks)
-        while job.process.poll() is None and count_lines(out) < before + more:
-            time.sleep(0.002)
-        if ranks == 2:
-            psutil.Process(job.process.pid).children()[0].children()[1].kill()
-        else:  # as a terminal does
-            os.killpg(job.process.pid, signal.SIGINT)
-        assert job.wait(60) != 0, job.text
-        assert "/medusa_ds/" not in job.text, job.text  # a traceback of ours; the launcher shows its own
-        assert before < count_lines(out) < sum(map(len, whole)), job.text
-        before = count_lines(out)
+    dies = fault(tmp_path, 1, "kill", 8, r"out\.jsonl.*\.rank1$")
+    text = forked(tiny_recipe, out, prompts, *settings, ranks=3, env=dies, ends=(1, -signal.SIGKILL))
+    assert "fault: kill" in text and "/medusa_ds/" not in text  # no traceback of ours
+    before = count_lines(out)
+    assert 8 < before < sum(map(len, whole))
+    tools = ("--num_gpus", "2", "--module")
+    job = launch("medusa_ds.cli", *arguments(tiny_recipe, out, prompts, *settings), options=tools, log_dir=tmp_path)
+    while job.process.poll() is None and count_lines(out) < before + 8:
+        time.sleep(0.01)
+    os.killpg(job.process.pid, signal.SIGINT)  # as a terminal does
+    assert job.wait(60) != 0, job.text
+    assert "/medusa_ds/" not in job.text, job.text  # the launcher shows a traceback of its own
+    assert before < count_lines(out) < sum(map(len, whole)), job.text
     assert "finished rows are kept" in job.text
-    job = launched(tiny_recipe, out, prompts, *settings, ranks=2)
-    assert job.wait(120) == 0, job.text
+    text = forked(tiny_recipe, out, prompts, *settings, ranks=2)
     assert content(out) == whole
     assert not list(tmp_path.glob("*.rank*"))
-    assert job.text.count("rows asked =") == 1
-    assert "rows on 2 ranks" in job.text
+    assert text.count("rows asked =") == 1
+    assert "rows on 2 ranks" in text
 
 
 def test_a_server_is_asked_by_one_process(tiny_recipe, tmp_path, prompts, capsys, monkeypatch):
@@ -311,9 +311,9 @@ def test_a_failing_server_costs_no_finished_row(tiny_recipe, tmp_path, server, c
     handler, url = server
     faults = ["500", "503", "429", "closed", "cut", "slow", "hang"]
     texts = [f"number {n}" for n in range(20)]
-    handler.plan = {text: [fault] for text, fault in zip(texts, faults, strict=False)}
-    for n, fault in enumerate(("no choices", "no json", "400")):
-        handler.plan[texts[10 + n]] = [fault]
+    handler.plan = {text: [name] for text, name in zip(texts, faults, strict=False)}
+    for n, name in enumerate(("no choices", "no json", "400")):
+        handler.plan[texts[10 + n]] = [name]
     file, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
     file.write_text("".join(json.dumps({"turns": [text, f"more {text}"]}) + "\n" for text in texts))
     more = ["--server", url, "--timeout", "1", "--retries", "2", "--batch", "4"]

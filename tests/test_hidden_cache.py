@@ -6,18 +6,11 @@ import signal
 from pathlib import Path
 
 import pytest
-from support import launched, losses_of, metrics_of, train
+from support import fault, launched, losses_of, metrics_of, train
 
 from medusa_ds.cli import main
 
-INJECT = Path(__file__).parent / "reliability" / "inject"
 STEPS = ("train.steps=40", "train.save_every=10", "heads.vocab=128")  # three epochs
-
-
-def fault(under: Path, rank: int, do: str, call: int, match: str) -> dict[str, str]:
-    """The environment in which a launch meets a fault."""
-    values = {"under": str(under), "rank": rank, "do": do, "call": call, "match": match}
-    return {"PYTHONPATH": str(INJECT), "FAULT": json.dumps(values)}
 
 
 def test_kills_while_filling_and_while_reading_change_no_loss(tiny_recipe: Path, tmp_path: Path) -> None:

@@ -18,11 +18,12 @@ FAMILIES = {
 
 
 class Case(NamedTuple):
-    """A tiny model, prompts and the texts of transformers' own greedy decoding."""
+    """A tiny model, prompts, the texts of transformers' own greedy decoding, and those that go on behind their end."""
 
     model: PreTrainedModel
     prompts: list[list[int]]
     texts: list[list[int]]
+    longer: list[list[int]]
 
 
 def build(family: str, vocab: int = VOCAB, limit: int = LIMIT) -> PreTrainedModel:
@@ -57,11 +58,9 @@ class Oracle(MedusaHead):
     `rank(position)` says where among its guesses the right token stands; others, close to it, stand before.
     """
 
-    def __init__(self, k, model, text, rank):
+    def __init__(self, k, known_TH, text, rank):
         super().__init__(0, 1, 1, True)
-        self.k, self.text, self.rank = k, text, rank
-        with torch.no_grad():
-            self.known_TH = model.base_model(input_ids=torch.tensor([text])).last_hidden_state[0]
+        self.k, self.known_TH, self.text, self.rank = k, known_TH, text, rank
 
     def logits(self, hidden, shared_projection=None):
         logits = torch.zeros(*hidden.shape[:-1], VOCAB)
@@ -74,4 +73,6 @@ class Oracle(MedusaHead):
 
 
 def oracles(model: PreTrainedModel, text: list[int], rank=lambda k, position: 0) -> list[Oracle]:
-    return [Oracle(k, model, text, lambda position, k=k: rank(k, position)) for k in range(1, NUM + 1)]
+    with torch.no_grad():
+        known_TH = model.base_model(input_ids=torch.tensor([text])).last_hidden_state[0]
+    return [Oracle(k, known_TH, text, lambda position, k=k: rank(k, position)) for k in range(1, NUM + 1)]

@@ -1,6 +1,5 @@
 """Faults of real launches: the stock launcher, two ranks, ended, stopped or failed at a file call from outside."""
 
-import json
 import os
 import re
 import signal
@@ -10,19 +9,12 @@ from typing import Any
 
 import psutil
 import pytest
-from support import Run, launch, launched, losses_of, metrics_of, train
+from support import Run, fault, launch, launched, losses_of, metrics_of, train
 
 from medusa_ds.errors import UserError
 from medusa_ds.train import _claim
 
-INJECT = Path(__file__).with_name("inject")
 STEPS = ("train.steps=6", "train.save_every=2")
-
-
-def fault(under: Path, rank: int | None, do: str, call: int = 1, match: str = "") -> dict[str, str]:
-    """The environment in which a launch meets a fault."""
-    values = {"under": str(under), "rank": rank, "do": do, "call": call, "match": match}
-    return {"PYTHONPATH": str(INJECT), "FAULT": json.dumps(values)}
 
 
 def processes(run: Run) -> dict[str, psutil.Process]:
