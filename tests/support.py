@@ -127,6 +127,13 @@ def train(
     return text
 
 
+def cli(*arguments: str | Path, log_dir: Path, **options: Any) -> str:
+    """`medusa-ds` as in `train`."""
+    program = log_dir / "cli.py"
+    program.write_text("from medusa_ds.cli import main\n\nmain()\n")
+    return train(program, *map(str, arguments), log_dir=log_dir, **options)
+
+
 def fault(under: Path, rank: int | None, do: str, call: int = 1, match: str = "") -> dict[str, str]:
     """The environment in which a rank meets a fault at one of its calls for files; see `reliability/inject`."""
     values = {"under": str(under), "rank": rank, "do": do, "call": call, "match": match}

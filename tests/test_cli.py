@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import cli
 
 from medusa_ds import estimate
 from medusa_ds.cli import COMMANDS, main
@@ -155,8 +156,7 @@ def test_estimate_of_a_hidden_cache_is_what_filling_writes(
     plain, cached = (said(capsys, "estimate", str(tiny_recipe), *more) for more in ([], [cache, "--data"]))
     found = re.search(r"hidden cache in bf16: ([\d.]+) GiB for ([\d,]+) positions", cached)
     assert found is not None and "hidden cache" not in plain
-    command = [sys.executable, "-m", "medusa_ds.cli", "prepare", str(tiny_recipe), cache, "--hidden"]
-    subprocess.run(command, check=True, capture_output=True)
+    cli("prepare", tiny_recipe, cache, "--hidden", log_dir=tmp_path)
     size = sum(file.stat().st_size - 88 for file in (tmp_path / "hidden").glob("*.safetensors"))
     assert int(found[2].replace(",", "")) * 32 * 4 == pytest.approx(size, rel=0.02)
     assert "heads.vocab" not in plain

@@ -12,7 +12,8 @@ from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from support import fault, launch, train
+from support import cli as forked
+from support import fault, launch
 
 from medusa_ds import cli
 from medusa_ds.data.sources import load_conversations
@@ -48,6 +49,10 @@ def content(out):
     """Everything that a run leaves, without its order."""
     progress = lines(out.with_name(out.name + ".progress"))
     return [sorted(map(json.dumps, rows)) for rows in (lines(out), progress)]
+
+
+def count_lines(out):
+    return sum(file.read_bytes().count(b"\n") for file in out.parent.glob(f"{out.name}*"))
 
 
 def run(recipe, out, prompts, *more):
@@ -95,23 +100,22 @@ def test_stopped_killed_and_resumed_equals_uninterrupted(tiny_recipe, tmp_path, 
     """Mutations: seed by the order of answers; leave out rows that were written before."""
     whole = run(tiny_recipe, tmp_path / "whole.jsonl", prompts, "--synthesize", "12", "--batch", "3")
     out = tmp_path / "out.jsonl"
-    command = [sys.executable, "-m", "medusa_ds.cli"]
-    command += arguments(tiny_recipe, out, prompts, "--synthesize", "12", "--batch", "2")
-    for goal, sign, status in ((5, signal.SIGINT, 130), (12, signal.SIGKILL, -signal.SIGKILL)):
-        process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job ignores it
-        )  # fmt: skip
-        progress, deadline = tmp_path / "out.jsonl.progress", time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
-            files = [file for file in (out, progress) if file.exists()]
-            if sum(file.read_bytes().count(b"\n") for file in files) > goal:
-                process.send_signal(sign)
-                break
-            time.sleep(0.002)
-        said = process.communicate()[1]
-        assert process.returncode == status, said
-        assert "Traceback" not in said
+    command = arguments(tiny_recipe, out, prompts, "--synthesize", "12", "--batch", "2")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "medusa_ds.cli", *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job ignores it
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline and count_lines(out) <= 5:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate()[1]
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+    assert 5 < (before := count_lines(out)) < sum(map(len, whole))
+    dies = fault(tmp_path, 0, "kill", 8, r"out\.jsonl")
+    assert "fault: kill" in forked(*command, env=dies, ends=(-signal.SIGKILL,), log_dir=tmp_path)
+    assert before < count_lines(out) < sum(map(len, whole))
     with open(out, "a") as stream:
         stream.write('{"row": 0, "messages": [{"role"')
     assert run(tiny_recipe, out, prompts, "--synthesize", "12", "--batch", "5") == whole
@@ -193,17 +197,6 @@ def test_what_other_ranks_left_is_moved_in_once(tiny_recipe, tmp_path, prompts, 
     assert "other.jsonl.rank1: holds rows, but" in capsys.readouterr().err
 
 
-def forked(recipe, out, prompts, *more, ranks, ends=(0,), env=None):
-    """What the program says on some ranks without a launcher."""
-    program = out.parent / "cli.py"
-    program.write_text("from medusa_ds.cli import main\n\nmain()\n")
-    return train(program, *arguments(recipe, out, prompts, *more), ranks=ranks, ends=ends, env=env, log_dir=out.parent)
-
-
-def count_lines(out):
-    return sum(file.read_bytes().count(b"\n") for file in out.parent.glob(f"{out.name}*"))
-
-
 def test_ranks_share_the_rows_and_leave_what_one_process_leaves(tiny_recipe, tmp_path, prompts):
     """Of three ranks one dies; a launch of two is interrupted; two go on to the end. Mutations: ranks do not tell each
     other the prompts that they made; a rank leaves its parts; a dead rank's rows are asked again."""
@@ -211,12 +204,13 @@ def test_ranks_share_the_rows_and_leave_what_one_process_leaves(tiny_recipe, tmp
     whole = run(tiny_recipe, tmp_path / "whole.jsonl", prompts, *settings)
     out = tmp_path / "out.jsonl"
     dies = fault(tmp_path, 1, "kill", 8, r"out\.jsonl.*\.rank1$")
-    text = forked(tiny_recipe, out, prompts, *settings, ranks=3, env=dies, ends=(1, -signal.SIGKILL))
+    command = arguments(tiny_recipe, out, prompts, *settings)
+    text = forked(*command, ranks=3, env=dies, ends=(1, -signal.SIGKILL), log_dir=tmp_path)
     assert "fault: kill" in text and "/medusa_ds/" not in text  # no traceback of ours
     before = count_lines(out)
     assert 8 < before < sum(map(len, whole))
     tools = ("--num_gpus", "2", "--module")
-    job = launch("medusa_ds.cli", *arguments(tiny_recipe, out, prompts, *settings), options=tools, log_dir=tmp_path)
+    job = launch("medusa_ds.cli", *command, options=tools, log_dir=tmp_path)
     while job.process.poll() is None and count_lines(out) < before + 8:
         time.sleep(0.01)
     os.killpg(job.process.pid, signal.SIGINT)  # as a terminal does
@@ -224,7 +218,7 @@ def test_ranks_share_the_rows_and_leave_what_one_process_leaves(tiny_recipe, tmp
     assert "/medusa_ds/" not in job.text, job.text  # the launcher shows a traceback of its own
     assert before < count_lines(out) < sum(map(len, whole)), job.text
     assert "finished rows are kept" in job.text
-    text = forked(tiny_recipe, out, prompts, *settings, ranks=2)
+    text = forked(*command, ranks=2, log_dir=tmp_path)
     assert content(out) == whole
     assert not list(tmp_path.glob("*.rank*"))
     assert text.count("rows asked =") == 1
