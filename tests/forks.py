@@ -66,12 +66,12 @@ def _serve(answers: TextIO) -> tuple[str, list[str]] | None:
                 out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
                 for stream, fd in enumerate((os.open(os.devnull, os.O_RDONLY), out, out)):
                     os.dup2(fd, stream)
-                os.setsid()
                 os.environ.clear()
                 os.environ.update(request["env"], RANK=str(rank), LOCAL_RANK=str(rank))
                 os.chdir(request["cwd"])
                 return request["program"], request["arguments"]
             ranks[pid] = rank
+            os.setpgid(pid, next(iter(ranks)))
         statuses, end = [0] * len(ranks), time.monotonic() + request["timeout"]
         while ranks:
             pid, status = os.waitpid(-1, os.WNOHANG)

@@ -4,7 +4,7 @@ from decoding_models import NUM, random_heads, reference
 
 from medusa_ds.decoding.generator import Decoder
 from medusa_ds.decoding.measure import Difference, first_difference, head_ranks, plain_step_bytes, step_ms
-from medusa_ds.decoding.trees import chain, default_tree
+from medusa_ds.decoding.trees import default_tree
 
 
 @pytest.mark.parametrize("length", [0, 3, 4, 40, 80])
@@ -57,4 +57,3 @@ def test_step_times_leave_the_decoder_usable(llama):
 def test_a_plain_step_reads_all_weights_but_the_input_embeddings(llama):
     total = sum(parameter.nbytes for parameter in llama.parameters())
     assert plain_step_bytes(llama) == total - 120 * 32 * 4
-    assert chain(0).nodes == 1

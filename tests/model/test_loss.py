@@ -1,5 +1,8 @@
 """Chunked linear cross-entropy against float64 eager math and against plain PyTorch in the working precision."""
 
+import runpy
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -182,5 +185,9 @@ def test_implementation_follows_the_device():
         resolve_impl("liger", "cpu")
 
 
-def test_liger_is_not_imported_on_a_cpu():
-    assert not hasattr(loss_module, "liger_fused_linear_cross_entropy")
+def test_liger_is_not_imported_on_a_cpu(monkeypatch):
+    """Mutation: import its kernel at the top of `loss.py`."""
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    fresh = runpy.run_path(loss_module.__file__)
+    rows, weight, targets = planted(5, 11, 3)
+    fresh["linear_cross_entropy"](rows, weight.requires_grad_(), targets, fresh["resolve_impl"]("auto", "cpu"))

@@ -82,13 +82,13 @@ def test_rank_killed_while_it_writes_then_another_layout_goes_on(
     assert losses_of(out)[:2] == losses_of(straight)[:2]
 
 
-def test_killed_in_the_final_save_then_the_same_command_finishes(
+def test_all_killed_in_the_final_save_then_the_same_command_finishes(
     tiny_recipe: Path, straight: Path, tmp_path: Path
 ) -> None:
     """A heads directory that lacks heads.json is no finished run. Mutation: saving the tokenizer after it."""
     out = tmp_path / "out"
-    dies = fault(out, 0, "kill", 1, "heads/heads.json$")
-    train(tiny_recipe, *STEPS, ranks=2, env=dies, ends=(1, -signal.SIGKILL), log_dir=tmp_path)
+    die = fault(out, 0, "kill_all", 1, "heads/heads.json$")
+    train(tiny_recipe, *STEPS, ranks=2, env=die, ends=(-signal.SIGKILL,), log_dir=tmp_path)
     assert (out / "heads" / "heads.safetensors").exists() and not (out / "heads" / "heads.json").exists()
     assert (out / "heads" / "tokenizer.json").exists()
     text = train(tiny_recipe, *STEPS, ranks=2, log_dir=tmp_path)
