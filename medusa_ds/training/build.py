@@ -68,9 +68,11 @@ def build_model(
             heads.initialize(lm_head)
         else:
             heads.load_state_dict(start)
+    if backbone and recipe.stage == 1 and own and recipe.loss.target == "label":
+        backbone.set_output_embeddings(None)  # nobody reads it
     frozen = None
     if recipe.has_frozen_start:
-        frozen = load_backbone(recipe.model, dtype, device=None if partitioned else device)
+        frozen = load_backbone(recipe.model, dtype, device=None if partitioned else device, packed=True)
     on_gpu = device.type == "cuda"
     impl = recipe.loss.impl if recipe.loss.impl != "auto" else ("liger" if on_gpu else "torch")
     loss = recipe.loss
@@ -92,6 +94,7 @@ def load_frozen(recipe: Recipe, dtype: torch.dtype, device: torch.device | None)
         device=device,
         activation_checkpointing=recipe.train.activation_checkpointing,
         liger=False if fp8 else recipe.model.liger_kernels,
+        packed=True,
     )
     if fp8:
         quantise(backbone)

@@ -30,6 +30,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from medusa_ds.ds_config import clips_in_adam, zero_settings
 from medusa_ds.errors import UserError
+from medusa_ds.model.backbone import moved
 from medusa_ds.model.heads import different_maps, save_heads
 from medusa_ds.model.lm_head import LmHeadAlone
 from medusa_ds.model.medusa import MedusaModel
@@ -40,6 +41,7 @@ from medusa_ds.training.build import Gathered, Partitioned, build_model, complet
 from medusa_ds.training.launch import start_process_group
 from medusa_ds.training.manifest import sync_files
 from medusa_ds.training.step import (
+    Early,
     NonFiniteError,
     StepResult,
     checked,
@@ -85,7 +87,7 @@ class MedusaEngine:
         config = recipe.ds_config(int(os.environ.get("WORLD_SIZE", "1")), on_gpu)
         self.device = start_process_group(recipe)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        config = complete_config(config, recipe)
+        self.ds_config = config = complete_config(config, recipe)
         self.accumulation: int = config["gradient_accumulation_steps"]
         self._zero_stage, (offloads_optimizer, _) = zero_settings(config)
         partitioned: Partitioned | None = None
@@ -94,8 +96,8 @@ class MedusaEngine:
             partitioned = partial(deepspeed.zero.Init, config_dict_or_path=config)
         dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
         model = build(recipe, dtype, self.device, partitioned, self._gathered)
-        groups = optim.parameter_groups(model, recipe.train)
-        optimizer, self.ds_config = self._optimizer(groups, offloads_optimizer), config
+        model.one_gradient = recipe.stage == 1 and offloads_optimizer and self._zero_stage < 3
+        optimizer = self._optimizer(optim.parameter_groups(model, recipe.train), offloads_optimizer)
         self._engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
         self._tensors = LogicalTensors(self._engine, deepspeed.utils, self._gathered, self.rank, self.world_size)
         self.steps_taken, self._best = 0, -math.inf
@@ -129,13 +131,12 @@ class MedusaEngine:
         with memory_hint(recipe):
             if not self.model.training:  # all modules of a backbone take milliseconds
                 self._engine.train()
-            known_V = self.model.known_V
-            targets = [count_targets(batch.labels, batch.position_ids, num, known_V) for batch in micro_batches]
+            targets = [count_targets(each.labels, each.position_ids, num, self.model.known_V) for each in micro_batches]
             weights = optim.loss_weights(step, self.total_steps, num, recipe.stage, recipe.loss)
-            sizes = torch.cat([torch.stack(targets).sum(0).double(), torch.tensor([stop, *weights]).double()])
-            sizes = sizes.to(self.device)
-            dist.all_reduce(sizes[: num + 2])
-            shares = sizes[num + 2 :] / sizes[: num + 1].clamp(min=1)
+            sizes = torch.cat([torch.stack(targets).sum(0).double(), torch.tensor([*weights, stop]).double()])
+            sizes = moved(sizes, self.device)
+            dist.all_reduce(sizes[: num + 1])
+            shares = sizes[num + 1 : -1] / sizes[: num + 1].clamp(min=1)
             scales = shares * (self.world_size if self._zero_stage == 3 else 1)  # which averages over ranks
             loss_sum, counters = torch.zeros((), dtype=torch.float64, device=self.device), []
             for batch in micro_batches:
@@ -147,10 +148,11 @@ class MedusaEngine:
                 if len(counters) < self.accumulation:
                     self._engine.step()
             sources = [batch.sources for batch in micro_batches]
-            total_loss, total, grad_norm = self._step(*sum_over_ranks(loss_sum, counters), sources, step)
+            measured = sum_over_ranks(loss_sum, counters, sizes[-1])
+            total_loss, total, stop, grad_norm = self._step(*measured, sources, step)
         rates = {group["name"]: group["lr"] for group in self._engine.optimizer.param_groups}
         now = optim.coefficient(step, self.total_steps, recipe.loss)
-        return StepResult(total, total_loss, rates, grad_norm, now, bool(sizes[num + 1]))
+        return StepResult(total, total_loss, rates, grad_norm, now, stop)
 
     def eval_batch(self, micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
         """Counters (float64, CPU) of micro-batches, summed over all ranks; as many on each rank.
@@ -180,10 +182,9 @@ class MedusaEngine:
         if acceptance_length is not None and acceptance_length > self._best:
             self._best, self._best_step = acceptance_length, self.steps_taken
         versions = {"torch": torch.__version__, "deepspeed": deepspeed.__version__}
-        own: dict[str, Any] = {"step": self.steps_taken, "best_step": self._best_step}
+        own: dict[str, Any] = {"step": self.steps_taken, "best_step": self._best_step, "token_map": self._token_map}
         own["best"] = None if self._best_step is None else self._best
         own |= {"world_size": self.world_size, "zero_stage": self._zero_stage, "versions": versions}
-        own["token_map"] = self._token_map
         size = int(4.04 * sum(math.prod(shape) for shape in self._tensors.shapes.values())) + (1 << 20)
         root = self._root()
         path = checkpoint.save(root, self.steps_taken, self._tensors.read(), {"engine": own, "loop": state}, size)
@@ -286,16 +287,17 @@ class MedusaEngine:
 
     def _step(
         self, sums: torch.Tensor, finite: torch.Tensor, sources: list[list[list[str]]], step: int
-    ) -> tuple[float, torch.Tensor, float]:
-        """Let DeepSpeed change the weights if all is finite; returns loss, counters and the gradient's norm."""
+    ) -> tuple[float, torch.Tensor, bool, float]:
+        """Let DeepSpeed change the weights if all is finite; returns loss, counters, stop and the gradient's norm."""
         if clips_in_adam(self.ds_config):  # a bad step changes nothing, so that the host may look at it afterwards
             parts = chain.from_iterable(self._engine.optimizer.averaged_gradients.values())
             device_norm = clip(self._engine.basic_optimizer, parts, self.recipe.train.max_grad_norm, sums[0])
-            self._engine.step()
-            loss, counters = checked(sums, finite, sources, step)
-            norm = float(device_norm)
+            early = Early(torch.cat([sums, device_norm.double()[None]]))
+            self._engine.step()  # which the GPU still takes while the host prepares the next one
+            *_, norm = (values := early.get()).tolist()
+            loss, counters, stop = checked(values[:-1], finite, sources, step)
         else:
-            loss, counters = checked(sums, finite, sources, step)
+            loss, counters, stop = checked(sums, finite, sources, step)
             if self._zero_stage == 0:  # there DeepSpeed neither reports the norm nor stops at a NaN
                 norm = float(norm_of(p.grad for p in self._tensors.params.values() if p.grad is not None))
                 if not math.isfinite(norm):
@@ -306,11 +308,11 @@ class MedusaEngine:
             raise non_finite("the gradient", step, sources)
         self._has_states = True
         self.steps_taken = step + 1
-        return loss, counters, norm
+        return loss, counters, stop, norm
 
     def _on_device(self, batch: MicroBatch) -> list[torch.Tensor | None]:
         parts = (batch.input_ids, *(batch.hidden or ()))  # labels and positions: the model finds its rows on the CPU
-        ids, *hidden = [None if part is None else part.to(self.device, non_blocking=True) for part in parts]
+        ids, *hidden = [None if part is None else moved(part, self.device) for part in parts]
         return [ids, batch.labels, batch.position_ids, *hidden]
 
     def _gathered(self, params: Iterable[Any], modifier_rank: int | None = 0) -> AbstractContextManager[Any]:
@@ -335,8 +337,7 @@ class MedusaEngine:
         empty = torch.zeros(self.recipe.train.micro_batch_size, length, dtype=torch.int64, device=self.device)
         inputs = [empty, torch.full_like(empty, -100), torch.arange(length, device=self.device).expand_as(empty)]
         if isinstance(self.model.backbone, LmHeadAlone):
-            width = self.model.backbone.hidden_size
-            inputs += [torch.zeros(0, width, device=self.device), empty.flatten()]
+            inputs += [torch.zeros(0, self.model.backbone.hidden_size, device=self.device), empty.flatten()]
         self._engine.train()
         for _ in range(self.accumulation):
             output = self._engine(*inputs)

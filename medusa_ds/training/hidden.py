@@ -34,7 +34,7 @@ from torch import Tensor
 
 from medusa_ds.data.packing import CachedRows, Data, Sequences, best_fit
 from medusa_ds.errors import UserError
-from medusa_ds.model.backbone import cache_directory, load_config, model_path
+from medusa_ds.model.backbone import cache_directory, hidden_states, load_config, model_path
 from medusa_ds.model.lm_head import read_lm_head
 from medusa_ds.model.rows import any_head_rows
 from medusa_ds.recipe import Recipe
@@ -161,10 +161,7 @@ class HiddenCache:
                 group = bins[start : start + micro_batch_size]
                 batch = split.collate(group)
                 with torch.no_grad():
-                    hidden_RH = backbone.base_model(
-                        input_ids=batch.input_ids.to(device), position_ids=batch.position_ids.to(device),
-                        use_cache=False,
-                    ).last_hidden_state.flatten(0, 1)  # fmt: skip
+                    hidden_RH = hidden_states(backbone, batch.input_ids.to(device), batch.position_ids)
                 mask_R = any_head_rows(batch.labels, batch.position_ids, self.num).flatten()
                 found_NH, scale_N = self._store(hidden_RH[mask_R.to(device)])
                 conversations = np.concatenate(group) + base

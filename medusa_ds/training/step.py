@@ -37,27 +37,46 @@ class NonFiniteError(UserError):
     """A loss or gradient that is not a number, on any rank; raised on all of them, before any weight was changed."""
 
 
-def sum_over_ranks(loss: torch.Tensor, counters: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def sum_over_ranks(
+    loss: torch.Tensor, counters: Sequence[torch.Tensor], stop: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Add up what all ranks measured, without waiting for it.
 
     Args:
         loss: this rank's share of the loss, float64 scalar.
         counters: of each micro-batch; column 0 holds loss sums.
+        stop: above 0 where this rank was asked to stop.
 
     Returns:
-        Sums, float64: micro-batches whose loss is not finite, loss, counters; and which micro-batches of this rank
-        are finite.
+        Sums, float64: micro-batches whose loss is not finite, ranks asked to stop, loss, counters; and which
+        micro-batches of this rank are finite.
     """
     finite = torch.stack([part[:, 0].isfinite().all() for part in counters])
-    sums = torch.cat([(~finite).sum().double()[None], loss[None], torch.stack(list(counters)).sum(0).flatten()])
+    sums = torch.cat([(~finite).sum()[None], stop[None], loss[None], torch.stack(list(counters)).sum(0).flatten()])
     dist.all_reduce(sums)
     return sums, finite
 
 
+class Early:
+    """Numbers on their way from the GPU, behind what was launched before them and not what comes after."""
+
+    def __init__(self, numbers: torch.Tensor) -> None:
+        self._numbers = numbers.to("cpu", non_blocking=True)
+        self._event = torch.cuda.Event() if numbers.is_cuda else None
+        if self._event is not None:
+            self._event.record()
+
+    def get(self) -> torch.Tensor:
+        """Wait for them."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._numbers
+
+
 def checked(
     sums: torch.Tensor, finite: torch.Tensor, sources: Sequence[list[list[str]]], step: int
-) -> tuple[float, torch.Tensor]:
-    """Loss and counters (on the CPU) of `sum_over_ranks`.
+) -> tuple[float, torch.Tensor, bool]:
+    """Loss, counters (on the CPU) and whether to stop, of `sum_over_ranks`.
 
     Raises:
         NonFiniteError: on every rank, with step, ranks and source rows, when a loss is not finite on any of them.
@@ -66,7 +85,7 @@ def checked(
     if values[0]:
         rows = [found for found, fine in zip(sources, finite.tolist(), strict=True) if not fine]
         raise non_finite("the loss", step, rows)
-    return float(values[1]), values[2:].reshape(-1, len(COUNTERS))
+    return float(values[2]), values[3:].reshape(-1, len(COUNTERS)), bool(values[1])
 
 
 def non_finite(what: str, step: int, rows: Sequence[list[list[str]]]) -> NonFiniteError:

@@ -37,7 +37,7 @@ def test_deepspeeds_cast_of_the_module_changes_nothing():
 
 
 def test_layers_are_replaced_and_hidden_states_stay_near(monkeypatch):
-    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **_: compiled.append(self))
     compiled: list[nn.Module] = []
     torch.manual_seed(0)
     config = AutoConfig.for_model(

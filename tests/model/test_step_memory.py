@@ -83,3 +83,34 @@ def test_ignored_rows_cost_no_product_in_any_pass(stage, target, Watch):
     assert 0 < sum(rows[1:]) < NUM * ids.numel()
     known = step_flops(model.backbone.config, 0, 1, True, stage, target=target)
     assert flops - without == sum(rows[1:]) * known.head_row + rows[0] * known.lm_row
+
+
+class Weights(TorchDispatchMode):
+    """Counts results of a projection weight's shape."""
+
+    made = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.made += isinstance(result, torch.Tensor) and result.shape == (VOCAB, H)
+        return result
+
+
+def test_gradients_can_be_made_one_by_one():
+    """As an offloaded optimizer takes them. Mutation: make them in the forward pass, or leave a head out."""
+    made, grads = {}, {}
+    for alone in (False, True):
+        model = build(1, "torch")
+        model.one_gradient = alone
+        with Weights() as watch:
+            counts = []
+            for head in model.heads:
+                head.projection.weight.register_post_accumulate_grad_hook(lambda _, w=watch, c=counts: c.append(w.made))
+            output = step(model, PACKED)
+        made[alone] = [count / counts[-1] for count in counts]
+        grads[alone] = [parameter.grad for parameter in model.heads.parameters()]
+        assert all(loss.predicted.numel() == loss.count for loss in output.losses if loss is not None)
+    assert made[True] == pytest.approx([1 / NUM * n for n in range(1, NUM + 1)])
+    assert made[False][0] > 1 / NUM + 0.1
+    for found, expected in zip(grads[True], grads[False], strict=True):
+        torch.testing.assert_close(found, expected)

@@ -22,7 +22,8 @@ def train(weights: Path, stage: int, layers: int = 1) -> tuple[list[float], list
     state = {name: tensor.double() for name, tensor in load_file(weights).items()}
     config = dict(recipe.model.config)
     backbone = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config)).double()
-    backbone.load_state_dict({k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")})
+    part, prefix = (backbone, "backbone.") if stage == 2 else (backbone.model, "backbone.model.")  # no LM head there
+    part.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
     heads = {name: v.clone().requires_grad_() for name, v in state.items() if name.startswith("heads.")}
     trained = dict(heads)
     if stage == 2:
