@@ -7,18 +7,20 @@ Without a recipe, it is Llama-3-8B's shape with random weights; another recipe i
 from __future__ import annotations
 
 import json
+import os
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from medusa_ds.benchmark.cases import LLAMA3_8B, Case
+from medusa_ds.benchmark.cases import EPOCHS, IMPLS, LLAMA3_8B, Case
 from medusa_ds.errors import UserError
 
-_HEADER = ("part", "stage", "heads", "batch x seq", "implementation", "ms (range)", "tokens/s", "supervised/s",
-           "TFLOP/s", "of ceiling", "peak GiB", "reserved", "x original")  # fmt: skip
+_HEADER = ("part", "stage", "heads", "batch x seq", "GPUs", "implementation", "ms (range)", "tokens/s", "supervised/s",
+           "TFLOP/s", "of ceiling", "peak GiB", "reserved", "x original", "x one GPU")  # fmt: skip
 
 
 def main(cases: list[Case], json_file: str, pictures: str | None, trace: str | None, timeout_s: int) -> None:
@@ -52,6 +54,7 @@ def main(cases: list[Case], json_file: str, pictures: str | None, trace: str | N
         if trace and case.part != "head":
             Path(trace).mkdir(parents=True, exist_ok=True)
             name = f"{case.part}_stage{case.stage}_heads{case.heads}_{case.batch}x{case.sequence}_{case.impl}"
+            name += f"_{case.gpus}gpus" if case.gpus > 1 else ""
             trace_file = Path(trace).absolute() / f"{name}.json"
         report["results"].append(case.to_json() | _measure(case, trace_file, timeout_s))
         _write(json_file, report)
@@ -68,40 +71,62 @@ def main(cases: list[Case], json_file: str, pictures: str | None, trace: str | N
 
 
 def _measure(case: Case | None, trace: Path | None, timeout_s: int) -> dict[str, Any]:
-    """What a fresh process found: figures, or `out_of_memory` or `failed` with a line that says why."""
+    """What fresh processes found, one a GPU: figures, or `out_of_memory` or `failed` with a line that says why."""
     with tempfile.TemporaryDirectory() as folder:
         ask, answer, log = (Path(folder) / name for name in ("case.json", "result.json", "log.txt"))
         ask.write_text(json.dumps(case.to_json() if case else {}))
         command = [sys.executable, "-m", "medusa_ds.benchmark.worker", str(ask), str(answer)]
         with open(log, "w") as stream:
-            try:
-                done = subprocess.run(
-                    [*command, *([str(trace)] if trace else [])], stdout=stream, stderr=stream, timeout=timeout_s
-                )
-            except subprocess.TimeoutExpired:
-                return {"failed": f"took more than {timeout_s} s"}
+            status = _run([*command, *([str(trace)] if trace else [])], case.gpus if case else 1, stream, timeout_s)
         if answer.exists():
             return dict(json.loads(answer.read_text()))
+        if status is None:
+            return {"failed": f"took more than {timeout_s} s"}
         lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
         reason = next((line for line in reversed(lines) if "rror" in line), lines[-1] if lines else "")
-        if done.returncode == -9:
+        if status == -9:
             return {"out_of_memory": "killed: the machine's memory is used up"}
-        return {"failed": reason[:300] or f"exit status {done.returncode}"}
+        return {"failed": reason[:300] or f"exit status {status}"}
+
+
+def _run(command: list[str], ranks: int, log: IO[str], timeout_s: int) -> int | None:
+    """Exit status of a command on so many ranks, of the first that failed; None: out of time. All have ended then."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    places = [world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+    processes = [subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | place) for place in places]
+    end = time.monotonic() + timeout_s
+    try:
+        while time.monotonic() < end:
+            states = [process.poll() for process in processes]
+            if any(states) or None not in states:
+                return next(filter(None, states), 0)
+            time.sleep(0.05)
+        return None
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def compare(report: dict[str, Any]) -> None:
-    """Add what follows from other figures of the run: the share of the ceiling, and how much faster than the original.
+    """Add what follows from other figures of the run: the share of the GPUs' ceiling, and how much faster than others.
 
-    `times_original` compares supervised tokens per second with the original's at the same settings.
+    `times_original` compares supervised tokens per GPU-second with the original's at the same settings,
+    `times_one_gpu` those per second with the same on one GPU.
     """
-    results = report["results"]
-    settings = ("part", "stage", "heads", "sequence", "batch")
-    originals = {tuple(r[key] for key in settings): r for r in results if r["impl"] == "original" and "median_s" in r}
-    for result in (r for r in results if "median_s" in r):
-        result["of_ceiling"] = result["tflops"] / report["machine"]["matmul_tflops"]
-        original = originals.get(tuple(result[key] for key in settings))
-        if original is not None:
-            result["times_original"] = result["supervised_tokens_per_s"] / original["supervised_tokens_per_s"]
+    results = [result for result in report["results"] if "median_s" in result]
+    settings = ("part", "stage", "heads", "sequence", "batch", "impl")
+    single = {tuple(result[key] for key in settings): result for result in results if result["gpus"] == 1}
+    for result in results:
+        speed, place = result["supervised_tokens_per_s"], tuple(result[key] for key in settings)
+        result["of_ceiling"] = result["tflops"] / result["gpus"] / report["machine"]["matmul_tflops"]
+        if original := single.get((*place[:-1], "original")):
+            result["times_original"] = speed / result["gpus"] / original["supervised_tokens_per_s"]
+        if result["gpus"] > 1 and place in single:
+            result["times_one_gpu"] = speed / single[place]["supervised_tokens_per_s"]
 
 
 def describe(report: dict[str, Any]) -> str:
@@ -116,6 +141,9 @@ def describe(report: dict[str, Any]) -> str:
     for result in report["results"]:
         if result["part"] == "head":
             lines.append(_head(result))
+        if "total_s" in result:
+            lines.append(f"{EPOCHS} epochs, {result['impl']}: {result['num_steps']} steps, before them "
+                         f"{result['startup_s']:.1f} s, {result['total_s']:.1f} s in all")  # fmt: skip
         if "profile" in result:
             lines.append(_profile(result))
     return "\n".join(lines)
@@ -123,17 +151,17 @@ def describe(report: dict[str, Any]) -> str:
 
 def _row(result: dict[str, Any]) -> tuple[str, ...]:
     place = (result["part"], str(result["stage"]), str(result["heads"]), f"{result['batch']} x {result['sequence']}",
-             result["impl"])  # fmt: skip
+             str(result["gpus"]), result["impl"])  # fmt: skip
     if "median_s" not in result:
         note = "out of memory" if "out_of_memory" in result else f"failed: {result['failed']}"
         return (*place, note, *[""] * (len(_HEADER) - len(place) - 1))
     milliseconds = [1e3 * result[key] for key in ("median_s", "min_s", "max_s")]
     memory = [f"{result[key]:.1f}" if result[key] is not None else "" for key in
               ("peak_allocated_gib", "peak_reserved_gib")]  # fmt: skip
-    times = f"{result['times_original']:.2f}" if "times_original" in result else ""
+    times = [f"{result[key]:.2f}" if key in result else "" for key in ("times_original", "times_one_gpu")]
     return (*place, "{:.0f} ({:.0f}-{:.0f})".format(*milliseconds), f"{result['tokens_per_s']:.0f}",
             f"{result['supervised_tokens_per_s']:.0f}", f"{result['tflops']:.3g}", f"{result['of_ceiling']:.2f}",
-            *memory, times)  # fmt: skip
+            *memory, *times)  # fmt: skip
 
 
 def _head(result: dict[str, Any]) -> str:
@@ -173,6 +201,7 @@ def plan(recipe: str | None, overrides: list[str], **settings: Any) -> list[Case
     from medusa_ds.benchmark.cases import matrix
     from medusa_ds.recipe import Recipe
 
+    settings["impls"] = settings["impls"] or [*IMPLS]
     if recipe is not None and "=" in recipe:
         overrides, recipe = [recipe, *overrides], None
     if recipe is None:

@@ -151,7 +151,7 @@ def measure_steps(args: argparse.Namespace) -> None:
 
     cases = plan(
         args.recipe, args.overrides, parts=args.part, stages=args.stage, heads=args.heads, sequences=args.sequence,
-        batch=args.batch, impls=args.impl, zero=args.zero, warmup=args.warmup, steps=args.steps,
+        batch=args.batch, impls=args.impl, zero=args.zero, warmup=args.warmup, steps=args.steps, gpus=args.gpus,
     )  # fmt: skip
     main(cases, args.json, args.pictures, args.profile, args.timeout)
 
@@ -251,14 +251,15 @@ COMMANDS = {
     "bench": Command(measure_steps, [
         option("recipe", nargs="?", help="recipe file or name; without it, Llama-3-8B's shape with random weights"),
         option("overrides", nargs="*", metavar="key=value", help="dotted overrides, as in loss.chunk_mib=512"),
-        option("--part", type=names, default=["step"], metavar="A,B", help="step, head (its loss alone), chat"),
+        option("--part", type=names, default=["step"], metavar="A,B", help="step, head (its loss alone), chat, epochs"),
         option("--stage", type=counts, metavar="N,N", help="without it, the recipe's, or 1 and 2"),
         option("--heads", type=counts, default=[3, 5], metavar="N,N", help="numbers of heads; 3,5"),
         option("--sequence", type=counts, default=[1024, 2048, 4096, 8192], metavar="N,N",
                 help="sequence lengths; 1024,2048,4096,8192"),
-        option("--batch", type=count, default=6, metavar="N", help="sequences of a step; 6"),
-        option("--impl", type=names, default=["ours", "ours_fp8", "eager", "original", "torch_linear_ce"],
-                metavar="A,B", help="ours, ours_fp8, eager, original, torch_linear_ce; all that the machine can do"),
+        option("--batch", type=count, default=6, metavar="N", help="sequences of a step on each GPU; 6"),
+        option("--gpus", type=counts, default=[1], metavar="N,N", help="numbers of GPUs, a rank on each; 1"),
+        option("--impl", type=names, metavar="A,B", help="ours, ours_fp8, eager, cached, cached_vocab, cached_fp8, "
+                "original, torch_linear_ce; without it, all that the machine can do"),
         option("--zero", metavar="NAME", help="DeepSpeed config; zero2 in stage 1, zero3 in stage 2"),
         option("--warmup", type=count, default=3, metavar="N", help="steps before the measured ones; 3"),
         option("--steps", type=count, default=10, metavar="N", help="measured steps; 10"),

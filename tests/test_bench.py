@@ -1,6 +1,8 @@
 """`medusa-ds bench` on a tiny model and a CPU: what it refuses, what it writes, and how a trace becomes a table."""
 
 import json
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -8,10 +10,12 @@ import torch
 
 from medusa_ds import bench
 from medusa_ds.benchmark import trace, worker
+from medusa_ds.benchmark.batches import load_conversations, make_feed
 from medusa_ds.benchmark.cases import IMPLS, Case, matrix
 from medusa_ds.benchmark.head import measure_head
 from medusa_ds.cli import main
 from medusa_ds.errors import UserError
+from medusa_ds.model.rows import count_targets
 
 TINY = """\
 model:
@@ -40,7 +44,7 @@ def case(**changes):
 
 
 @pytest.mark.parametrize(("argv", "fragment"), [
-    (["--part", "stpe"], "--part: found 'stpe'; allowed are step, head, chat"),
+    (["--part", "stpe"], "--part: found 'stpe'; allowed are step, head, chat, epochs"),
     (["--impl", "ours,theirs"], "--impl: found 'theirs'; allowed are ours, ours_fp8"),
     (["--stage", "3"], "--stage: found 3; allowed are 1 and 2"),
     (["--heads", "3,many"], "--heads: found 'many'; allowed is a whole number"),
@@ -59,10 +63,10 @@ def test_misuse_is_a_line(argv, fragment, capsys):
 
 
 def test_the_default_is_the_originals_matrix():
-    cases = matrix("tiny.yaml", (), ["step"], [1, 2], [3, 5], [1024, 8192], 6, [*IMPLS], None, 1, 1)
+    cases = matrix("tiny.yaml", (), ["step"], [1, 2], [3, 5], [1024, 8192], 6, [*IMPLS], None, 1, 1, [1])
     assert len(cases) == 2 * 2 * (5 + 4)
     assert {(one.stage, one.zero) for one in cases} == {(1, "zero2"), (2, "zero3")}
-    assert {one.impl for one in cases if one.stage == 2} == {*IMPLS} - {"ours_fp8"}
+    assert {one.impl for one in cases if one.stage == 2} == {"ours", "eager", "original", "torch_linear_ce"}
     second = next(one for one in cases if one.stage == 2).load_recipe()
     assert second.heads.init_from is None and second.train.activation_checkpointing
 
@@ -88,19 +92,81 @@ def test_a_run_measures_ours_beside_the_original(place, capsys):
     assert ours["times_original"] == pytest.approx(original["median_s"] / ours["median_s"])
 
 
-def test_stage_2_and_the_loss_of_one_head_in_this_process():
-    result = worker.measure_step(case(stage=2, zero="zero0"), None)
+def test_stage_2_and_the_loss_of_one_head_in_this_process(place):
+    result = worker.measure_step(case(stage=2, zero="zero0"), None, place)
     assert result["supervised"] == 44 and result["tflops"] > 0
     head = measure_head(case(part="head"))
     assert head["rows"] == 48 and head["ways"]["ours"]["median_ms"] > 0
+
+
+def test_two_ranks_take_a_step_together(place, capsys):
+    """The batch is each rank's, times are of the slowest, tokens of both. Mutation: leave the other rank's out."""
+    options = "--heads 2 --sequence 24 --batch 2 --warmup 1 --steps 2 --impl ours,original --gpus 1,2 --profile traces"
+    main(["bench", "tiny.yaml", *options.split()])
+    one, two, original = json.loads((place / "bench.json").read_text())["results"]
+    assert (one["gpus"], two["gpus"], original["gpus"]) == (1, 2, 1), "the original knows one GPU"
+    assert (two["tokens"], two["supervised"], two["flops"]) == (96, 88, pytest.approx(2 * one["flops"]))
+    assert two["times_one_gpu"] == pytest.approx(two["tokens_per_s"] / one["tokens_per_s"])
+    assert two["times_original"] == pytest.approx(two["tokens_per_s"] / original["tokens_per_s"] / 2)
+    assert two["profile"]["step_ms"] > 0 and (place / "traces" / "step_stage1_heads2_2x24_ours_2gpus.json").exists()
+
+
+def test_figures_of_ranks_are_the_slowest_ones_and_sums():
+    ranks = [
+        {"seconds": [1.0, 4.0], "startup_s": 2.0, "rows": [5, 3], "tokens": 8.0, "peak_allocated_gib": 1.0,
+         "peak_reserved_gib": None},
+        {"seconds": [2.0, 3.0], "startup_s": 1.0, "rows": [6, 1], "tokens": 8.0, "peak_allocated_gib": 0.5,
+         "peak_reserved_gib": None},
+    ]  # fmt: skip
+    assert worker._of_all(ranks) == {"seconds": [2.0, 4.0], "startup_s": 2.0, "rows": [11, 4], "tokens": 16.0,
+                                     "peak_allocated_gib": 1.0, "peak_reserved_gib": None}  # fmt: skip
+
+
+def test_a_rank_that_fails_ends_the_others(place):
+    """Mutation: wait for every rank."""
+    started = time.monotonic()
+    command = [sys.executable, "-c", "import os, time; os.environ['RANK'] == '1' and exit(3); time.sleep(60)"]
+    with open("log.txt", "w") as log:
+        assert bench._run(command, 2, log, 30) == 3
+        assert bench._run(command, 1, log, 1) is None
+    assert time.monotonic() - started < 20
+
+
+def test_epochs_from_the_cache_beside_the_originals(place, tiny_model, conversations):
+    """Whole epochs, with the filling; the original's are computed. Mutation: leave `startup_s` out of the whole."""
+    overrides = (f"model.name={tiny_model}", "model.init=pretrained", "model.config={}", "heads.vocab=128",
+                 f"data.path={conversations}", "train.warmup_ratio=0", "train.lr=1e-2")  # fmt: skip
+    given = {"overrides": overrides, "part": "epochs", "sequence": 64}
+    found = {impl: worker.measure_step(case(**given, impl=impl), None, place) for impl in ("original", "cached_vocab")}
+    data, _ = load_conversations(case(**given).load_recipe())
+    original, cached = found["original"], found["cached_vocab"]
+    assert (place / "hidden" / "manifest.json").exists()
+    assert cached["num_steps"] == len(cached["losses"]) == 3 * data.train.steps_per_epoch(2)
+    assert original["num_steps"] == 3 * -(-len(data.train.rows) // 2) > cached["num_steps"]
+    assert cached["total_s"] == pytest.approx(cached["startup_s"] + sum(cached["seconds"]))
+    assert original["total_s"] == pytest.approx(original["startup_s"] + original["num_steps"] * original["median_s"])
+    counts = count_targets(*(torch.tensor(part)[None] for part in every_conversation(data)), 1)
+    for result in found.values():
+        whole = result["supervised_tokens_per_s"] * result["total_s"]
+        assert whole == pytest.approx(3 * int(counts[1])) == pytest.approx(result["supervised"] * result["num_steps"])
+    assert cached["losses"][-1] < cached["losses"][0]
+
+
+def every_conversation(data):
+    """Labels and positions of the training split, one conversation after another."""
+    examples = [data.train.example(number).labels for number in range(len(data.train.rows))]
+    return [label for labels in examples for label in labels], [at for labels in examples for at in range(len(labels))]
 
 
 def test_conversations_are_padded_for_the_original(monkeypatch, tiny_model, conversations):
     """One a sequence, labels where the assistant speaks."""
     recipe = case(overrides=(f"model.name={tiny_model}", "model.init=pretrained", "model.config={}",
                              f"data.path={conversations}"), part="chat", sequence=64)  # fmt: skip
-    padded = worker.make_batches(recipe, recipe.load_recipe(), 300)
-    packed = worker.make_batches(Case(**recipe.to_json() | {"impl": "ours"}), recipe.load_recipe(), 300)
+    data, _ = load_conversations(recipe.load_recipe())
+    padded, packed = (
+        [make_feed(one, data, 300, 0)(step) for step in range(4)]
+        for one in (recipe, Case(**recipe.to_json() | {"impl": "ours"}))
+    )
     assert padded[0].input_ids.shape == packed[0].input_ids.shape == (2, 64)
     share = [sum(int((b.labels >= 0).sum()) for b in batches) for batches in (padded, packed)]
     assert 0 < share[0] < share[1], "packing holds more supervised tokens"
@@ -118,7 +184,8 @@ def test_out_of_memory_is_a_result_and_other_errors_are_not(place, monkeypatch):
     out = UserError("out of memory; lower train.micro_batch_size")
     out.__cause__ = torch.OutOfMemoryError("CUDA out of memory")
     monkeypatch.setattr(worker, "measure_step", fail(out))
-    worker.main("case.json", "result.json")
+    with pytest.raises(SystemExit):
+        worker.main("case.json", "result.json")
     result = json.loads((place / "result.json").read_text())
     assert list(result) == ["out_of_memory"]
     assert "out of memory" in bench.describe({
@@ -146,12 +213,12 @@ def test_a_kernel_belongs_to_the_innermost_range_that_launched_it():
           enumerate((50, 120, 160, 350, 450, 550, 560))),
         *(event("kernel", name, 1000 + 1000 * n, 500, n) for n, name in
           enumerate(("gemm", "gemm", "gemm", "add", "copy", "adam", "ncclDevKernel"))),
-        event("gpu_memcpy", "Memcpy", 7400, 200, 4),  # overlaps the last kernel by 100
+        event("gpu_memcpy", "Memcpy", 7400, 200, 4),  # beside the last 100 of communication
     ]  # fmt: skip
     found = trace.summarize(events, ["backbone", "head 1", "head 1 projection"])
     assert found["parts"] == pytest.approx({
         "backbone": 0.5, "head 1": 0.5, "head 1 projection": 0.5, "backward": 0.5, "bookkeeping": 0.7,
-        "optimizer": 0.5, "communication": 0.5, "idle": 10 - 3.6,
+        "optimizer": 0.5, "communication, alone": 0.4, "communication, beside others": 0.1, "idle": 10 - 3.6,
     })  # fmt: skip
     assert found["kernels"]["gemm"] == 1.5
     assert found["gaps"]["start to backbone"] == 1.0

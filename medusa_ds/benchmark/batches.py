@@ -1,56 +1,59 @@
 """Batches that a case trains on: full ones of random tokens, or real conversations, packed or padded."""
 
+from collections.abc import Callable
 from itertools import count
+from typing import Any
 
 import torch
 
-from medusa_ds.benchmark.cases import Case
+from medusa_ds.benchmark.cases import ORIGINALS, Case
 from medusa_ds.data.packing import Data, MicroBatch, load_data
 from medusa_ds.model.backbone import load_tokenizer
 from medusa_ds.recipe import Recipe
 
-NUM_BATCHES = 4
+Feed = Callable[[int], MicroBatch]
 
 
-def make_batches(case: Case, recipe: Recipe, vocab_size: int) -> list[MicroBatch]:
-    """A few batches that the steps take in turn; the same for every implementation of a case.
+def make_feed(case: Case, data: Data | None, vocab_size: int, rank: int) -> Feed:
+    """Gives a rank's batch of each step, of random tokens where there are no data."""
+    if data is None:
+        positions = torch.arange(case.sequence).expand(case.batch, -1)
 
-    Raises:
-        UserError: `chat` without data or tokenizer, see `load_data`.
-    """
-    if case.part == "chat":
-        return _chat(case, recipe, vocab_size)
-    draw = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocab_size, (NUM_BATCHES, case.batch, case.sequence), generator=draw)
-    positions = torch.arange(case.sequence).expand(case.batch, -1)
-    return [MicroBatch(part, part, positions, [["random"]] * case.batch) for part in ids]
+        def draw(step: int) -> MicroBatch:
+            shape, source = (case.batch, case.sequence), torch.Generator().manual_seed(step * case.gpus + rank)
+            ids = torch.randint(0, vocab_size, shape, generator=source)
+            return MicroBatch(ids, ids, positions, [["random"]] * case.batch)
+
+        return draw
+
+    def read(step: int) -> MicroBatch:
+        if case.impl in ORIGINALS:  # in the original's way: one conversation a sequence, padded to the full length
+            batch = _padded(data, case, step * case.batch)
+        else:
+            batch = data.train.micro_batches(step, case.batch * case.gpus, case.batch, rank, case.gpus)[0]
+        labels = torch.where(batch.labels < 0, batch.labels, batch.labels % vocab_size)
+        return batch._replace(input_ids=batch.input_ids % vocab_size, labels=labels)
+
+    return read
 
 
-def _chat(case: Case, recipe: Recipe, vocab_size: int) -> list[MicroBatch]:
-    """Packed for us, and in the original's way otherwise: one conversation a sequence, padded to the full length.
+def load_conversations(recipe: Recipe) -> tuple[Data, Any]:
+    """The data of a recipe, and the tokenizer.
 
-    A model that is built at random has no tokenizer: SmolLM2's stands in, its tokens mapped into the vocabulary.
+    A model that is built at random has none: SmolLM2's stands in, and the sample for data of the hub.
     """
     named = recipe if recipe.model.init == "pretrained" else Recipe.load("smollm2_135m_stage1", planning=True)
     if recipe.model.init == "random":
         data_spec = recipe.data if _is_local(recipe) else recipe.data.model_copy(update={"path": "sample"})
         recipe = recipe.model_copy(update={"data": data_spec})
-    data = load_data(recipe, load_tokenizer(named.model))
-    if case.impl in ("original", "torch_linear_ce"):
-        batches = [_padded(data, case, first * case.batch) for first in range(NUM_BATCHES)]
-    else:
-        batches = [data.train.micro_batches(step, case.batch, case.batch, 0, 1)[0] for step in range(NUM_BATCHES)]
-    return [
-        batch._replace(
-            input_ids=batch.input_ids % vocab_size,
-            labels=torch.where(batch.labels < 0, batch.labels, batch.labels % vocab_size),
-        )
-        for batch in batches
-    ]
+    tokenizer = load_tokenizer(named.model)
+    return load_data(recipe, tokenizer), tokenizer
 
 
 def _is_local(recipe: Recipe) -> bool:
-    return isinstance(recipe.data.path, str) and (recipe.data.path == "sample" or recipe.data.path.startswith("/"))
+    given = recipe.data.path
+    paths = [given] if isinstance(given, str) else [source.path for source in given]
+    return all(path == "sample" or path.startswith("/") for path in paths)
 
 
 def _padded(data: Data, case: Case, first: int) -> MicroBatch:

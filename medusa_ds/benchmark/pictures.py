@@ -7,7 +7,7 @@ from typing import Any
 from medusa_ds.decoding.pictures import new_figure, save_figure
 
 _LABELS = {
-    "ours": "Liger, chunk budget (ours)", "ours_fp8": "ours, fp8 frozen forward", "eager": "ours, without Liger",
+    "ours": "ours, with Liger", "ours_fp8": "ours, fp8 frozen forward", "eager": "ours, without Liger",
     "original": "original, corrected", "torch_linear_ce": "original, PyTorch's loss",
 }  # fmt: skip
 
@@ -31,7 +31,8 @@ def draw(report: dict[str, Any], directory: str | Path) -> list[Path]:
     for stage, heads in sorted({(result["stage"], result["heads"]) for result in steps}):
         chosen = [result for result in steps if (result["stage"], result["heads"]) == (stage, heads)]
         for kind, key, label in (
-            ("memory", "peak_reserved_gib", "peak reserved memory, GiB"), ("throughput", "tokens_per_s", "tokens/s"),
+            ("memory", "peak_reserved_gib", "peak reserved memory of a GPU, GiB"),
+            ("throughput", "tokens_per_s", "tokens/s a GPU"),
         ):  # fmt: skip
             figure = new_figure(6, 4)
             axes = figure.subplots()
@@ -51,16 +52,17 @@ def draw(report: dict[str, Any], directory: str | Path) -> list[Path]:
 
 
 def _lines(axes: Any, results: Iterable[dict[str, Any]], key: str) -> None:
-    by_impl: dict[str, list[dict[str, Any]]] = {}
+    lines: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for result in results:
-        by_impl.setdefault(result["impl"], []).append(result)
-    for number, (impl, points) in enumerate(by_impl.items()):
-        good = sorted((point["sequence"], point[key]) for point in points if point.get(key) is not None)
+        lines.setdefault((result["impl"], result["gpus"]), []).append(result)
+    for number, ((impl, gpus), points) in enumerate(lines.items()):
+        share = gpus if key == "tokens_per_s" else 1
+        good = sorted((point["sequence"], point[key] / share) for point in points if point.get(key) is not None)
         missing = [point["sequence"] for point in points if "out_of_memory" in point]
-        color = f"C{number}"
-        axes.plot(*zip(*good, strict=True) if good else ([], []), marker="o", color=color, label=_LABELS[impl])
+        color, label = f"C{number}", _LABELS[impl] + (f", {gpus} GPUs" if gpus > 1 else "")
+        axes.plot(*zip(*good, strict=True) if good else ([], []), marker="o", color=color, label=label)
         if missing:
-            axes.plot(missing, [0] * len(missing), "x", color=color, clip_on=False, label=f"{_LABELS[impl]}: no memory")
+            axes.plot(missing, [0] * len(missing), "x", color=color, clip_on=False, label=f"{label}: no memory")
 
 
 def _ceiling(axes: Any, results: list[dict[str, Any]], tflops: float) -> None:

@@ -2,12 +2,13 @@
 
 A kernel belongs to the innermost range in which it was launched: the backbone's or a head's forward (ranges that hooks
 open), autograd's backward pass, the optimizer's step (ranges that torch opens), and else to the bookkeeping between
-them. Kernels of a collective call are communication wherever they were launched. Idle is what no kernel covers.
+them. Kernels of a collective call are communication wherever they were launched, alone where nothing else runs. Idle
+is what no kernel covers.
 """
 
 import json
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,20 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from medusa_ds.model.medusa import MedusaModel
 
 _BACKWARD, _OPTIMIZER = "autograd::engine::evaluate_function", "Optimizer.step#"
+_NCCL = "communication"
 _WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 
 
-def trace_step(step: Callable[[], Any], model: MedusaModel, file: Path) -> dict[str, Any]:
-    """Run one step under the profiler.
+def trace_step(step: Callable[[], Any], model: MedusaModel, file: Path | None) -> dict[str, Any] | None:
+    """Run one step under the profiler, or without it on a rank that has no file.
 
     Returns:
         `parts`, `kernels` (the largest 25) and `gaps` (idle between two parts): milliseconds by name; `step_ms`. On a
         CPU only `step_ms` is above 0.
     """
+    if file is None:
+        step()
+        return None
     ranges = [("backbone", model.backbone.base_model)]
     for k, head in enumerate(model.heads, 1):
         ranges.append((f"head {k} blocks", head.blocks))  # type: ignore[arg-type]
@@ -82,7 +87,7 @@ def summarize(events: list[dict[str, Any]], names: list[str]) -> dict[str, Any]:
             continue
         launched = launches.get(event["args"].get("correlation"), -1)
         inside = [(end - start, part) for start, end, part in ranges if start <= launched <= end]
-        part = "communication" if "nccl" in event["name"].lower() else min(inside)[1] if inside else "bookkeeping"
+        part = _NCCL if "nccl" in event["name"].lower() else min(inside)[1] if inside else "bookkeeping"
         parts[part] += event["dur"] / 1e3
         kernels[event["name"][:90]] += event["dur"] / 1e3
         busy.append((event["ts"], event["ts"] + event["dur"], part))
@@ -93,5 +98,18 @@ def summarize(events: list[dict[str, Any]], names: list[str]) -> dict[str, Any]:
         gaps[f"{before} to {part}"] += max(0.0, start - last) / 1e3
         last, before = max(last, end), part
     parts["idle"] = sum(gaps.values())
+    if _NCCL in parts:
+        others = _covered((start, end) for start, end, part in busy if part != _NCCL)
+        alone = _covered((start, end) for start, end, _ in busy) - others
+        parts |= {f"{_NCCL}, alone": alone, f"{_NCCL}, beside others": parts.pop(_NCCL) - alone}
     largest = sorted(kernels.items(), key=lambda item: -item[1])[:25]
     return {"step_ms": whole["dur"] / 1e3, "parts": dict(parts), "kernels": dict(largest), "gaps": dict(gaps)}
+
+
+def _covered(intervals: Iterable[tuple[float, float]]) -> float:
+    """Milliseconds that at least one of the intervals (in microseconds) covers."""
+    total = last = 0.0
+    for start, end in sorted(intervals):
+        total += max(0.0, end - max(start, last)) / 1e3
+        last = max(last, end)
+    return total

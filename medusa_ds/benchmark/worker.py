@@ -2,84 +2,108 @@
 
 import gc
 import json
+import math
+import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from medusa_ds.benchmark.batches import make_batches
-from medusa_ds.benchmark.cases import Case
+from medusa_ds.benchmark.cases import EPOCHS, ORIGINALS, Case
 from medusa_ds.benchmark.head import measure_head
-from medusa_ds.benchmark.original import TOTAL_STEPS, OriginalStep
+from medusa_ds.benchmark.steps import start
 from medusa_ds.benchmark.trace import trace_step
-from medusa_ds.data.packing import MicroBatch
+from medusa_ds.data.packing import MicroBatch, Sequences
 from medusa_ds.errors import UserError, exit_on_user_error
-from medusa_ds.model.medusa import MedusaModel
 from medusa_ds.model.rows import count_targets
-from medusa_ds.recipe import Recipe
-from medusa_ds.training.build import build_model
-from medusa_ds.training.engine import MedusaEngine
+from medusa_ds.training.hidden import count_rows
+from medusa_ds.training.loop import ahead
 from medusa_ds.training.report import Meter, library_versions, quiet_libraries
 
-Step = Callable[[MicroBatch, int], float]
 GIB = 2**30
+NUM_BATCHES = 4
 
 
-def make_step(case: Case, recipe: Recipe) -> tuple[Step, MedusaModel]:
-    """The step of an implementation, which returns its loss, and the model that it trains."""
-    if case.impl in ("original", "torch_linear_ce"):
-        on_gpu = torch.cuda.is_available()
-        device = torch.device("cuda" if on_gpu else "cpu")
-        dtype = torch.bfloat16 if on_gpu and recipe.train.precision != "fp32" else torch.float32
-        model = build_model(recipe, dtype, device, None, lambda _: nullcontext())
-        return OriginalStep(recipe, model, case.impl), model
-    engine = MedusaEngine(recipe, TOTAL_STEPS)
-    return lambda batch, step: engine.train_batch([batch], step).loss, engine.model
-
-
-def measure_step(case: Case, trace: Path | None) -> dict[str, Any]:
-    """Seconds of every measured step, peak memory, tokens and model FLOP/s.
+def measure_step(case: Case, trace: Path | None, folder: Path) -> dict[str, Any]:
+    """Seconds of every measured step (of the slowest rank), peak memory of a GPU, tokens and model FLOP/s of all.
 
     Raises:
         UserError: what building the model refuses; out of memory, with that as its cause.
     """
-    recipe = case.load_recipe()
+    recipe, rank, on_gpu = case.load_recipe(), int(os.environ.get("RANK", "0")), torch.cuda.is_available()
     started = time.perf_counter()
-    step, model = make_step(case, recipe)
-    batches = make_batches(case, recipe, model.heads.vocab_size)
-    on_gpu = torch.cuda.is_available()
+    training = start(case, recipe, rank, folder)
+    step, model, all_steps = training.step, training.model, case.warmup + case.steps
+    batches = [training.feed(number) for number in range(NUM_BATCHES)]
+    feed: Iterator[MicroBatch] = (batches[number % NUM_BATCHES] for number in range(all_steps))
+    if runs_whole := case.part == "epochs" and case.impl not in ORIGINALS:
+        assert training.data is not None
+        all_steps = EPOCHS * training.data.train.steps_per_epoch(case.batch * case.gpus)
+        feed = ahead(training.feed, range(all_steps))
     startup_s = time.perf_counter() - started
-    losses = [step(batches[index % len(batches)], index) for index in range(case.warmup)]
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    seconds, number = [], case.warmup
-    for number in range(case.warmup, case.warmup + case.steps):
-        _synchronize()
-        started = time.perf_counter()
-        losses.append(step(batches[number % len(batches)], number))
-        _synchronize()
-        seconds.append(time.perf_counter() - started)
-    rows = torch.stack([count_targets(b.labels, b.position_ids, case.heads) for b in batches]).double().mean(0).tolist()
-    tokens = statistics.fmean(batch.input_ids.numel() for batch in batches)
-    context = statistics.fmean(float(batch.position_ids.double().mean()) + 1 for batch in batches)
-    device = torch.device("cuda" if on_gpu else "cpu")
-    flops = Meter(recipe, model, device, 1, 0).flops.total(int(tokens), context, sum(rows[1:]), rows[0])
-    median = statistics.median(seconds)
-    result = {
-        "seconds": seconds, "median_s": median, "min_s": min(seconds), "max_s": max(seconds), "losses": losses,
-        "startup_s": startup_s, "tokens": tokens, "supervised": rows[1], "tokens_per_s": tokens / median,
-        "supervised_tokens_per_s": rows[1] / median, "flops": flops, "tflops": flops / median / 1e12,
+    losses, ends = [], [time.perf_counter()]
+    for number, batch in enumerate(feed):
+        if number == case.warmup and on_gpu and not runs_whole:
+            torch.cuda.reset_peak_memory_stats()
+        losses.append(step(batch, number))
+        if number in (case.warmup - 1, all_steps - 1):
+            _synchronize()
+        ends.append(time.perf_counter())  # in between, the host may prepare a step while the GPU ends the last one
+    seconds = [after - before for before, after in pairwise(ends)][0 if runs_whole else case.warmup :]
+    rows = torch.stack([count_targets(b.labels, b.position_ids, case.heads) for b in batches]).double().mean(0)
+    own = {
+        "seconds": seconds, "startup_s": startup_s, "rows": rows.tolist(),
+        "tokens": statistics.fmean(batch.input_ids.numel() for batch in batches),
         "peak_allocated_gib": torch.cuda.max_memory_allocated() / GIB if on_gpu else None,
         "peak_reserved_gib": torch.cuda.max_memory_reserved() / GIB if on_gpu else None,
     }  # fmt: skip
+    ranks = [own]
+    if case.gpus > 1:
+        ranks = [{}] * case.gpus
+        torch.distributed.all_gather_object(ranks, own)
+    context = statistics.fmean(float(batch.position_ids.double().mean()) + 1 for batch in batches)
+    result = {**_of_all(ranks), "losses": losses}
+    tokens, rows, median = result["tokens"], result.pop("rows"), statistics.median(result["seconds"])
+    device = torch.device("cuda" if on_gpu else "cpu")
+    flops = Meter(recipe, model, device, 1, 0).flops.total(int(tokens), context, sum(rows[1:]), rows[0])
+    result |= {
+        "median_s": median, "min_s": min(result["seconds"]), "max_s": max(result["seconds"]), "supervised": rows[1],
+        "tokens_per_s": tokens / median, "supervised_tokens_per_s": rows[1] / median,
+        "flops": flops, "tflops": flops / median / 1e12,
+    }  # fmt: skip
+    if case.part == "epochs":
+        result |= _epochs(case, training.data.train, result)  # type: ignore[union-attr]
     if trace is not None:
-        result["profile"] = trace_step(lambda: step(batches[0], number + 1), model, trace)
+        result["profile"] = trace_step(lambda: step(batches[0], number + 1), model, trace if rank == 0 else None)
     return result
+
+
+def _of_all(ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """Figures of all ranks: each step as long as on the slowest one, the largest memory, the sum of what was done."""
+    most = ("startup_s", "peak_allocated_gib", "peak_reserved_gib")
+    result = {key: max((rank[key] for rank in ranks if rank[key] is not None), default=None) for key in most}
+    result["seconds"] = [max(times) for times in zip(*(rank["seconds"] for rank in ranks), strict=True)]
+    result["rows"] = [sum(counts) for counts in zip(*(rank["rows"] for rank in ranks), strict=True)]
+    return result | {"tokens": sum(rank["tokens"] for rank in ranks)}
+
+
+def _epochs(case: Case, sequences: Sequences, result: dict[str, Any]) -> dict[str, Any]:
+    """What follows for all epochs, from the loaded process on; the original's are computed from the steps it took."""
+    if case.impl in ORIGINALS:
+        steps = EPOCHS * math.ceil(len(sequences.rows) / case.batch)
+        total_s = result["startup_s"] + steps * result["median_s"]
+    else:
+        steps, total_s = len(result["seconds"]), result["startup_s"] + sum(result["seconds"])
+    supervised = EPOCHS * int(count_rows(sequences, 1).sum())
+    return {"num_steps": steps, "total_s": total_s, "supervised": supervised / steps,
+            "supervised_tokens_per_s": supervised / total_s}  # fmt: skip
 
 
 def measure_machine() -> dict[str, Any]:
@@ -91,9 +115,9 @@ def measure_machine() -> dict[str, Any]:
     source = torch.empty((2**31 if on_gpu else 2**24) // 2, dtype=torch.bfloat16, device=device)
     target = torch.empty_like(source)
     copy_s = _best(lambda: target.copy_(source), 20 if on_gpu else 3)
-    impls = ["ours", "eager", "original"]
+    impls = ["ours", "eager", "original", "cached", "cached_vocab"]
     if on_gpu and torch.cuda.get_device_capability() >= (8, 9):
-        impls.append("ours_fp8")
+        impls += ["ours_fp8", "cached_fp8"]
     if hasattr(torch.nn.functional, "linear_cross_entropy"):
         impls.append("torch_linear_ce")
     return {
@@ -129,22 +153,29 @@ def _out_of_memory(error: BaseException) -> bool:
 
 
 def main(case_file: str, result_file: str, trace_file: str | None = None) -> None:
-    """Measure the case of a file, or the machine where it holds none."""
-    quiet_libraries(0)
+    """Measure the case of a file, or the machine where it holds none; the first rank of a case writes."""
+    rank = int(os.environ.get("RANK", "0"))
+    quiet_libraries(rank)
     fields = json.loads(Path(case_file).read_text())
     gc.freeze()
+    status = 0
     try:
         if not fields:
             result = measure_machine()
         elif fields["part"] == "head":
             result = measure_head(Case(**fields))
         else:
-            result = measure_step(Case(**fields), Path(trace_file) if trace_file else None)
+            result = measure_step(Case(**fields), Path(trace_file) if trace_file else None, Path(result_file).parent)
     except (UserError, RuntimeError, MemoryError) as error:
         if not _out_of_memory(error):
             raise
-        result = {"out_of_memory": str(error).splitlines()[0][:200]}
-    Path(result_file).write_text(json.dumps(result))
+        result, rank, status = {"out_of_memory": str(error).splitlines()[0][:200]}, 0, 1
+    if rank == 0:
+        temporary = Path(f"{result_file}.{os.getpid()}")
+        temporary.write_text(json.dumps(result))
+        os.replace(temporary, result_file)
+    if status:
+        sys.exit(status)  # other ranks wait for this one
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -16,6 +16,19 @@ from medusa_ds.recipe import Recipe
 from medusa_ds.training.engine import MedusaEngine
 from medusa_ds.training.report import Meter, Report, heads_table, shorten
 from medusa_ds.training.supervisor import Supervisor
+
+Made = TypeVar("Made")
+
+
+def ahead(make: Callable[[int], Made], steps: Sequence[int]) -> Iterator[Made]:
+    """What `make` gives for each step, made by a thread one step ahead."""
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+        coming = [pool.submit(make, step) for step in steps[:1]]
+        for step in steps[1:]:
+            coming.append(pool.submit(make, step))
+            yield coming.pop(0).result()
+        for last in coming:
+            yield last.result()
 
 
 class Loop:
@@ -73,16 +86,11 @@ class Loop:
             self.after = self.validate(self.steps)
 
     def _batches(self) -> Iterator[list[MicroBatch]]:
-        """This rank's micro-batches of the steps to take, which a thread makes one step ahead."""
+        """This rank's micro-batches of the steps to take."""
         train, engine = self.recipe.train, self.engine
-        where = (train.global_batch_size, train.micro_batch_size, engine.rank, engine.world_size)
-        with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
-            ahead = pool.submit(self.data.train.micro_batches, engine.steps_taken, *where)
-            for step in range(engine.steps_taken, self.steps):
-                micro_batches = ahead.result()
-                if step + 1 < self.steps:
-                    ahead = pool.submit(self.data.train.micro_batches, step + 1, *where)
-                yield micro_batches
+        size = (train.global_batch_size, train.micro_batch_size, engine.rank, engine.world_size)
+        make = lambda step: self.data.train.micro_batches(step, *size)  # noqa: E731
+        return ahead(make, range(engine.steps_taken, self.steps))
 
     def validate(self, step: int) -> dict[str, float]:
         """Metrics of the held-out conversations, recorded; empty when there are none."""
