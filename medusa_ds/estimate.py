@@ -193,6 +193,8 @@ def main(recipe: Recipe, world_sizes: list[int], tokens_per_s: float | None, cou
         print(f"\n{_hidden_cache(recipe, config, data)}; filling it takes {width * parts.backbone / GIB:.1f} GiB of "
               "backbone on each GPU, before what follows")  # fmt: skip
         parts = dataclasses.replace(parts, backbone=0, lm_head=needed)
+    elif recipe.stage == 1 and parts.projections and recipe.loss.target == "label":
+        parts = dataclasses.replace(parts, lm_head=0)  # nobody reads it
     activations, loss = activations_bytes(recipe, config, width), loss_bytes(recipe, config, width)
     work = activations + loss + CONTEXT_BYTES
     print(

@@ -16,11 +16,13 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from ctypes import CDLL, c_size_t, c_void_p
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,7 @@ _FORMAT = 1
 _SAMPLE_BYTES = 1 << 20
 _BATCH = 1000  # conversations whose rows are counted at once
 _SAY_EVERY_S = 15.0
+_LIBC = CDLL(None)
 
 
 def stored_as(recipe: Recipe, on_gpu: bool) -> tuple[str, str]:
@@ -201,17 +204,25 @@ class CacheReader:
         total, dtype = int((ends - begins).sum()), STORED[cache.stored]
         states_MH = torch.empty(total, cache.hidden_size, dtype=dtype, pin_memory=self.pin)
         scales_M = torch.empty(total, pin_memory=self.pin) if cache.stored == "fp8" else None
-        at = 0
+        parts, at = [], 0
         for shard, begin, end in zip(shards.tolist(), begins.tolist(), ends.tolist(), strict=True):
-            tensors, first = cache.open(shard), int(cache.starts[cache.borders[shard]])
-            until = at + end - begin
-            states_MH[at:until] = tensors["states"][begin - first : end - first]
+            first = int(cache.starts[cache.borders[shard]])
+            parts.append({name: tensor[begin - first : end - first] for name, tensor in cache.open(shard).items()})
+            _expect(parts[-1]["states"])
+        for part in parts:
+            rows = slice(at, at := at + len(part["states"]))
+            states_MH[rows] = part["states"]
             if scales_M is not None:
-                scales_M[at:until] = tensors["scales"][begin - first : end - first]
-            at = until
+                scales_M[rows] = part["scales"]
         mask_R = any_head_rows(labels_BS, position_ids_BS, cache.num).flatten()
         assert int(mask_R.sum()) == total, "the cache and the micro-batch disagree about rows"
         return CachedRows(states_MH, mask_R.cumsum(0) - 1, scales_M)
+
+
+def _expect(mapped: Tensor) -> None:
+    """Tell the kernel that a memory-mapped tensor will be read: the disk reads all of a batch at once."""
+    before = mapped.data_ptr() % mmap.PAGESIZE
+    _LIBC.madvise(c_void_p(mapped.data_ptr() - before), c_size_t(before + mapped.nbytes), mmap.MADV_WILLNEED)
 
 
 def open_hidden_cache(recipe: Recipe, data: Data, device: torch.device) -> Tensor:
