@@ -219,7 +219,7 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
     """The same on a device, without waiting for what that has to do before."""
     if tensor.device == device or device.type == "cpu":
         return tensor.to(device)
-    return (tensor if tensor.is_cuda else tensor.pin_memory()).to(device, non_blocking=True)
+    return (tensor if tensor.is_cuda else tensor.contiguous().pin_memory()).to(device, non_blocking=True)
 
 
 def hidden_states(backbone: Any, input_ids: Tensor, position_ids: Tensor) -> Tensor:

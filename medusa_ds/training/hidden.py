@@ -77,8 +77,8 @@ def count_rows(sequences: Sequences, num: int) -> np.ndarray:
 
 def key_of(recipe: Recipe, data: Data, computed: str, stored: str) -> dict[str, Any]:
     """What the hidden states follow from."""
-    model, path = recipe.model, Path(model_path(recipe.model))
-    weights = hashlib.sha256()
+    model, weights = recipe.model, hashlib.sha256()
+    path = Path(model_path(model) if model.init == "pretrained" else model.name)
     for file in sorted(path.glob("*.safetensors")) if path.is_dir() else []:
         with open(file, "rb") as stream:  # a sample: enough to tell a retrained model from its forerunner
             weights.update(f"{file.name} {file.stat().st_size}".encode() + stream.read(_SAMPLE_BYTES))
