@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from support import fault, launched, losses_of, metrics_of, train
+from support import cli, fault, losses_of, metrics_of, train
 
 from medusa_ds.cli import main
 
@@ -36,7 +36,7 @@ def test_kills_while_filling_and_while_reading_change_no_loss(tiny_recipe: Path,
     assert json.loads((exported / "heads" / "heads.json").read_text())["vocab_size"] == 300
 
 
-def test_a_full_disk_is_one_line_and_prepare_fills_under_the_launcher(tiny_recipe: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_one_line_and_prepare_fills_on_two_ranks(tiny_recipe: Path, tmp_path: Path) -> None:
     cache = tmp_path / "hidden"
     command = (tiny_recipe, f"data.hidden_cache={cache}", "train.steps=2", "heads.lm_head=shared")
     full = fault(cache, 1, "ENOSPC", 3, r"\.tmp-shard-.*tensors$")
@@ -45,8 +45,7 @@ def test_a_full_disk_is_one_line_and_prepare_fills_under_the_launcher(tiny_recip
     assert len(errors) == 1 and "Traceback" not in text, text
     assert f"{cache}: the hidden cache cannot be written (No space left on device)" in errors[0]
     shutil.rmtree(cache)
-    tools = ("--num_gpus", "2", "--module")
-    text = launched("medusa_ds.cli", "prepare", *map(str, command), "--hidden", options=tools, log_dir=tmp_path)
+    text = cli("prepare", *command, "--hidden", ranks=2, log_dir=tmp_path)
     assert "filling 16 of 16 shards" in text
     text = train(*command, "deepspeed=ds_configs/zero3.json", ranks=2, log_dir=tmp_path)
     assert "complete" in text and "heads saved in" in text

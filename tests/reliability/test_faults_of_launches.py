@@ -102,10 +102,10 @@ def test_full_disk_is_one_line_and_data_that_changed_is_refused(
     tiny_recipe: Path, conversations: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    run = launch(tiny_recipe, *STEPS, ranks=2, env=fault(out, 1, "ENOSPC", 1, "step-000004/rank"), log_dir=tmp_path)
-    assert run.wait() == 2
-    errors = [line for line in run.text.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "Traceback" not in run.text, run.text
+    full = fault(out, 1, "ENOSPC", 1, "step-000004/rank")
+    text = train(tiny_recipe, *STEPS, ranks=2, env=full, ends=(2,), log_dir=tmp_path)
+    errors = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in text, text
     assert (
         f"error: {out / 'checkpoints'}: the checkpoint cannot be written (No space left on device, rank 1)" in errors[0]
     )
