@@ -32,6 +32,14 @@ def find_documents(position_ids_BS: Tensor) -> tuple[Tensor, int] | None:
     return starts_D, _rounded(int(starts_D.diff().max()), _TOKENS)
 
 
+def fits(config: Any) -> bool:
+    """Whether the fused kernel of this GPU computes the attention of a model: causal, over the whole document."""
+    slides = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    new_enough = torch.version.cuda is not None and torch.cuda.get_device_capability() >= (8, 0)
+    return new_enough and not slides and size % 8 == 0 and size <= 256
+
+
 def _rounded(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 

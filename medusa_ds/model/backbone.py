@@ -176,7 +176,8 @@ def load_backbone(
         found = f"with the family {config.model_type}" if on_gpu else "without a GPU"
         raise UserError(f"model.liger_kernels: found true {found}; it needs a GPU and one of {', '.join(FAMILIES)}")
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": spec.attention}
-    if packed and spec.attention == "sdpa" and on_gpu and dtype == torch.bfloat16 and _sees_documents(config):
+    known = packed and spec.attention == "sdpa" and config.model_type in FAMILIES
+    if known and on_gpu and dtype == torch.bfloat16 and attention.fits(config):
         options["attn_implementation"] = attention.NAME
     try:
         if spec.init == "random":
@@ -207,12 +208,6 @@ def load_backbone(
     if activation_checkpointing:
         backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return backbone
-
-
-def _sees_documents(config: PretrainedConfig) -> bool:
-    return config.model_type in FAMILIES and not (
-        getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
-    )
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:

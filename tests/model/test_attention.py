@@ -36,6 +36,7 @@ def test_sequences_of_one_document_get_causal_attention():
     ({"config": CONFIG | {"model_type": "mistral", "sliding_window": 8}}, "sdpa"),
     ({"config": CONFIG | {"model_type": "mistral", "sliding_window": None}}, "documents"),
     ({"config": CONFIG | {"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": False}}, "documents"),
+    ({"config": CONFIG | {"hidden_size": 48}}, "sdpa"), ({"config": CONFIG | {"model_type": "gemma"}}, "sdpa"),
 ])  # fmt: skip
 def test_only_backbones_that_pack_on_a_gpu_get_it(monkeypatch, changes, attention):
     """Built without a device, as under ZeRO-3, on a machine that claims a GPU; elsewhere there is no such kernel."""
@@ -44,6 +45,10 @@ def test_only_backbones_that_pack_on_a_gpu_get_it(monkeypatch, changes, attentio
     here = backbones.load_backbone(spec, torch.bfloat16, **options)
     assert here.config._attn_implementation == spec.attention
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert backbones.load_backbone(spec, torch.bfloat16, **options).config._attn_implementation == spec.attention
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     assert backbones.load_backbone(spec, torch.bfloat16, **options).config._attn_implementation == attention
     plain = backbones.load_backbone(spec, torch.float32, **options)
     assert plain.config._attn_implementation == spec.attention
