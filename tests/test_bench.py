@@ -99,16 +99,25 @@ def test_stage_2_and_the_loss_of_one_head_in_this_process(place):
     assert head["rows"] == 48 and head["ways"]["ours"]["median_ms"] > 0
 
 
-def test_two_ranks_take_a_step_together(place, capsys):
-    """The batch is each rank's, times are of the slowest, tokens of both. Mutation: leave the other rank's out."""
-    options = "--heads 2 --sequence 24 --batch 2 --warmup 1 --steps 2 --impl ours,original --gpus 1,2 --profile traces"
+def test_two_ranks_take_a_step_together(place):
+    """The batch is each rank's, tokens are of both. Mutation: leave the other rank's out."""
+    options = "--heads 2 --sequence 24 --batch 2 --warmup 1 --steps 2 --impl ours,original --gpus 2 --profile traces"
     main(["bench", "tiny.yaml", *options.split()])
-    one, two, original = json.loads((place / "bench.json").read_text())["results"]
-    assert (one["gpus"], two["gpus"], original["gpus"]) == (1, 2, 1), "the original knows one GPU"
-    assert (two["tokens"], two["supervised"], two["flops"]) == (96, 88, pytest.approx(2 * one["flops"]))
-    assert two["times_one_gpu"] == pytest.approx(two["tokens_per_s"] / one["tokens_per_s"])
-    assert two["times_original"] == pytest.approx(two["tokens_per_s"] / original["tokens_per_s"] / 2)
+    (two,) = json.loads((place / "bench.json").read_text())["results"]  # the original knows one GPU
+    assert (two["gpus"], two["tokens"], two["supervised"]) == (2, 96, 88)
     assert two["profile"]["step_ms"] > 0 and (place / "traces" / "step_stage1_heads2_2x24_ours_2gpus.json").exists()
+
+
+def test_several_gpus_are_compared_with_one_and_with_the_original():
+    """Mutation: forget to divide by the number of GPUs."""
+    results = [
+        case(impl=impl, gpus=gpus).to_json() | {"median_s": 1.0, "supervised_tokens_per_s": speed, "tflops": tflops}
+        for impl, gpus, speed, tflops in (("ours", 1, 30.0, 6.0), ("ours", 2, 57.0, 12.0), ("original", 1, 20.0, 4.0))
+    ]
+    bench.compare({"machine": {"matmul_tflops": 10.0}, "results": results})
+    assert [result.get("times_original") for result in results] == [1.5, 57 / 40, 1.0]
+    assert [result.get("times_one_gpu") for result in results] == [None, 1.9, None]
+    assert [result["of_ceiling"] for result in results] == [0.6, 0.6, 0.4]
 
 
 def test_figures_of_ranks_are_the_slowest_ones_and_sums():
