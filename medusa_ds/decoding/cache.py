@@ -7,7 +7,8 @@ right, where causal attention never looks, and what lies beyond a row's length i
 Attention is a function of our own in transformers' registry, for two reasons: transformers repeats keys and values for
 grouped queries on every call with a mask, which copies the whole cache; here the query heads of a group become rows
 instead. And layers with a sliding window need another mask than the others. Batches on a GPU attend through PyTorch's
-FlexAttention, which reads a row's slots only as far as they are used.
+FlexAttention, which reads a row's slots only as far as they are used; one row's tree by our own kernels where they
+apply (`tree_attention`).
 
 Shape suffixes: B rows, N tree nodes, D tree depth + 1, L slots.
 """
@@ -23,6 +24,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from medusa_ds.decoding.tree_attention import applies, tree_attention
 from medusa_ds.decoding.trees import Tree
 
 _ATTENTION = "medusa_tree"
@@ -48,6 +50,8 @@ def _attend(
         grouped = query.reshape(batch, key.shape[1], -1, size)
         if isinstance(mask, BlockMask):
             out = _flex_attention(grouped, key, value, block_mask=mask, scale=scaling)
+        elif applies(query):
+            return tree_attention(query, key, value, mask, size**-0.5 if scaling is None else scaling), None
         elif query.is_cuda and batch == 1:  # fused kernels put one block on each key/value head: most of the GPU idles
             score = torch.bmm(grouped[0], key[0].mT, out_dtype=torch.float32)
             share = (score * (size**-0.5 if scaling is None else scaling) + mask[0]).softmax(-1)
@@ -170,7 +174,9 @@ class Session:
     def masks(self, position_BN: Tensor) -> dict[str, Any]:
         """Masks for `_attend`, additive [B, 1, group x N, L] or by blocks: a node sees the text and its ancestors."""
         tree = self.tree
-        if self.kv.is_cuda and self.batch > 1 and self.window is None:
+        if (
+            self.kv.is_cuda and self.batch > 1 and self.window is None and self.kv.shape[-1] >= 16
+        ):  # FlexAttention's least
             return {"attention_mask": self.block_mask()}
         text_L = torch.arange(self.slots - tree.nodes, device=position_BN.device)
         seen_BNL = (text_L < self.length_B[:, None])[:, None].expand(-1, tree.nodes, -1)

@@ -19,8 +19,13 @@ from medusa_ds.decoding.cache import Session
 def compile_part(part: Callable[..., Any]) -> Callable[..., Any]:
     """A part of the step, compiled for the shapes that it is called with."""
     torch._dynamo.config.recompile_limit = 256  # one compilation a tree and session, over all decoders
-    # multiplies one row by Triton reductions, which read weights faster than cuBLAS and fuse with the norms
-    return torch.compile(part, dynamic=False, options={"coordinate_descent_tuning": True})
+    options: dict[str, Any] = {
+        "coordinate_descent_tuning": True,  # multiplies one row by reductions, which read weights faster than cuBLAS
+        "combo_kernels": True,  # rotates queries and keys and writes both into the cache at once
+        "triton.enable_pdl": True,  # a kernel starts while the one before ends, where the GPU can do that
+    }
+    known = torch._inductor.list_options()  # an older PyTorch refuses others
+    return torch.compile(part, dynamic=False, options={name: on for name, on in options.items() if name in known})
 
 
 class CompiledBackbone:

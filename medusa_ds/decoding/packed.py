@@ -2,30 +2,35 @@
 
 A decoding step multiplies few rows, so a layer's time is that of reading its weights plus a fixed cost for every
 product. transformers computes queries, keys and values, and the two inputs of a gated MLP, one after the other; side by
-side in one matrix they cost one product each.
+side in one matrix they cost one product each. Those that stand alone are replaced too: `linear` multiplies a few rows
+by a kernel of ours, and every product knows the weight that is read after its own.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+from medusa_ds.decoding.few_rows import linear
+
+GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("o_proj",), ("down_proj",))
 """Names of projections that get the same input, in the order in which all layers of transformers call them."""
 
 
 class _First(nn.Module):
     """Multiplies by all weights of a group, returns its own part and keeps the others' for their calls."""
 
+    ahead: nn.Parameter  # the weight that is multiplied by next; no parameter of this module
+
     def __init__(self, linears: list[nn.Linear]) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.cat([linear.weight.data for linear in linears]), requires_grad=False)
+        weights = [linear.weight.data for linear in linears]
+        self.weight = nn.Parameter(torch.cat(weights) if len(weights) > 1 else weights[0], requires_grad=False)
         bias = [linear.bias.data for linear in linears if linear.bias is not None]
         self.bias = nn.Parameter(torch.cat(bias), requires_grad=False) if bias else None
         self.sizes = [linear.out_features for linear in linears]
         self.rest: list[Tensor] = []
 
     def forward(self, hidden: Tensor) -> Tensor:
-        first, *rest = F.linear(hidden, self.weight, self.bias).split(self.sizes, -1)
+        first, *rest = linear(hidden, self.weight, self.bias, self.ahead).split(self.sizes, -1)
         self.rest = list(rest)  # torch.compile of PyTorch 2.11 makes a tuple of it
         return first
 
@@ -44,7 +49,8 @@ class _Other(nn.Module):
 @torch.no_grad()
 def pack_projections(backbone: nn.Module) -> None:
     """Put the projections of `GROUPS` side by side, in place; needs room for one layer's copy. Inference only."""
-    for module in list(backbone.modules()):
+    for path in [path for path, _ in backbone.named_modules()]:  # names hold no weights
+        module = backbone.get_submodule(path)
         for names in GROUPS:
             linears = [getattr(module, name, None) for name in names]
             plain = [linear for linear in linears if type(linear) is nn.Linear]
@@ -54,3 +60,6 @@ def pack_projections(backbone: nn.Module) -> None:
             setattr(module, names[0], first)
             for name in names[1:]:
                 setattr(module, name, _Other(first))
+    packed = [module for module in backbone.modules() if isinstance(module, _First)]
+    for module, following in zip(packed, packed[1:] + packed[:1], strict=True):
+        module.__dict__["ahead"] = following.weight

@@ -1,0 +1,43 @@
+"""The Triton kernels, run by Triton's interpreter."""
+
+import os
+import subprocess
+import sys
+
+KERNELS = """
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from medusa_ds.decoding import few_rows, top_tokens, tree_attention
+
+torch.manual_seed(0)
+top_tokens.PART = 64  # smaller blocks than on a GPU: the interpreter is slow
+for vocab, number in ((50, 10), (200, 4), (64, 1)):
+    for logits in (torch.randn(2, 1, vocab), -torch.rand(2, 1, vocab), torch.randint(-3, 3, (2, 1, vocab)).float()):
+        order = logits.sort(dim=-1, descending=True, stable=True).indices
+        assert top_tokens.top_tokens(logits, number).equal(order[..., :number])
+
+shapes = {(5, 40, 200): 2, (64, 33, 1024): 4, (3, 4096, 1088): 1, (17, 8500, 72): 1}
+for (rows, columns, depth), parts in shapes.items():
+    hidden, weight = torch.randn(rows, depth), torch.randn(columns, depth)
+    product = few_rows.few_rows_product(hidden, weight, weight)
+    assert len(product) == few_rows.tiles(columns, depth).parts == parts
+    torch.testing.assert_close(product.sum(0), hidden @ weight.T, rtol=1e-4, atol=1e-4)
+
+tree_attention.TILES[32] = (32, 32, 64)
+for group, size, nodes in ((1, 16, 20), (2, 32, 40)):
+    query = torch.randn(1, nodes, 2, size).transpose(1, 2)
+    key, value = torch.randn(2, 1, 2 // group, 256, size)
+    mask = torch.zeros(1, 1, nodes, 256).masked_fill(torch.rand(1, 1, nodes, 256) < 0.5, -torch.inf)
+    mask[..., 128:], mask[..., 0] = -torch.inf, 0.0  # a whole part is hidden, a slot is always seen
+    wanted = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.3, enable_gqa=True)
+    out = tree_attention.tree_attention(query, key, value, mask.repeat(1, 1, group, 1), 0.3)
+    torch.testing.assert_close(out, wanted.transpose(1, 2))
+print("equal")
+"""
+
+
+def test_kernels_give_what_plain_pytorch_gives():
+    """Mutations: order negative logits by their bits; leave the last part out; do not rescale the mean."""
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    run = subprocess.run([sys.executable, "-c", KERNELS], env=env, capture_output=True, text=True)
+    assert run.stdout == "equal\n", run.stderr
