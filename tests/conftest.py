@@ -4,8 +4,10 @@ import contextlib
 import json
 import os
 import random
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from forks import PORTS
 from support import WORDS, tiny_tokenizer
 
 LONG = (
@@ -25,10 +28,22 @@ SHARED = {"test_engine": "ranks", "test_resume": "ranks", "test_distillation": "
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Order tests and group them for `--dist=loadgroup`."""
+    """Long files first."""
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(SHARED.get(item.path.stem, item.path.stem)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Workers take whole files, in this order (`--dist=loadgroup` does not group under pytest 9.2)."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Files(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return SHARED.get(Path(file).stem, file)
+
+    config.option.loadscopereorder = False
+    return Files(config, log)
 
 
 @pytest.fixture(scope="session")
@@ -128,11 +143,19 @@ def make_run(tiny_recipe: Path, tiny_model: Path, tmp_path: Path) -> Callable[..
 def no_shared_memory_left() -> Iterator[None]:
     """Remove the 66 MiB that DeepSpeed leaves in /dev/shm for every rank and port of a CPU run."""
     yield
-    if files := list(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*")):
-        mapped = ""  # by running processes, also those of another pytest
-        for maps in Path("/proc").glob("[0-9]*/maps"):
-            with contextlib.suppress(OSError):
-                mapped += "".join(line for line in maps.read_text().splitlines() if "/dev/shm/" in line)
-        for file in files:
-            if str(file) not in mapped:
-                file.unlink(missing_ok=True)
+    while PORTS:
+        for file in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{PORTS.pop()}_*"):
+            file.unlink(missing_ok=True)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_shared_memory_left_of_other_ports() -> Iterator[None]:
+    """The same at the end, for runs that chose a port themselves."""
+    yield
+    files, mapped = list(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*")), ""
+    for maps in Path("/proc").glob("[0-9]*/maps") if files else ():
+        with contextlib.suppress(OSError):
+            mapped += "".join(line for line in maps.read_text().splitlines() if "/dev/shm/" in line)
+    for file in files:
+        if str(file) not in mapped and time.time() - file.stat().st_mtime > 10:  # or it may be about to be mapped
+            file.unlink(missing_ok=True)

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import TextIO
 
 _AT_START = dict(os.environ)
+PORTS: set[int] = set()
+"""Ports given out since the last test ended."""
 _servers: list[subprocess.Popen[str]] = []
 
 
@@ -26,7 +28,9 @@ def free_port() -> int:
     """A port that nobody listens on at the moment."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+        port = int(free.getsockname()[1])
+    PORTS.add(port)
+    return port
 
 
 def run_forks(
