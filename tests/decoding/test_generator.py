@@ -44,7 +44,7 @@ def test_truncated_heads_decode_greedily_and_guess_tokens_of_their_map(case):
 
 def test_plain_decoding_equals_transformers(case):
     decoder = Decoder(case.model, [], chain(0))
-    for prompt, text in zip(case.prompts[::3], case.texts[::3], strict=True):
+    for prompt, text in zip(case.prompts[::5], case.texts[::5], strict=True):
         row = decoder.generate([prompt], 20)[0]
         assert row.tokens == text
         assert row.accepted == [1] * (len(text) - 1)
