@@ -1,5 +1,6 @@
 """What several tests use: a tiny tokenizer, and running a recipe, with the launcher as a user does and without."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,19 @@ def tiny_tokenizer() -> Any:
         pad_token="<|im_end|>",
         chat_template=CHATML,
     )
+
+
+@contextlib.contextmanager
+def group_of_one() -> Iterator[None]:
+    """A process group of this process alone; one that an earlier test's engine made is used and left as it is."""
+    import torch.distributed as dist
+
+    made = not dist.is_initialized()
+    if made:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    if made:
+        dist.destroy_process_group()
 
 
 @dataclass

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support import group_of_one
 
 from medusa_ds import ds_config
 from medusa_ds.data.dialogues import UnusableRow
@@ -177,12 +177,10 @@ def test_saved_heads(folder: Path, name: str, changes: Any, key: str, value: Any
 
 
 @pytest.fixture(scope="module", autouse=True)
-def alone(tmp_path_factory: pytest.TempPathFactory):
+def alone():
     """A process group of this process alone."""
-    store = tmp_path_factory.mktemp("store") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+    with group_of_one():
+        yield
 
 
 @fuzz(st.sampled_from(["manifest.json", "state.json", "rank00000-00000.safetensors"]), edits,

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
+from support import group_of_one
 
 from medusa_ds.errors import UserError
 from medusa_ds.training import checkpoint
@@ -18,12 +18,10 @@ from medusa_ds.training.manifest import encode_manifest, write_file
 
 
 @pytest.fixture(autouse=True, scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory):
+def alone():
     """A process group of this process alone."""
-    store = tmp_path_factory.mktemp("store") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+    with group_of_one():
+        yield
 
 
 def tensors(step: int) -> list[tuple[str, torch.Tensor]]:

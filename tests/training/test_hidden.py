@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
+from support import group_of_one
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from medusa_ds.data.packing import load_data
@@ -26,9 +26,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def one_rank():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+    with group_of_one():
+        yield
 
 
 @pytest.fixture

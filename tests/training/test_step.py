@@ -2,16 +2,15 @@
 
 import pytest
 import torch
-import torch.distributed as dist
+from support import group_of_one
 
 from medusa_ds.training.step import clip
 
 
 @pytest.fixture
-def alone(tmp_path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+def alone():
+    with group_of_one():
+        yield
 
 
 def steps(gradients, max_norm, fused, dtype):
