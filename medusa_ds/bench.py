@@ -13,8 +13,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from medusa_ds.benchmark.cases import EPOCHS, IMPLS, LLAMA3_8B, Case
 from medusa_ds.errors import UserError
@@ -41,23 +42,29 @@ def main(cases: list[Case], json_file: str, pictures: str | None, trace: str | N
 
         new_figure(1, 1)  # matplotlib is there, before an hour is spent
     _write(json_file, {})
-    report: dict[str, Any] = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv}
-    report |= {"machine": _measure(None, None, timeout_s), "results": []}
+    report: dict[str, Any] = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv, "results": []}
+    machine = _Workers(None)
+    report["machine"] = machine.measure(timeout_s)
+    machine.close()
     if failure := report["machine"].get("failed"):
         raise UserError(f"bench: the machine could not be measured: {failure}")
+    able = [case for case in cases if case.part == "head" or case.impl in report["machine"]["impls"]]
     for case in cases:
-        if case.part != "head" and case.impl not in report["machine"]["impls"]:
+        if case not in able:
             print(f"left out, as this machine or its PyTorch cannot: {case.name}", flush=True)
-            continue
-        print(case.name, flush=True)
-        trace_file = None
-        if trace and case.part != "head":
-            Path(trace).mkdir(parents=True, exist_ok=True)
-            name = f"{case.part}_stage{case.stage}_heads{case.heads}_{case.batch}x{case.sequence}_{case.impl}"
-            name += f"_{case.gpus}gpus" if case.gpus > 1 else ""
-            trace_file = Path(trace).absolute() / f"{name}.json"
-        report["results"].append(case.to_json() | _measure(case, trace_file, timeout_s))
-        _write(json_file, report)
+    following: _Workers | None = None
+    try:
+        for case, after in zip(able, [*able[1:], None], strict=True):
+            workers = following or _Workers(case, _trace_file(trace, case))
+            # the next ones start while these build their model, so that no one waits for imports
+            following = _Workers(after, _trace_file(trace, after)) if after else None
+            print(case.name, flush=True)
+            report["results"].append(case.to_json() | workers.measure(timeout_s))
+            workers.close()
+            _write(json_file, report)
+    finally:
+        if following:
+            following.close()
     compare(report)
     _write(json_file, report)
     print(describe(report))
@@ -70,33 +77,71 @@ def main(cases: list[Case], json_file: str, pictures: str | None, trace: str | N
         raise UserError(f"bench: no case could be measured; the first said: {failed[0]['failed']}")
 
 
-def _measure(case: Case | None, trace: Path | None, timeout_s: int) -> dict[str, Any]:
-    """What fresh processes found, one a GPU: figures, or `out_of_memory` or `failed` with a line that says why."""
-    with tempfile.TemporaryDirectory() as folder:
-        ask, answer, log = (Path(folder) / name for name in ("case.json", "result.json", "log.txt"))
+def _trace_file(directory: str | None, case: Case) -> Path | None:
+    if not directory or case.part == "head":
+        return None
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    name = f"{case.part}_stage{case.stage}_heads{case.heads}_{case.batch}x{case.sequence}_{case.impl}"
+    name += f"_{case.gpus}gpus" if case.gpus > 1 else ""
+    return Path(directory).absolute() / f"{name}.json"
+
+
+class _Workers:
+    """Fresh processes for a case, one a GPU, that import what they need and wait to be told to measure.
+
+    Args:
+        case: None measures the machine.
+        trace: file for a profiler trace of one step.
+    """
+
+    def __init__(self, case: Case | None, trace: Path | None = None) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        ask, self.answer, self.log = (Path(self.folder.name) / name for name in ("case.json", "result.json", "log.txt"))
         ask.write_text(json.dumps(case.to_json() if case else {}))
-        command = [sys.executable, "-m", "medusa_ds.benchmark.worker", str(ask), str(answer)]
-        with open(log, "w") as stream:
-            status = _run([*command, *([str(trace)] if trace else [])], case.gpus if case else 1, stream, timeout_s)
-        if answer.exists():
-            return dict(json.loads(answer.read_text()))
+        command = [sys.executable, "-m", "medusa_ds.benchmark.worker", str(ask), str(self.answer)]
+        self.processes = _start([*command, *([str(trace)] if trace else [])], case.gpus if case else 1, self.log)
+
+    def measure(self, timeout_s: int) -> dict[str, Any]:
+        """What they found: figures, or `out_of_memory` or `failed` with a line that says why."""
+        status = _end(self.processes, timeout_s)
+        if self.answer.exists():
+            return dict(json.loads(self.answer.read_text()))
         if status is None:
             return {"failed": f"took more than {timeout_s} s"}
-        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
         reason = next((line for line in reversed(lines) if "rror" in line), lines[-1] if lines else "")
         if status == -9:
             return {"out_of_memory": "killed: the machine's memory is used up"}
         return {"failed": reason[:300] or f"exit status {status}"}
 
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+        self.folder.cleanup()
 
-def _run(command: list[str], ranks: int, log: IO[str], timeout_s: int) -> int | None:
-    """Exit status of a command on so many ranks, of the first that failed; None: out of time. All have ended then."""
+
+def _start(command: list[str], ranks: int, log: Path) -> list[subprocess.Popen[str]]:
+    """A command on so many ranks, which each wait for a line of input."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    places = [world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-    processes = [subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | place) for place in places]
+    places = [os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+    with open(log, "w") as stream:
+        return [
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stream, stderr=stream, env=env, text=True)
+            for env in places
+        ]
+
+
+def _end(processes: list[subprocess.Popen[str]], timeout_s: float) -> int | None:
+    """Let ranks go on; the exit status of the first that failed, 0, or None: out of time. All have ended then."""
+    for process in processes:
+        assert process.stdin
+        with suppress(BrokenPipeError):  # it has ended already
+            process.stdin.write("go\n")
+            process.stdin.close()
     end = time.monotonic() + timeout_s
     try:
         while time.monotonic() < end:

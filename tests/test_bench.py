@@ -135,9 +135,8 @@ def test_a_rank_that_fails_ends_the_others(place):
     """Mutation: wait for every rank."""
     started = time.monotonic()
     command = [sys.executable, "-c", "import os, time; os.environ['RANK'] == '1' and exit(3); time.sleep(60)"]
-    with open("log.txt", "w") as log:
-        assert bench._run(command, 2, log, 30) == 3
-        assert bench._run(command, 1, log, 1) is None
+    assert bench._end(bench._start(command, 2, place / "log.txt"), 30) == 3
+    assert bench._end(bench._start(command, 1, place / "log.txt"), 1) is None
     assert time.monotonic() - started < 20
 
 
