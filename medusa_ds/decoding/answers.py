@@ -46,7 +46,8 @@ class Settings:
 
     def load(self) -> Run:
         """The run on its device."""
-        return load_run(self.run, *place(self.device, self.dtype))
+        liger = False if self.compile_step else None  # what Liger's kernels fuse, Inductor fuses with more
+        return load_run(self.run, *place(self.device, self.dtype), liger)
 
 
 class Prompt(NamedTuple):

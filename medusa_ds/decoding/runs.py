@@ -46,13 +46,14 @@ class Run(NamedTuple):
     template_args: dict[str, Any]
 
 
-def load_run(name: str | Path, device: torch.device, dtype: torch.dtype) -> Run:
+def load_run(name: str | Path, device: torch.device, dtype: torch.dtype, liger: bool | None = None) -> Run:
     """Load a run.
 
     Args:
         name: an output directory, a heads folder, a checkpoint, or a folder's name in `PRETRAINED`.
         device: of all weights.
         dtype: of all weights.
+        liger: see `load_backbone`.
 
     Raises:
         UserError: none of these, damaged, or its base model cannot be loaded.
@@ -81,7 +82,7 @@ def load_run(name: str | Path, device: torch.device, dtype: torch.dtype) -> Run:
         if not tuned.is_dir():
             raise UserError(f"{tuned}: missing; stage 2 tuned the backbone of these heads: keep both folders together")
         spec = ModelSpec(name=str(tuned), attention=spec.attention, liger_kernels=spec.liger_kernels)
-    backbone = load_backbone(spec, dtype, device=device)
+    backbone = load_backbone(spec, dtype, device=device, liger=liger)
     vocab_size, hidden_size = backbone.get_output_embeddings().weight.shape
     shape = (heads_spec.num, heads_spec.layers, hidden_size, vocab_size, heads_spec.lm_head == "own", dtype)
     heads = MedusaHeads(*shape, weights.get("token_map"))
