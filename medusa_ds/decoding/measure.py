@@ -28,8 +28,8 @@ def head_ranks(backbone: PreTrainedModel, heads: list[MedusaHead], prompt: list[
         answer: what the base model wrote.
 
     Returns:
-        [M, K]: 0 is a right first guess. Only positions where the answer has a token for every head, so that all
-        columns are about the same positions.
+        [M, K]: 0 is a right first guess; of equal logits the lowest token comes first, as when decoding. Only
+        positions where the answer has a token for every head, so that all columns are about the same positions.
     """
     text_T = torch.tensor([prompt + answer], device=backbone.device)
     positions = len(answer) - len(heads)
@@ -43,7 +43,9 @@ def head_ranks(backbone: PreTrainedModel, heads: list[MedusaHead], prompt: list[
         targets_KM = torch.stack([text_T[0, begin + k + 1 : end + k + 1] for k in range(1, len(heads) + 1)])
         rows_KM = heads[0].rows(targets_KM)
         own_KM = logits_KMV.gather(-1, rows_KM.clamp(min=0)[..., None])
-        ranks_KM = (logits_KMV > own_KM).sum(-1).masked_fill(rows_KM < 0, backbone.config.vocab_size)
+        number_V = torch.arange(logits_KMV.shape[-1], device=rows_KM.device)
+        before_KMV = (logits_KMV > own_KM) | ((logits_KMV == own_KM) & (number_V < rows_KM[..., None]))
+        ranks_KM = before_KMV.sum(-1).masked_fill(rows_KM < 0, backbone.config.vocab_size)
         ranks.append(ranks_KM.T.cpu())
     return torch.cat(ranks)
 

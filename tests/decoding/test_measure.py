@@ -22,6 +22,21 @@ def test_ranks_are_those_of_sorted_logits(llama, length):
             assert order.index(text[place + k + 1]) == rank
 
 
+def test_of_equal_logits_the_lowest_token_comes_first(llama):
+    """In bf16 many are equal. Mutation: count the larger ones alone."""
+    prompt, heads = [9, 40, 77, 12], random_heads()
+    for head in heads:
+        head.projection.weight.data[1::2] = head.projection.weight.data[::2]
+    answer = reference(llama, prompt, 40, eos_token_id=120)
+    ranks = head_ranks(llama, list(heads), prompt, answer)
+    hidden = llama.base_model(input_ids=torch.tensor([prompt + answer])).last_hidden_state[0]
+    assert any(rank % 2 for row in ranks.tolist() for rank in row)
+    for row, place in zip(ranks.tolist(), range(3, 60), strict=False):
+        for k, rank in enumerate(row, 1):
+            order = heads[k - 1].logits(hidden[place]).sort(descending=True, stable=True).indices.tolist()
+            assert order.index((prompt + answer)[place + k + 1]) == rank
+
+
 def test_tokens_that_heads_do_not_know_are_misses_of_every_rank(llama):
     """Mutation: without the fill, they get the rank of some other token."""
     prompt, known = [9, 40, 77, 12], torch.arange(1, 120, 2)
