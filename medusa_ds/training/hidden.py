@@ -14,6 +14,7 @@ the checksums, each rank its share.
 from __future__ import annotations
 
 import fcntl
+import gc
 import hashlib
 import json
 import mmap
@@ -263,7 +264,9 @@ def open_hidden_cache(recipe: Recipe, data: Data, device: torch.device) -> Tenso
     _agree(f"{directory}: rank {rank} does not see what other ranks wrote; name a directory that all nodes share"
            if unseen else None)  # fmt: skip
     data.train.hidden, data.validation.hidden = cache.reader(0), cache.reader(1)
-    return read_lm_head(recipe.model, STORED[computed], device).cpu()
+    lm_head = read_lm_head(recipe.model, STORED[computed], device).cpu()
+    _free_models(device)
+    return lm_head
 
 
 def _fill(cache: HiddenCache, shards: list[int], recipe: Recipe, device: torch.device) -> None:
@@ -285,6 +288,12 @@ def _fill(cache: HiddenCache, shards: list[int], recipe: Recipe, device: torch.d
             problem.one_rank = True
             raise problem from None
     del backbone
+    _free_models(device)
+
+
+def _free_models(device: torch.device) -> None:
+    """Give back the memory of models that nobody uses: patched and compiled layers refer to themselves."""
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

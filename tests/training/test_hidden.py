@@ -1,7 +1,9 @@
 """The hidden cache against the backbone itself: rows of any packing, what is refused, what is computed again."""
 
+import gc
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -163,6 +165,25 @@ OTHER = [
     (["data.max_length=24"], "training data: made with"),
     (["data.seed=3"], "held-out data: made with"),
 ]
+
+
+def test_the_backbone_is_gone_when_the_cache_is_full(load, monkeypatch):
+    """A GPU trains without its memory. Mutation: leave the garbage collection out."""
+    seen, load_frozen = [], hidden.load_frozen
+
+    def watched(*args):
+        backbone = load_frozen(*args)
+        backbone.itself = lambda: backbone  # as layers that are patched or compiled
+        seen.append(weakref.ref(backbone))
+        return backbone
+
+    monkeypatch.setattr(hidden, "load_frozen", watched)
+    gc.disable()
+    try:
+        load()
+    finally:
+        gc.enable()
+    assert seen and seen[0]() is None
 
 
 @pytest.mark.parametrize(("overrides", "says"), OTHER)
