@@ -166,7 +166,7 @@ def _table(report: Report) -> str:
         lines.append(f"texts that differ from plain greedy: {texts['differ']} of {texts['compared']}"
                      f" ({texts['differ_by_a_tie']} at a tie within rounding)")  # fmt: skip
         lines += [f"  token {row['position']}: logits {row['gap']:.4g} apart, resolution {row['resolution']:.4g}"
-                  for row in texts["differences"]]  # fmt: skip
+                  for row in texts["differences"] if not row["tie"]]  # fmt: skip
     return "\n".join(lines)
 
 

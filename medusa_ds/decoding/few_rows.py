@@ -10,11 +10,12 @@ Shape suffixes: M rows, N columns of the product, K depth, S parts.
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from medusa_ds.model.projection import project
 
 MOST_ROWS = 64
 PROCESSORS = 132  # of an H100 or H200
@@ -40,7 +41,7 @@ def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, ahead: Tensor) -
         ahead: the weight that is multiplied by next.
     """
     if not applies(hidden, weight):
-        return F.linear(hidden, weight, bias)
+        return project(hidden, weight, bias)
     parts_SMN = few_rows_product(hidden.flatten(0, -2), weight, ahead)
     out = parts_SMN.sum(0) if len(parts_SMN) > 1 else parts_SMN[0]
     return (out if bias is None else out + bias).to(hidden.dtype).view(*hidden.shape[:-1], -1)

@@ -28,6 +28,7 @@ from medusa_ds.decoding.top_tokens import top_tokens
 from medusa_ds.decoding.trees import Tree
 from medusa_ds.errors import UserError
 from medusa_ds.model.heads import MedusaHead
+from medusa_ds.model.projection import project
 
 SLOTS_MULTIPLE = 256  # sessions of about the same length share a CUDA graph
 
@@ -56,7 +57,7 @@ class Decoder:
 
     Args:
         backbone: a causal language model of transformers. Its attention implementation is set to ours while the
-            decoder runs, so the same model can serve `generate` of transformers in between. On a GPU its projections
+            decoder runs, so the same model can serve `generate` of transformers in between. Its projections
             are packed in place.
         heads: the Medusa heads, head 1 first; more than the tree is deep are not run.
         tree: the candidates; `chain(0)` decodes plainly.
@@ -80,8 +81,7 @@ class Decoder:
         self.heads = list(heads)[: tree.depth]
         self.acceptance = acceptance or Acceptance()
         self.use_graph = backbone.device.type == "cuda" if graph is None else graph
-        if backbone.device.type == "cuda":
-            pack_projections(backbone)
+        pack_projections(backbone)
         self._parts: CompiledBackbone | None = None
         if compile_step:
             self._parts = CompiledBackbone(backbone)
@@ -206,7 +206,7 @@ class Decoder:
         with static_attention(self.backbone):
             hidden_BH = prefill(self.backbone, session, prompts)
         session.uniform_BN.uniform_(generator=generator)
-        root_B = self.acceptance.choose(self.backbone.get_output_embeddings()(hidden_BH), session.uniform_BN[:, 0])
+        root_B = self.acceptance.choose(lm_head_logits(self.backbone, hidden_BH), session.uniform_BN[:, 0])
         self._propose(session, self._guess(hidden_BH), root_B)
 
     def _step(self, session: Session) -> None:
@@ -227,9 +227,9 @@ class Decoder:
         every_node = self._reads_lm_head_once(hidden_BNH)
         if every_node:
             parts = [hidden_BNH, *(head.blocks(hidden_BNH) for head in self.heads)]
-            logits_GBNV = self.backbone.get_output_embeddings()(torch.stack(parts))
+            logits_GBNV = lm_head_logits(self.backbone, torch.stack(parts))
         else:
-            logits_GBNV = self.backbone.get_output_embeddings()(hidden_BNH)[None]
+            logits_GBNV = lm_head_logits(self.backbone, hidden_BNH)[None]
         verdict = self.acceptance.judge(logits_GBNV[0], tokens_BN, tree, session.uniform_BN)
         row_B = torch.arange(len(tokens_BN), device=tokens_BN.device)
         if every_node:
@@ -244,9 +244,10 @@ class Decoder:
 
         That reads the LM head's weight once instead of twice, which pays while reading takes longer than multiplying.
         """
+        most = 256 if hidden_BNH.is_cuda else 16
         rows = (1 + len(self.heads)) * hidden_BNH.shape[0] * hidden_BNH.shape[1]
         shared = len(self.heads) > 0 and all(head.projection is None for head in self.heads)
-        return shared and hidden_BNH.is_cuda and rows <= 256
+        return shared and rows <= most
 
     def _guess(self, hidden_BH: Tensor) -> Tensor:
         """Logits [heads, B, V] of the heads that the tree asks."""
@@ -300,10 +301,15 @@ def capture(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
 
 def head_logits(heads: list[MedusaHead], hidden: Tensor, backbone: PreTrainedModel) -> Tensor:
     """Logits [heads, ..., V or N] of hidden [..., H]; heads without a projection read the LM head's weight once."""
-    lm_head = backbone.get_output_embeddings()
     if all(head.projection is None for head in heads):
-        return lm_head(torch.stack([head.blocks(hidden) for head in heads]))
-    return torch.stack([head.logits(hidden, lm_head) for head in heads])
+        return lm_head_logits(backbone, torch.stack([head.blocks(hidden) for head in heads]))
+    return torch.stack([head.logits(hidden, backbone.get_output_embeddings()) for head in heads])
+
+
+def lm_head_logits(backbone: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Logits [..., V] of hidden [..., H]."""
+    lm_head = backbone.get_output_embeddings()
+    return project(hidden, lm_head.weight, lm_head.bias)
 
 
 class StopStrings:

@@ -22,6 +22,7 @@ from medusa_ds.model.heads import MedusaHead, MedusaHeads, load_heads
 from medusa_ds.recipe import HeadsSpec, ModelSpec
 
 PRETRAINED = Path(__file__).parents[1] / "pretrained"
+_CPU_NODES = 4  # of trees that were not found on this machine: a CPU pays for every node
 _MASTER = "/master"  # a checkpoint names the fp32 master of parameter P `P/master`, beside Adam's moments
 
 
@@ -99,8 +100,11 @@ def load_run(name: str | Path, device: torch.device, dtype: torch.dtype, liger: 
     has_tokenizer = checkpoint is None and (folder / "tokenizer_config.json").is_file()
     tokenizer = AutoTokenizer.from_pretrained(folder) if has_tokenizer else load_tokenizer(spec)
     measured = "tree" in config
-    guess = default_tree(heads_spec.num, 32 if device.type == "cuda" else 6)  # a CPU pays for every node
-    tree = Tree.parse(config["tree"], heads_spec.num, str(where)) if measured else guess
+    nodes = 32 if device.type == "cuda" else _CPU_NODES
+    paths = config.get("tree", [])
+    if shipped and device.type == "cpu":
+        paths = paths[: _CPU_NODES - 1]  # found for a GPU; the best come first
+    tree = Tree.parse(paths, heads_spec.num, str(where)) if measured else default_tree(heads_spec.num, nodes)
     config_file = where if checkpoint is None and not shipped else None
     return Run(backbone, [*heads.to(device)], tokenizer, tree, measured, config_file, template_args)
 

@@ -11,6 +11,14 @@ from torch import Tensor, nn
 from medusa_ds.model.loss import Impl, linear_argmax, linear_cross_entropy, linear_kl
 
 
+def project(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear`; on a CPU, in fp32 and without gradients, by oneDNN, which PyTorch leaves to a slower BLAS."""
+    plain = torch.compiler.is_compiling() or torch.is_grad_enabled() or hidden.dtype != torch.float32
+    if plain or hidden.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return nn.functional.linear(hidden, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(hidden, weight, bias, "none", [], "")
+
+
 class ZeroLinear(nn.Linear):
     """A linear layer that starts at zero, also where ZeRO-3 partitions it at once."""
 
@@ -56,4 +64,4 @@ class VocabularyProjection(ZeroLinear):
             return linear_kl(hidden, self.weight, teacher_NH, teacher_VH, temperature, chunk_mib, scale)
         if targets_N is not None:
             return linear_cross_entropy(hidden, self.weight, targets_N, impl, chunk_mib, scale)
-        return super().forward(hidden)
+        return project(hidden, self.weight)

@@ -1,5 +1,6 @@
 """Heads that the package ships."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ from medusa_ds.tree import search_tree
 NAMES = sorted(folder.name for folder in runs.PRETRAINED.iterdir())
 
 
-def base(spec, dtype, device):
+def base(spec, dtype, device, liger):
     """A model of the shapes of the one that the heads belong to, without its weights."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -36,6 +37,7 @@ def test_they_are_found_by_name_and_decode_with_their_tree(run):
     """Mutation: look for the name in the working directory alone."""
     name, loaded = run
     assert loaded.measured
+    assert loaded.tree.nodes == 4 < len(json.loads((runs.PRETRAINED / name / "heads.json").read_text())["tree"])
     assert loaded.config_file is None
     assert 0 < sum(file.stat().st_size for file in (runs.PRETRAINED / name).iterdir()) < 8 << 20
     assert all(block.weight.abs().sum() > 0 for head in loaded.heads for block in head.blocks)

@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from medusa_ds.errors import UserError
 from medusa_ds.model.heads import MedusaHeads, VocabularyProjection, different_maps, load_heads, save_heads
+from medusa_ds.model.projection import project
 
 H, V = 8, 23
 
@@ -209,3 +211,15 @@ def test_token_maps_that_differ_are_told_apart():
     assert different_maps([1, 2], [1, 2]) is None
     assert different_maps(None, [1, 2]) == "found projections onto all tokens; this recipe has 2 tokens"
     assert different_maps([1, 2, 3], [1, 2, 9]) == "found 1 other tokens among its 3, as 3"
+
+
+@pytest.mark.parametrize("shape", [(16,), (1, 16), (2, 7, 16)])
+def test_products_without_gradients_are_those_with_them(shape):
+    """They are another library's on a CPU. Mutation: leave the bias out."""
+    torch.manual_seed(0)
+    hidden, weight, bias = torch.randn(shape), torch.randn(40, 32)[:, :16].requires_grad_(), torch.randn(40)
+    with torch.no_grad():
+        without = project(hidden, weight, bias)
+    torch.testing.assert_close(without, nn.functional.linear(hidden, weight, bias).detach())
+    project(hidden, weight, bias).sum().backward()
+    assert weight.grad is not None
