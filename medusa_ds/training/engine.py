@@ -38,7 +38,7 @@ from medusa_ds.model.rows import count_targets
 from medusa_ds.recipe import Recipe
 from medusa_ds.training import checkpoint, optim
 from medusa_ds.training.build import Gathered, Partitioned, build_model, complete_config, heads_meta
-from medusa_ds.training.launch import start_process_group
+from medusa_ds.training.launch import share_cores, start_process_group
 from medusa_ds.training.manifest import sync_files
 from medusa_ds.training.step import (
     Early,
@@ -82,14 +82,14 @@ class MedusaEngine:
     """
 
     def __init__(self, recipe: Recipe, total_steps: int, build: BuildModel = build_model) -> None:
-        self.recipe, self.total_steps = recipe, total_steps
-        on_gpu = torch.cuda.is_available()
+        self.recipe, self.total_steps, on_gpu = recipe, total_steps, torch.cuda.is_available()
         config = recipe.ds_config(int(os.environ.get("WORLD_SIZE", "1")), on_gpu)
         self.device = start_process_group(recipe)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.ds_config = config = complete_config(config, recipe)
         self.accumulation: int = config["gradient_accumulation_steps"]
         self._zero_stage, (offloads_optimizer, _) = zero_settings(config)
+        share_cores(on_gpu, offloads_optimizer)
         partitioned: Partitioned | None = None
         if self._zero_stage == 3:
             _alive = HfDeepSpeedConfig(config)  # while it lives, transformers builds and loads partitioned

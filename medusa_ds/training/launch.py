@@ -9,6 +9,9 @@ import torch
 
 from medusa_ds.recipe import Recipe
 
+BESIDE_A_GPU = 4
+"""Threads of a rank that trains on a GPU."""
+
 
 def start_process_group(recipe: Recipe) -> torch.device:
     """Join the ranks of this launch, once in a process; returns this rank's device."""
@@ -27,3 +30,14 @@ def start_process_group(recipe: Recipe) -> torch.device:
     timeout = timedelta(seconds=recipe.train.hang_timeout + 5)
     deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False, timeout=timeout)
     return device
+
+
+def share_cores(on_gpu: bool, offloads_optimizer: bool) -> None:
+    """Give this rank its share of the host's cores, where `OMP_NUM_THREADS` does not say how many.
+
+    Beside a GPU few are enough, unless the optimizer runs on the CPU: with more, jobs on one host wait for each other.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        threads = torch.get_num_threads() // int(os.environ.get("LOCAL_SIZE", "1"))
+        most = BESIDE_A_GPU if on_gpu and not offloads_optimizer else threads
+        torch.set_num_threads(max(1, min(threads, most)))
