@@ -155,8 +155,6 @@ def _out_of_memory(error: BaseException) -> bool:
 def main(case_file: str, result_file: str, trace_file: str | None = None) -> None:
     """Measure the case of a file, or the machine where it holds none; the first rank of a case writes."""
     rank = int(os.environ.get("RANK", "0"))
-    if not sys.stdin.readline():  # the line that says when; a GPU is another case's until then
-        sys.exit("the benchmark has ended")
     quiet_libraries(rank)
     fields = json.loads(Path(case_file).read_text())
     gc.freeze()
@@ -181,5 +179,7 @@ def main(case_file: str, result_file: str, trace_file: str | None = None) -> Non
 
 
 if __name__ == "__main__":
+    if not sys.stdin.readline():  # the line that says when; a GPU is another case's until then
+        sys.exit("the benchmark has ended")
     with exit_on_user_error():
         main(*sys.argv[1:])

@@ -4,6 +4,7 @@ Under ZeRO-3 nothing is ever whole on one rank: the caller hands over how to con
 gather parameters for a moment, so that this file need not know DeepSpeed.
 """
 
+import gc
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -149,3 +150,11 @@ def _start(directory: Path, shape: dict[str, Any], token_map: torch.Tensor | Non
     if problem := different_maps(*maps):
         raise UserError(f"heads.init_from: {directory}: heads.vocab: {problem}; make them equal")
     return tensors
+
+
+def free_models(device: torch.device) -> None:
+    """Give back the memory of models that nobody uses: patched and compiled layers refer to themselves."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)

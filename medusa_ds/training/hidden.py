@@ -14,7 +14,6 @@ the checksums, each rank its share.
 from __future__ import annotations
 
 import fcntl
-import gc
 import hashlib
 import json
 import mmap
@@ -41,7 +40,7 @@ from medusa_ds.model.backbone import cache_directory, hidden_states, load_config
 from medusa_ds.model.lm_head import read_lm_head
 from medusa_ds.model.rows import any_head_rows
 from medusa_ds.recipe import Recipe
-from medusa_ds.training.build import load_frozen
+from medusa_ds.training.build import free_models, load_frozen
 from medusa_ds.training.manifest import check_file, sync_directory, write_file, write_tensors
 
 SHARD_BYTES, MIN_SHARDS = 1 << 29, 16  # the latter so that ranks share a small cache evenly
@@ -265,7 +264,7 @@ def open_hidden_cache(recipe: Recipe, data: Data, device: torch.device) -> Tenso
            if unseen else None)  # fmt: skip
     data.train.hidden, data.validation.hidden = cache.reader(0), cache.reader(1)
     lm_head = read_lm_head(recipe.model, STORED[computed], device).cpu()
-    _free_models(device)
+    free_models(device)
     return lm_head
 
 
@@ -288,15 +287,7 @@ def _fill(cache: HiddenCache, shards: list[int], recipe: Recipe, device: torch.d
             problem.one_rank = True
             raise problem from None
     del backbone
-    _free_models(device)
-
-
-def _free_models(device: torch.device) -> None:
-    """Give back the memory of models that nobody uses: patched and compiled layers refer to themselves."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
+    free_models(device)
 
 
 def _claim(directory: Path, key: dict[str, Any]) -> str | None:
