@@ -40,4 +40,5 @@ def share_cores(on_gpu: bool, offloads_optimizer: bool) -> None:
     if "OMP_NUM_THREADS" not in os.environ:
         threads = torch.get_num_threads() // int(os.environ.get("LOCAL_SIZE", "1"))
         most = BESIDE_A_GPU if on_gpu and not offloads_optimizer else threads
-        torch.set_num_threads(max(1, min(threads, most)))
+        if (wanted := max(1, min(threads, most))) < torch.get_num_threads():
+            torch.set_num_threads(wanted)
