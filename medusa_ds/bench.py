@@ -115,9 +115,7 @@ class _Workers:
         return {"failed": reason[:300] or f"exit status {status}"}
 
     def close(self) -> None:
-        for process in self.processes:
-            process.kill()
-            process.wait()
+        _stop(self.processes)
         self.folder.cleanup()
 
 
@@ -151,9 +149,13 @@ def _end(processes: list[subprocess.Popen[str]], timeout_s: float) -> int | None
             time.sleep(0.05)
         return None
     finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+        _stop(processes)
+
+
+def _stop(processes: list[subprocess.Popen[str]]) -> None:
+    for process in processes:
+        process.kill()
+        process.wait()
 
 
 def compare(report: dict[str, Any]) -> None:

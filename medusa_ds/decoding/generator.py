@@ -57,8 +57,8 @@ class Decoder:
 
     Args:
         backbone: a causal language model of transformers. Its attention implementation is set to ours while the
-            decoder runs, so the same model can serve `generate` of transformers in between. Its projections
-            are packed in place.
+            decoder runs, so the same model can serve `generate` of transformers in between. Its projections are
+            packed in place.
         heads: the Medusa heads, head 1 first; more than the tree is deep are not run.
         tree: the candidates; `chain(0)` decodes plainly.
         acceptance: the rule.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from medusa_ds.decoding.generator import Decoder, head_logits
+from medusa_ds.decoding.generator import Decoder, head_logits, lm_head_logits
 from medusa_ds.model.backbone import lm_head_weight
 from medusa_ds.model.heads import MedusaHead
 
@@ -79,7 +79,7 @@ def first_difference(
         return None
     text = torch.tensor([prompt + one[:position]], device=backbone.device)
     hidden = backbone.base_model(input_ids=text, use_cache=False).last_hidden_state[:, -1]
-    pair = backbone.get_output_embeddings()(hidden)[0, [one[position], other[position]]].float()
+    pair = lm_head_logits(backbone, hidden)[0, [one[position], other[position]]].float()
     return Difference(
         position, float((pair[0] - pair[1]).abs()), torch.finfo(backbone.dtype).eps * float(pair.abs().max())
     )

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from medusa_ds.decoding.acceptance import Acceptance
 from medusa_ds.decoding.cache import Session, static_attention
-from medusa_ds.decoding.generator import capture, end_tokens, prefill
+from medusa_ds.decoding.generator import capture, end_tokens, lm_head_logits, prefill
 from medusa_ds.decoding.trees import chain
 from medusa_ds.distilling.requests import Handle, Reply, Request, Sampling
 from medusa_ds.distilling.texts import loops
@@ -139,7 +139,7 @@ class Sampler:
         session.candidates_BC.copy_(self._draw(hidden_B1H[:, 0], self.key_B, position_B1[:, 0] + 1)[:, None])
 
     def _draw(self, hidden_BH: Tensor, key_B: Tensor, position_B: Tensor) -> Tensor:
-        logits_BV = self.backbone.get_output_embeddings()(hidden_BH)
+        logits_BV = lm_head_logits(self.backbone, hidden_BH)
         return self.acceptance.choose(logits_BV, uniforms(key_B, position_B))
 
     def _admit(self, rows: list[_Row | None], ready: deque[tuple[Request, list[int]]]) -> None:
