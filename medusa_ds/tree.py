@@ -1,19 +1,21 @@
 """The tree program: the candidate tree that suits a run's heads and this hardware best.
 
 Ranks come from teacher-forced passes over plain greedy answers. Trees are found on joint counts; what they promise is
-counted on answers that they were not found on, since a tree of 64 nodes fits the noise of some hundred positions.
+what decoding would accept of answers that they were not found on, since a tree of 64 nodes fits the noise of some
+hundred positions.
 """
 
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from medusa_ds.decoding.answers import Settings, all_ranks, answer_prompts, device_name, read_prompts, write_report
 from medusa_ds.decoding.generator import Decoder
 from medusa_ds.decoding.measure import step_ms
 from medusa_ds.decoding.pictures import draw_tree
 from medusa_ds.decoding.runs import save_tree
-from medusa_ds.decoding.trees import RankCounts, Tree, best_tree, chain
+from medusa_ds.decoding.trees import RankCounts, Tree, best_tree, chain, find_tree, tokens_per_step
 from medusa_ds.errors import UserError
 
 WIDTH = 10  # guesses of a head that are told apart
@@ -36,18 +38,18 @@ def search_tree(settings: Settings, nodes: int | None = None) -> Report:
     answers, _ = answer_prompts(run, prompts, Decoder(run.backbone, [], chain(0)), None, settings.max_new_tokens)
     per_answer = all_ranks(run, answers)
     width, num = min(WIDTH, run.backbone.config.vocab_size), len(run.heads)
-    counts, *halves = (RankCounts(torch.cat(part), width) for part in (per_answer, per_answer[::2], per_answer[1::2]))
+    counts = RankCounts(torch.cat(per_answer), width)
     context = max(len(answer.prompt) + len(answer.plain.tokens) for answer in answers)
     sizes: list[Report] = []
     for size in sorted({*SIZES, nodes or 1}):
-        tree = best_tree(counts.joint_probability, num, width, size)
+        tree = find_tree(per_answer, width, size)
         decoder = Decoder(run.backbone, run.heads, tree, compile_step=settings.compile_step)
-        joint, independent = _held_out(halves, num, width, size)
+        joint, independent = _held_out(per_answer, num, width, size)
         milliseconds = step_ms(decoder, context)
         sizes.append(
             {"nodes": tree.nodes, "depth": tree.depth, "step_ms": milliseconds, "paths": tree.paths,
-             "expected": counts.expected_acceptance(tree), "held_out": joint, "held_out_independent": independent,
-             "tokens_per_s": 1000 * joint / milliseconds}
+             "expected": tokens_per_step(per_answer, tree, width), "held_out": joint,
+             "held_out_independent": independent, "tokens_per_s": 1000 * joint / milliseconds}
         )  # fmt: skip
     chosen = max(sizes, key=lambda row: row["tokens_per_s"]) if nodes is None else next(
         row for row in sizes if row["nodes"] >= nodes or row is sizes[-1]
@@ -61,7 +63,7 @@ def search_tree(settings: Settings, nodes: int | None = None) -> Report:
         mark = "*" if row is chosen else " "
         figures = row["step_ms"], row["held_out"], row["held_out_independent"], row["tokens_per_s"]
         print(f"{row['nodes']:5}{mark} {figures[0]:8.2f} {figures[1]:12.3f} {figures[2]:15.3f} {figures[3]:9.1f}")
-    print("tokens/step: expected acceptance of trees found on one half of the answers, counted on the other")
+    print("tokens/step: of trees found on one half of the answers, decoding the other")
     print(f"wrote the tree of {chosen['nodes']} nodes to {run.config_file}")
     write_report(settings, report)
     if settings.picture:
@@ -69,12 +71,14 @@ def search_tree(settings: Settings, nodes: int | None = None) -> Report:
     return report
 
 
-def _held_out(halves: list[RankCounts], num: int, width: int, size: int) -> tuple[float, float]:
-    """Expected acceptance of joint and independent trees of one half, counted on the other; the mean of both ways."""
-    if min(half.total for half in halves) == 0:
+def _held_out(per_answer: list[Tensor], num: int, width: int, size: int) -> tuple[float, float]:
+    """Tokens per step on half of the answers with joint and independent trees of the other half; mean of both ways."""
+    halves = per_answer[::2], per_answer[1::2]
+    if min(sum(map(len, half)) for half in halves) == 0:
         raise UserError("prompts: too few answers to find a tree; give more prompts or more new tokens")
     joint = independent = 0.0
     for own, other in (halves, halves[::-1]):
-        joint += other.expected_acceptance(best_tree(own.joint_probability, num, width, size)) / 2
-        independent += other.expected_acceptance(best_tree(own.independent_probability, num, width, size)) / 2
+        joint += tokens_per_step(other, find_tree(own, width, size), width) / 2
+        factors = RankCounts(torch.cat(own), width)
+        independent += tokens_per_step(other, best_tree(factors.independent_probability, num, width, size), width) / 2
     return joint, independent

@@ -5,14 +5,16 @@ guess of head 1 followed by the first guess of head 2. The root, the LM head's o
 
 The search is greedy, as in the paper (section 2.3.3), but its probabilities come from joint counts of the ranks that
 the heads gave to the true tokens, not from products of single accuracies: heads err together. A path is never more
-probable than its beginning, so taking the most probable paths one by one gives the best tree of every size.
+probable than its beginning, so taking the most probable paths one by one gives the best tree of every size. Decoding
+does not begin a step at every position: where guessing is easy it skips many. So `find_tree` counts once more, at the
+positions where steps with the first tree begin.
 
 Shape suffixes: N nodes, D depth of the deepest node + 1, M measured positions.
 """
 
 import heapq
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -155,8 +157,41 @@ class RankCounts:
         return (self.joint[path] + PRIOR * self.independent_probability(path)) / (self.total + PRIOR)
 
     def expected_acceptance(self, tree: Tree) -> float:
-        """Mean tokens of a step, the LM head's own counted, had these positions been decoded with the tree."""
+        """Mean tokens of a step, the LM head's own counted, if one with the tree began at every position."""
         return 1 + sum(self.joint[path] for path in tree.paths) / max(self.total, 1)
+
+
+def step_ranks(ranks: Sequence[Tensor], tree: Tree) -> Tensor:
+    """Those positions' ranks at which greedy decoding of the answers begins a step.
+
+    Args:
+        ranks: [positions, heads] of each answer, as from `head_ranks`.
+        tree: what it decodes with.
+    """
+    paths, begins = set(tree.paths), []
+    for ranks_Mk in ranks:
+        rows, position, chosen = ranks_Mk.tolist(), 0, []
+        while position < len(rows):
+            chosen.append(position)
+            length = 0
+            while length < tree.depth and tuple(rows[position][: length + 1]) in paths:
+                length += 1
+            position += length + 1
+        begins.append(ranks_Mk[chosen])
+    return torch.cat(begins)
+
+
+def tokens_per_step(ranks: Sequence[Tensor], tree: Tree, width: int) -> float:
+    """Mean tokens of a step of greedy decoding of these answers; arguments as of `step_ranks` and `RankCounts`."""
+    return RankCounts(step_ranks(ranks, tree), width).expected_acceptance(tree)
+
+
+def find_tree(ranks: Sequence[Tensor], width: int, nodes: int) -> Tree:
+    """The tree of a size for decoding texts like these answers; arguments as of `step_ranks` and `best_tree`."""
+    num = ranks[0].shape[1]
+    everywhere = RankCounts(torch.cat(list(ranks)), width)
+    first = best_tree(everywhere.joint_probability, num, width, nodes)
+    return best_tree(RankCounts(step_ranks(ranks, first), width).joint_probability, num, width, nodes)
 
 
 def _product(factors: Iterable[float]) -> float:

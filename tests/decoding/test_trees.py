@@ -3,7 +3,16 @@ import itertools
 import pytest
 import torch
 
-from medusa_ds.decoding.trees import RankCounts, Tree, best_tree, chain, default_tree
+from medusa_ds.decoding.trees import (
+    RankCounts,
+    Tree,
+    best_tree,
+    chain,
+    default_tree,
+    find_tree,
+    step_ranks,
+    tokens_per_step,
+)
 from medusa_ds.errors import UserError
 
 
@@ -81,6 +90,25 @@ def test_expected_acceptance_is_that_of_walking_the_positions():
     for first, second in ranks.tolist():
         walked += 1 + (((first,) in tree.paths) and (1 + ((first, second) in tree.paths)))
     assert RankCounts(ranks, 4).expected_acceptance(tree) == pytest.approx(walked / len(ranks))
+
+
+def test_tokens_per_step_are_those_of_a_walk_from_one_accepted_end_to_the_next():
+    """By hand. Mutations: begin a step at every position; walk from one answer into the next."""
+    right, wrong = [0, 0], [9, 0]
+    answers = [torch.tensor(rows) for rows in ([right, right, right, wrong, wrong], [wrong, right], [[0, 9], right])]
+    # steps of 3, 1, 1 and 1, 3 and 2 tokens, where by position it were 3, 3, 3, 1, 1 and 1, 3 and 2, 3
+    assert tokens_per_step(answers, chain(2), 4) == pytest.approx((3 + 1 + 1 + 1 + 3 + 2) / 6)
+    assert step_ranks(answers, chain(2)).tolist() == [right, wrong, wrong, wrong, right, [0, 9]]
+
+
+def test_a_tree_is_found_for_the_positions_where_steps_begin():
+    """Long easy stretches, which a step or two cover, hide that head 1's second guess is worth more elsewhere.
+    Mutation: count every position alike."""
+    answer = torch.tensor(([[0, 0]] * 30 + [[1, 9]] * 14) * 20)
+    counts = RankCounts(answer, 4)
+    everywhere, found = best_tree(counts.joint_probability, 2, 4, 3), find_tree([answer], 4, 3)
+    assert (everywhere.paths, found.paths) == ([(0,), (0, 0)], [(0,), (1,)])
+    assert tokens_per_step([answer], found, 4) > tokens_per_step([answer], everywhere, 4)
 
 
 def test_joint_counts_find_a_better_tree_than_independence_where_heads_err_together():
