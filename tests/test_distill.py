@@ -8,9 +8,9 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 from support import cli as forked
@@ -153,11 +153,12 @@ def test_openings_begin_the_made_prompts_in_turn(tiny_recipe, tmp_path, prompts,
     assert any(len(prompt) > len("one two") for prompt in made.values())
     asked = {row["row"]: row["messages"][0]["content"] for row in lines(out) if row["row"] > 0}
     assert asked and all(made[row].strip() == prompt for row, prompt in asked.items())
-    cli.main(["distill", str(tiny_recipe), "--out", str(tmp_path / "ours.jsonl"), "--synthesize", "2", "--openings",
+    cli.main(["distill", str(tiny_recipe), "--out", str(tmp_path / "ours.jsonl"), "--synthesize", "6", "--openings",
               "--max-new-tokens", "4", "--max-prompt-tokens", "120", "--device", "cpu"])  # fmt: skip
     shipped = {row["row"]: row["prompt"] for row in lines(tmp_path / "ours.jsonl.progress") if "prompt" in row}
     ours = (Path(cli.__file__).parent / "data" / "openings.txt").read_text().splitlines()
-    assert shipped[0].startswith(ours[0]) and shipped[1].startswith(ours[1]) and len(set(ours)) == len(ours) > 1000
+    assert any(shipped.values()) and len(set(ours)) == len(ours) > 1000
+    assert all(prompt.startswith(ours[row]) for row, prompt in shipped.items() if prompt)
     (tmp_path / "empty.txt").write_text("\n")
     for more, says in (
         (["--limit", "1", "--openings", str(openings)], "without --synthesize"),
