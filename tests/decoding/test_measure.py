@@ -4,7 +4,7 @@ from decoding_models import NUM, random_heads, reference
 
 from medusa_ds.decoding.generator import Decoder
 from medusa_ds.decoding.measure import Difference, first_difference, head_ranks, plain_step_bytes, step_ms
-from medusa_ds.decoding.trees import default_tree
+from medusa_ds.decoding.trees import Tree, default_tree, step_ranks, tokens_per_step
 
 
 @pytest.mark.parametrize("length", [0, 3, 4, 40, 80])
@@ -49,6 +49,28 @@ def test_tokens_that_heads_do_not_know_are_misses_of_every_rank(llama):
             token = (prompt + answer)[place + k + 1]
             order = known[heads[k - 1].logits(hidden[place]).argsort(descending=True)].tolist()
             assert rank == (order.index(token) if token in order else 120)
+
+
+def test_a_walk_over_ranks_begins_steps_where_decoding_does(llama):
+    """What `medusa-ds tree` promises is what decoding takes. Mutation: begin the next step one position late."""
+    heads, tree = (
+        list(random_heads()),
+        Tree([*((r,) for r in range(50)), *((r, s) for r in range(9) for s in range(50))]),
+    )
+    decoder = Decoder(llama, heads, tree)
+    decoder.ends = set()
+    lengths = set()
+    for prompt in ([9, 40, 77, 12], [7], [30, 2, 60]):
+        answer = reference(llama, prompt, 80, eos_token_id=120)
+        ranks = head_ranks(llama, heads, prompt, answer)
+        steps = step_ranks([ranks], tree).tolist()
+        walked = [1 + sum(tuple(row[:k]) in tree.paths for k in (1, 2)) for row in steps]
+        decoded = decoder.generate([prompt], 80)[0].accepted
+        whole = len(walked) - 1  # the last one may go over the end of the answer
+        assert walked[:whole] == decoded[:whole] and sum(decoded) == 79
+        assert tokens_per_step([ranks], tree, 50) == pytest.approx(sum(walked) / len(walked))
+        lengths |= set(walked)
+    assert lengths == {1, 2, 3}
 
 
 def test_first_difference_tells_a_tie_from_a_mistake(llama):
