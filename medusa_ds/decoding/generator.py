@@ -63,7 +63,8 @@ class Decoder:
         tree: the candidates; `chain(0)` decodes plainly.
         acceptance: the rule.
         graph: capture the step as a CUDA graph; None: on a GPU.
-        compile_step: fuse the step with torch.compile first (about a minute once, for a faster step).
+        compile_step: fuse the step with torch.compile first (about a minute once, for a faster step). The backbone must
+            be free of Liger's kernels: compiled, they gave wrong text.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Decoder:
         pack_projections(backbone)
         self._parts: CompiledBackbone | None = None
         if compile_step:
+            assert not any("forward" in vars(module) for module in backbone.modules()), "patched, as Liger does"
             self._parts = CompiledBackbone(backbone)
             self._begin = compile_part(self._begin)  # type: ignore[method-assign]
             self._finish = compile_part(self._finish)  # type: ignore[method-assign]

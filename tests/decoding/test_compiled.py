@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from medusa_ds.decoding.generator import Decoder
 from medusa_ds.decoding.packed import pack_projections
-from medusa_ds.decoding.trees import default_tree
+from medusa_ds.decoding.trees import chain, default_tree
 
 
 @pytest.mark.parametrize(("family", "parts"), [("llama", 5), ("qwen3_mixed", 6)])
@@ -33,3 +33,13 @@ def test_layers_share_one_compilation_and_the_text_is_the_same(family, parts, mo
     for prompt in ([5, 9, 12], [7] * 20):
         assert compiled.generate([prompt], 30)[0].tokens == plain.generate([prompt], 30)[0].tokens
     assert len(graphs) == parts
+
+
+def test_a_patched_model_is_refused():
+    """Liger replaces modules' `forward`. Mutation: compile whatever is given."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=120, **sizes))
+    mlp = model.model.layers[0].mlp
+    mlp.forward = mlp.forward
+    with pytest.raises(AssertionError, match="patched"):
+        Decoder(model, [], chain(0), compile_step=True)
