@@ -7,15 +7,12 @@ hundred positions.
 
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from medusa_ds.decoding.answers import Settings, all_ranks, answer_prompts, device_name, read_prompts, write_report
 from medusa_ds.decoding.generator import Decoder
 from medusa_ds.decoding.measure import step_ms
 from medusa_ds.decoding.pictures import draw_tree
 from medusa_ds.decoding.runs import save_tree
-from medusa_ds.decoding.trees import RankCounts, Tree, best_tree, chain, find_tree, tokens_per_step
+from medusa_ds.decoding.trees import RankCounts, Tree, best_tree, chain
 from medusa_ds.errors import UserError
 
 WIDTH = 10  # guesses of a head that are told apart
@@ -37,18 +34,20 @@ def search_tree(settings: Settings, nodes: int | None = None) -> Report:
         )
     answers, _ = answer_prompts(run, prompts, Decoder(run.backbone, [], chain(0)), None, settings.max_new_tokens)
     per_answer = all_ranks(run, answers)
-    width, num = min(WIDTH, run.backbone.config.vocab_size), len(run.heads)
-    counts = RankCounts(torch.cat(per_answer), width)
+    if min(sum(map(len, half)) for half in (per_answer[::2], per_answer[1::2])) == 0:
+        raise UserError("prompts: too few answers to find a tree; give more prompts or more new tokens")
+    width = min(WIDTH, run.backbone.config.vocab_size)
+    counts, *halves = (RankCounts(part, width) for part in (per_answer, per_answer[::2], per_answer[1::2]))
     context = max(len(answer.prompt) + len(answer.plain.tokens) for answer in answers)
     sizes: list[Report] = []
     for size in sorted({*SIZES, nodes or 1}):
-        tree = find_tree(per_answer, width, size)
+        tree = counts.find_tree(size)
         decoder = Decoder(run.backbone, run.heads, tree, compile_step=settings.compile_step)
-        joint, independent = _held_out(per_answer, num, width, size)
+        joint, independent = _held_out(halves, size)
         milliseconds = step_ms(decoder, context)
         sizes.append(
             {"nodes": tree.nodes, "depth": tree.depth, "step_ms": milliseconds, "paths": tree.paths,
-             "expected": tokens_per_step(per_answer, tree, width), "held_out": joint,
+             "expected": counts.tokens_per_step(tree), "held_out": joint,
              "held_out_independent": independent, "tokens_per_s": 1000 * joint / milliseconds}
         )  # fmt: skip
     chosen = max(sizes, key=lambda row: row["tokens_per_s"]) if nodes is None else next(
@@ -71,14 +70,10 @@ def search_tree(settings: Settings, nodes: int | None = None) -> Report:
     return report
 
 
-def _held_out(per_answer: list[Tensor], num: int, width: int, size: int) -> tuple[float, float]:
+def _held_out(halves: list[RankCounts], size: int) -> tuple[float, float]:
     """Tokens per step on half of the answers with joint and independent trees of the other half; mean of both ways."""
-    halves = per_answer[::2], per_answer[1::2]
-    if min(sum(map(len, half)) for half in halves) == 0:
-        raise UserError("prompts: too few answers to find a tree; give more prompts or more new tokens")
     joint = independent = 0.0
     for own, other in (halves, halves[::-1]):
-        joint += tokens_per_step(other, find_tree(own, width, size), width) / 2
-        factors = RankCounts(torch.cat(own), width)
-        independent += tokens_per_step(other, best_tree(factors.independent_probability, num, width, size), width) / 2
+        joint += other.tokens_per_step(own.find_tree(size)) / 2
+        independent += other.tokens_per_step(best_tree(own.independent_probability, own.num, own.width, size)) / 2
     return joint, independent

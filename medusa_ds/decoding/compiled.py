@@ -32,10 +32,11 @@ class CompiledBackbone:
     """Compiled stand-ins for a backbone's layers, rotary embedding and norm.
 
     Args:
-        backbone: a causal language model of transformers.
+        backbone: a causal language model of transformers, none of whose modules has a `forward` of its own.
     """
 
     def __init__(self, backbone: PreTrainedModel) -> None:
+        assert not any("forward" in vars(module) for module in backbone.modules()), "patched, as Liger does"
         base = backbone.base_model
         self._layers = list(base.layers)  # type: ignore[arg-type]
         single = [m for m in base.children() if not isinstance(m, nn.ModuleList | nn.Embedding)]

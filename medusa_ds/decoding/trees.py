@@ -6,8 +6,8 @@ guess of head 1 followed by the first guess of head 2. The root, the LM head's o
 The search is greedy, as in the paper (section 2.3.3), but its probabilities come from joint counts of the ranks that
 the heads gave to the true tokens, not from products of single accuracies: heads err together. A path is never more
 probable than its beginning, so taking the most probable paths one by one gives the best tree of every size. Decoding
-does not begin a step at every position: where guessing is easy it skips many. So `find_tree` counts once more, at the
-positions where steps with the first tree begin.
+does not begin a step at every position: where guessing is easy it skips many. So `RankCounts.find_tree` counts once
+more, at the positions where steps with the first tree begin.
 
 Shape suffixes: N nodes, D depth of the deepest node + 1, M measured positions.
 """
@@ -118,16 +118,17 @@ def best_tree(probability: Callable[[Path], float], num: int, width: int, nodes:
 
 
 class RankCounts:
-    """How often each combination of heads' ranks was right, over measured positions.
+    """How often each combination of heads' ranks was right, over the measured positions of some answers.
 
     Args:
-        ranks_Mk: [positions, heads], the rank that head k gave to the true token; `width` or more counts as a miss.
-        width: guesses of each head that are counted.
+        ranks: [positions, heads] of each answer, as from `head_ranks`: the rank that head k gave to the true token.
+        width: guesses of each head that are counted; ranks from there on count as misses.
     """
 
-    def __init__(self, ranks_Mk: Tensor, width: int) -> None:
-        self.ranks_Mk, self.width = ranks_Mk.clamp(max=width), width
-        self.total, self.num = ranks_Mk.shape
+    def __init__(self, ranks: Sequence[Tensor], width: int) -> None:
+        self.ranks, self.width = ranks, width
+        self.ranks_Mk = torch.cat(list(ranks)).clamp(max=width)
+        self.total, self.num = self.ranks_Mk.shape
 
     @cached_property
     def marginal(self) -> list[list[float]]:
@@ -160,38 +161,28 @@ class RankCounts:
         """Mean tokens of a step, the LM head's own counted, if one with the tree began at every position."""
         return 1 + sum(self.joint[path] for path in tree.paths) / max(self.total, 1)
 
+    def at_steps(self, tree: Tree) -> "RankCounts":
+        """The counts over those positions at which greedy decoding of the answers with a tree begins a step."""
+        paths, begins = set(tree.paths), []
+        for ranks_Mk in self.ranks:
+            rows, position, chosen = ranks_Mk.tolist(), 0, []
+            while position < len(rows):
+                chosen.append(position)
+                length = 0
+                while length < tree.depth and tuple(rows[position][: length + 1]) in paths:
+                    length += 1
+                position += length + 1
+            begins.append(ranks_Mk[chosen])
+        return RankCounts(begins, self.width)
 
-def step_ranks(ranks: Sequence[Tensor], tree: Tree) -> Tensor:
-    """Those positions' ranks at which greedy decoding of the answers begins a step.
+    def tokens_per_step(self, tree: Tree) -> float:
+        """Mean tokens of a step of greedy decoding of the answers, the LM head's own counted."""
+        return self.at_steps(tree).expected_acceptance(tree)
 
-    Args:
-        ranks: [positions, heads] of each answer, as from `head_ranks`.
-        tree: what it decodes with.
-    """
-    paths, begins = set(tree.paths), []
-    for ranks_Mk in ranks:
-        rows, position, chosen = ranks_Mk.tolist(), 0, []
-        while position < len(rows):
-            chosen.append(position)
-            length = 0
-            while length < tree.depth and tuple(rows[position][: length + 1]) in paths:
-                length += 1
-            position += length + 1
-        begins.append(ranks_Mk[chosen])
-    return torch.cat(begins)
-
-
-def tokens_per_step(ranks: Sequence[Tensor], tree: Tree, width: int) -> float:
-    """Mean tokens of a step of greedy decoding of these answers; arguments as of `step_ranks` and `RankCounts`."""
-    return RankCounts(step_ranks(ranks, tree), width).expected_acceptance(tree)
-
-
-def find_tree(ranks: Sequence[Tensor], width: int, nodes: int) -> Tree:
-    """The tree of a size for decoding texts like these answers; arguments as of `step_ranks` and `best_tree`."""
-    num = ranks[0].shape[1]
-    everywhere = RankCounts(torch.cat(list(ranks)), width)
-    first = best_tree(everywhere.joint_probability, num, width, nodes)
-    return best_tree(RankCounts(step_ranks(ranks, first), width).joint_probability, num, width, nodes)
+    def find_tree(self, nodes: int) -> Tree:
+        """The tree of a size for greedy decoding of texts like these answers."""
+        first = best_tree(self.joint_probability, self.num, self.width, nodes)
+        return best_tree(self.at_steps(first).joint_probability, self.num, self.width, nodes)
 
 
 def _product(factors: Iterable[float]) -> float:

@@ -4,7 +4,7 @@ from decoding_models import NUM, random_heads, reference
 
 from medusa_ds.decoding.generator import Decoder
 from medusa_ds.decoding.measure import Difference, first_difference, head_ranks, plain_step_bytes, step_ms
-from medusa_ds.decoding.trees import Tree, default_tree, step_ranks, tokens_per_step
+from medusa_ds.decoding.trees import RankCounts, Tree, default_tree
 
 
 @pytest.mark.parametrize("length", [0, 3, 4, 40, 80])
@@ -63,12 +63,13 @@ def test_a_walk_over_ranks_begins_steps_where_decoding_does(llama):
     for prompt in ([9, 40, 77, 12], [7], [30, 2, 60]):
         answer = reference(llama, prompt, 80, eos_token_id=120)
         ranks = head_ranks(llama, heads, prompt, answer)
-        steps = step_ranks([ranks], tree).tolist()
+        counts = RankCounts([ranks], 50)
+        steps = torch.cat(counts.at_steps(tree).ranks).tolist()
         walked = [1 + sum(tuple(row[:k]) in tree.paths for k in (1, 2)) for row in steps]
         decoded = decoder.generate([prompt], 80)[0].accepted
         whole = len(walked) - 1  # the last one may go over the end of the answer
         assert walked[:whole] == decoded[:whole] and sum(decoded) == 79
-        assert tokens_per_step([ranks], tree, 50) == pytest.approx(sum(walked) / len(walked))
+        assert counts.tokens_per_step(tree) == pytest.approx(sum(walked) / len(walked))
         lengths |= set(walked)
     assert lengths == {1, 2, 3}
 

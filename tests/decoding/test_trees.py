@@ -9,9 +9,6 @@ from medusa_ds.decoding.trees import (
     best_tree,
     chain,
     default_tree,
-    find_tree,
-    step_ranks,
-    tokens_per_step,
 )
 from medusa_ds.errors import UserError
 
@@ -71,7 +68,7 @@ def _ranks(positions: int = 400) -> torch.Tensor:
 
 def test_best_tree_is_the_best_of_all_trees_of_its_size():
     """Mutation: end the search one head early."""
-    counts = RankCounts(_ranks(), 2)
+    counts = RankCounts([_ranks()], 2)
     paths = [path for length in (1, 2) for path in itertools.product(range(2), repeat=length)]
     for nodes in range(1, 8):
         trees = [
@@ -89,7 +86,7 @@ def test_expected_acceptance_is_that_of_walking_the_positions():
     walked = 0
     for first, second in ranks.tolist():
         walked += 1 + (((first,) in tree.paths) and (1 + ((first, second) in tree.paths)))
-    assert RankCounts(ranks, 4).expected_acceptance(tree) == pytest.approx(walked / len(ranks))
+    assert RankCounts([ranks], 4).expected_acceptance(tree) == pytest.approx(walked / len(ranks))
 
 
 def test_tokens_per_step_are_those_of_a_walk_from_one_accepted_end_to_the_next():
@@ -97,28 +94,29 @@ def test_tokens_per_step_are_those_of_a_walk_from_one_accepted_end_to_the_next()
     right, wrong = [0, 0], [9, 0]
     answers = [torch.tensor(rows) for rows in ([right, right, right, wrong, wrong], [wrong, right], [[0, 9], right])]
     # steps of 3, 1, 1 and 1, 3 and 2 tokens, where by position it were 3, 3, 3, 1, 1 and 1, 3 and 2, 3
-    assert tokens_per_step(answers, chain(2), 4) == pytest.approx((3 + 1 + 1 + 1 + 3 + 2) / 6)
-    assert step_ranks(answers, chain(2)).tolist() == [right, wrong, wrong, wrong, right, [0, 9]]
+    counts = RankCounts(answers, 4)
+    assert counts.tokens_per_step(chain(2)) == pytest.approx((3 + 1 + 1 + 1 + 3 + 2) / 6)
+    assert torch.cat(counts.at_steps(chain(2)).ranks).tolist() == [right, wrong, wrong, wrong, right, [0, 9]]
 
 
 def test_a_tree_is_found_for_the_positions_where_steps_begin():
     """Long easy stretches, which a step or two cover, hide that head 1's second guess is worth more elsewhere.
     Mutation: count every position alike."""
     answer = torch.tensor(([[0, 0]] * 30 + [[1, 9]] * 14) * 20)
-    counts = RankCounts(answer, 4)
-    everywhere, found = best_tree(counts.joint_probability, 2, 4, 3), find_tree([answer], 4, 3)
+    counts = RankCounts([answer], 4)
+    everywhere, found = best_tree(counts.joint_probability, 2, 4, 3), counts.find_tree(3)
     assert (everywhere.paths, found.paths) == ([(0,), (0, 0)], [(0,), (1,)])
-    assert tokens_per_step([answer], found, 4) > tokens_per_step([answer], everywhere, 4)
+    assert counts.tokens_per_step(found) > counts.tokens_per_step(everywhere)
 
 
 def test_joint_counts_find_a_better_tree_than_independence_where_heads_err_together():
-    counts = RankCounts(_ranks(4000), 4)
+    counts = RankCounts([_ranks(4000)], 4)
     joint = best_tree(counts.joint_probability, 2, 4, 9)
     independent = best_tree(counts.independent_probability, 2, 4, 9)
     assert counts.expected_acceptance(joint) > counts.expected_acceptance(independent) + 0.1
 
 
 def test_no_positions_give_no_acceptance_beyond_the_root():
-    counts = RankCounts(torch.zeros(0, 2, dtype=torch.long), 4)
+    counts = RankCounts([torch.zeros(0, 2, dtype=torch.long)], 4)
     assert counts.expected_acceptance(chain(2)) == 1
     assert best_tree(counts.joint_probability, 2, 4, 5).nodes == 5
