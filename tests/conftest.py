@@ -20,7 +20,8 @@ from support import WORDS, tiny_tokenizer
 
 LONG = (
     "test_train", "test_faults_of_launches", "test_engine", "test_resume", "test_distillation", "test_generator",
-    "test_distill", "test_hidden_cache", "test_save_cut_off", "test_custom_generate", "test_recipes_train",
+    "test_distill", "test_distill_server", "test_hidden_cache", "test_save_cut_off", "test_custom_generate",
+    "test_recipes_train",
 )  # fmt: skip
 """Files that take longest, which begin first, so that no worker is left alone with one of them at the end."""
 SHARED = {"test_engine": "ranks", "test_resume": "ranks", "test_distillation": "ranks"}
