@@ -32,11 +32,13 @@ class CompiledBackbone:
     """Compiled stand-ins for a backbone's layers, rotary embedding and norm.
 
     Args:
-        backbone: a causal language model of transformers, none of whose modules has a `forward` of its own.
+        backbone: a causal language model of transformers, none of whose modules has a `forward` of its own or a class
+            of Liger's, which replaces both.
     """
 
     def __init__(self, backbone: PreTrainedModel) -> None:
-        assert not any("forward" in vars(module) for module in backbone.modules()), "patched, as Liger does"
+        own = [m for m in backbone.modules() if "forward" in vars(m) or type(m).__module__.startswith("liger_kernel")]
+        assert not own, "patched, as Liger does"
         base = backbone.base_model
         self._layers = list(base.layers)  # type: ignore[arg-type]
         single = [m for m in base.children() if not isinstance(m, nn.ModuleList | nn.Embedding)]

@@ -35,11 +35,15 @@ def test_layers_share_one_compilation_and_the_text_is_the_same(family, parts, mo
     assert len(graphs) == parts
 
 
-def test_a_patched_model_is_refused():
-    """Liger replaces modules' `forward`. Mutation: compile whatever is given."""
+@pytest.mark.parametrize("patched", ["forward", "class"])
+def test_a_patched_model_is_refused(patched):
+    """Liger replaces modules' `forward`, and classes for models built later. Mutation: ask for one of them only."""
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=120, **sizes))
     mlp = model.model.layers[0].mlp
-    mlp.forward = mlp.forward
+    if patched == "forward":
+        mlp.forward = mlp.forward
+    else:
+        mlp.__class__ = type("LigerSwiGLUMLP", (type(mlp),), {"__module__": "liger_kernel.transformers.swiglu"})
     with pytest.raises(AssertionError, match="patched"):
         Decoder(model, [], chain(0), compile_step=True)
