@@ -16,11 +16,16 @@ from transformers import PreTrainedModel
 from medusa_ds.decoding.cache import Session
 
 
-def compile_part(part: Callable[..., Any]) -> Callable[..., Any]:
-    """A part of the step, compiled for the shapes that it is called with."""
+def compile_part(part: Callable[..., Any], one_row: bool) -> Callable[..., Any]:
+    """A part of the step, compiled for the shapes that it is called with.
+
+    Args:
+        part: what to compile.
+        one_row: whether each of its products multiplies one row.
+    """
     torch._dynamo.config.recompile_limit = 256  # one compilation a tree and session, over all decoders
     options: dict[str, Any] = {
-        "coordinate_descent_tuning": True,  # multiplies one row by reductions, which read weights faster than cuBLAS
+        "coordinate_descent_tuning": one_row,  # then products are reductions, which read weights faster than cuBLAS
         "combo_kernels": True,  # rotates queries and keys and writes both into the cache at once
         "triton.enable_pdl": True,  # a kernel starts while the one before ends, where the GPU can do that
     }
@@ -34,15 +39,16 @@ class CompiledBackbone:
     Args:
         backbone: a causal language model of transformers, none of whose modules has a `forward` of its own or a class
             of Liger's, which replaces both.
+        one_row: see `compile_part`.
     """
 
-    def __init__(self, backbone: PreTrainedModel) -> None:
+    def __init__(self, backbone: PreTrainedModel, one_row: bool) -> None:
         own = [m for m in backbone.modules() if "forward" in vars(m) or type(m).__module__.startswith("liger_kernel")]
         assert not own, "patched, as Liger does"
         base = backbone.base_model
         self._layers = list(base.layers)  # type: ignore[arg-type]
         single = [m for m in base.children() if not isinstance(m, nn.ModuleList | nn.Embedding)]
-        self._forward = {module: compile_part(module.forward) for module in [*self._layers, *single]}
+        self._forward = {module: compile_part(module.forward, one_row) for module in [*self._layers, *single]}
 
     @contextmanager
     def installed(self, session: Session) -> Iterator[None]:

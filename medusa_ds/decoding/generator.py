@@ -85,9 +85,10 @@ class Decoder:
         pack_projections(backbone)
         self._parts: CompiledBackbone | None = None
         if compile_step:
-            self._parts = CompiledBackbone(backbone)
-            self._begin = compile_part(self._begin)  # type: ignore[method-assign]
-            self._finish = compile_part(self._finish)  # type: ignore[method-assign]
+            one_row = tree.nodes == 1
+            self._parts = CompiledBackbone(backbone, one_row)
+            self._begin = compile_part(self._begin, one_row)  # type: ignore[method-assign]
+            self._finish = compile_part(self._finish, one_row)  # type: ignore[method-assign]
         self._session: Session | None = None
         self.ends = set(end_tokens(backbone))
         self.limit = getattr(backbone.config, "max_position_embeddings", None) or 1 << 30

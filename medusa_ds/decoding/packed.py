@@ -6,13 +6,18 @@ side in one matrix they cost one product each. Those that stand alone are replac
 by a kernel of ours, and every product knows the weight that is read after its own.
 """
 
+from functools import cache
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from medusa_ds.decoding.few_rows import linear
+from medusa_ds.decoding.few_rows import gated_linear, gates, linear
 
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("o_proj",), ("down_proj",))
 """Names of projections that get the same input, in the order in which all layers of transformers call them."""
+GATED = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
+"""Classes of transformers that compute `down_proj(act_fn(gate_proj(x)) * up_proj(x))`; others may have factors."""
 
 
 class _First(nn.Module):
@@ -46,9 +51,30 @@ class _Other(nn.Module):
         return self.first.rest.pop(0)
 
 
+class _Gating:
+    """Comes before a class of `GATED` with packed projections: few rows are gated in the product's kernel."""
+
+    def forward(self: Any, hidden: Tensor) -> Any:
+        first = self.gate_proj
+        if gates(hidden, first.weight):
+            return self.down_proj(gated_linear(hidden, first.weight, first.ahead))
+        return super().forward(hidden)  # type: ignore[misc]
+
+
+@cache
+def _gating(mlp: type) -> type:
+    return type(mlp.__name__, (_Gating, mlp), {})
+
+
+def _can_gate(mlp: Any) -> bool:
+    if type(mlp).__name__ not in GATED or isinstance(mlp, _Gating) or "forward" in vars(mlp):
+        return False
+    return mlp.config.hidden_act == "silu" and isinstance(mlp.gate_proj, _First) and mlp.gate_proj.bias is None
+
+
 @torch.no_grad()
 def pack_projections(backbone: nn.Module) -> None:
-    """Put the projections of `GROUPS` side by side, in place; needs room for one layer's copy. Inference only."""
+    """Put projections side by side, in place; needs room for one layer's copy. Inference only."""
     for path in [path for path, _ in backbone.named_modules()]:  # names hold no weights
         module = backbone.get_submodule(path)
         for names in GROUPS:
@@ -60,6 +86,9 @@ def pack_projections(backbone: nn.Module) -> None:
             setattr(module, names[0], first)
             for name in names[1:]:
                 setattr(module, name, _Other(first))
+        if _can_gate(module):
+            own_class: Any = type(module)
+            module.__class__ = _gating(own_class)
     packed = [module for module in backbone.modules() if isinstance(module, _First)]
     for module, following in zip(packed, packed[1:] + packed[:1], strict=True):
         module.__dict__["ahead"] = following.weight

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILES = {64: (32, 128, 128), 128: (64, 64, 128)}  # by head size: nodes of a block, slots at a time and in all
+TILES = {64: (32, 128, 128), 128: (64, 64, 256)}  # by head size: nodes of a block, slots at a time and in all
 
 
 def applies(query: Tensor) -> bool:
@@ -29,7 +29,7 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scal
 
     Args:
         query: [B, heads, N, head size], the head size a power of two from 16.
-        key: [B, key/value heads, L, head size], as `value`, with the same strides; L is a multiple of 128.
+        key: [B, key/value heads, L, head size], as `value`, with the same strides; L is a multiple of 256.
         value: see there.
         mask: additive, [B, 1, N or more, L].
         scale: of the scores.

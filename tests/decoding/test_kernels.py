@@ -22,6 +22,10 @@ for (rows, columns, depth), parts in shapes.items():
     product = few_rows.few_rows_product(hidden, weight, weight)
     assert len(product) == few_rows.tiles(columns, depth).parts == parts
     torch.testing.assert_close(product.sum(0), hidden @ weight.T, rtol=1e-4, atol=1e-4)
+hidden, weight = torch.randn(9, 72), torch.randn(8600, 72)
+gate, up = (hidden @ weight.T).chunk(2, -1)
+gated = few_rows.few_rows_product(hidden, weight, weight, True)[0]
+torch.testing.assert_close(gated, torch.nn.functional.silu(gate) * up, rtol=1e-4, atol=1e-4)
 
 tree_attention.TILES[32] = (32, 32, 64)
 for group, size, nodes in ((1, 16, 20), (2, 32, 40)):
@@ -37,7 +41,7 @@ print("equal")
 
 
 def test_kernels_give_what_plain_pytorch_gives():
-    """Mutations: order negative logits by their bits; leave the last part out; do not rescale the mean."""
+    """Mutations: order negative logits by their bits; leave the last part out; do not rescale the mean; gate by up."""
     env = {**os.environ, "TRITON_INTERPRET": "1"}
     run = subprocess.run([sys.executable, "-c", KERNELS], env=env, capture_output=True, text=True)
     assert run.stdout == "equal\n", run.stderr

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from medusa_ds.decoding.acceptance import Acceptance
-from medusa_ds.decoding.few_rows import applies, linear
+from medusa_ds.decoding.few_rows import applies, gated_linear, gates, linear
 from medusa_ds.decoding.generator import Decoder
 from medusa_ds.decoding.measure import copy_bandwidth, first_difference, plain_step_bytes, step_ms
 from medusa_ds.decoding.top_tokens import top_tokens
@@ -104,6 +104,23 @@ def test_few_rows_are_multiplied_as_exactly_as_by_cublas(rows, columns, depth):
     assert ours.norm() < 1.6 * theirs.norm()  # the bias is rounded in twice where the depth is in one part
 
 
+@pytest.mark.parametrize("rows", [2, 64])
+@pytest.mark.parametrize(("columns", "depth"), [(8704, 200), (28672, 4096)])
+def test_gated_products_are_as_exact_as_cublas_and_silu(columns, depth, rows):
+    torch.manual_seed(0)
+    hidden = torch.randn(1, rows, depth, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(columns, depth, device="cuda", dtype=torch.bfloat16) / depth**0.5
+
+    def plain(hidden, weight):
+        gate, up = F.linear(hidden, weight).chunk(2, -1)
+        return F.silu(gate) * up
+
+    exact = plain(hidden.double(), weight.double())
+    ours, theirs = (way - exact for way in (gated_linear(hidden, weight, weight), plain(hidden, weight)))
+    assert gates(hidden, weight)
+    assert ours.norm() < theirs.norm()  # rounded once, not three times
+
+
 @pytest.mark.parametrize(("heads", "groups", "size"), [(9, 3, 64), (32, 8, 128), (4, 4, 16)])
 @pytest.mark.parametrize("nodes", [2, 30, 64])
 def test_tree_attention_is_attention(heads, groups, size, nodes):
@@ -140,16 +157,17 @@ def test_texts_of_plain_and_tree_steps_in_bfloat16_part_at_ties_only(compiled):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocab", [500, 49152, 128256])
-def test_top_tokens_are_those_of_topk(vocab, dtype):
+@pytest.mark.parametrize("number", [1, 10])
+def test_top_tokens_are_those_of_topk(vocab, dtype, number):
     torch.manual_seed(0)
     logits = torch.randn(3, 2, vocab, device="cuda", dtype=dtype)
-    chosen = top_tokens(logits, 10)
-    assert logits.gather(-1, chosen).equal(logits.topk(10).values)
-    assert all(len(set(row)) == 10 for row in chosen.flatten(0, 1).tolist())
+    chosen = top_tokens(logits, number)
+    assert logits.gather(-1, chosen).equal(logits.topk(number).values)
+    assert all(len(set(row)) == number for row in chosen.flatten(0, 1).tolist())
 
 
 @pytest.mark.parametrize("shape", os.environ.get("MEDUSA_DS_SHAPES", "smollm2_135m").split(","))
-@pytest.mark.parametrize("compiled", [True, False])  # Liger patches modules for good: last
+@pytest.mark.parametrize("compiled", [True, False])
 def test_step_times(shape, compiled):
     """Prints milliseconds of a plain step and of tree steps, bf16, batch 1, 512 tokens of text. `MEDUSA_DS_SHAPES`
     names shapes of `SHAPES`, comma-separated; with `-k "not True"` nothing is compiled."""
