@@ -13,6 +13,7 @@ apply (`tree_attention`).
 Shape suffixes: B rows, N tree nodes, D tree depth + 1, L slots.
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -134,6 +135,7 @@ class Session:
     Attributes:
         kv: [2 x layers, B, key/value heads, L, head size], keys and values by turns.
         cache: the same as a cache of transformers.
+        cache_arguments: what a call of the backbone needs to use it.
         length_B: tokens of the text whose keys and values are there; the root of the tree is not.
         active_B: 1 while the row goes on; a row that ended keeps its length.
         candidates_BC: the root token, then the best guesses of head 1, of head 2, ...
@@ -151,6 +153,10 @@ class Session:
         self.kv = torch.zeros(2 * layers, batch, heads, slots, size, dtype=backbone.dtype, device=device)
         self._layers = [_Slots(self.kv[2 * i], self.kv[2 * i + 1], tree.nodes) for i in range(layers)]
         self.cache = _StaticCache(layers=list(self._layers))
+        renamed = "cache" in inspect.signature(backbone.base_model.forward).parameters  # in transformers 5.24
+        self.cache_arguments: dict[str, Any] = {
+            "cache" if renamed else "past_key_values": self.cache, "use_cache": True
+        }  # fmt: skip
         self.length_B = torch.zeros(batch, dtype=torch.long, device=device)
         self.active_B = torch.ones(batch, dtype=torch.long, device=device)
         self.candidates_BC = torch.zeros(batch, 1 + tree.depth * tree.width, dtype=torch.long, device=device)

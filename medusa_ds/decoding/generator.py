@@ -213,7 +213,7 @@ class Decoder:
 
     def _step(self, session: Session) -> None:
         inputs = self._begin(session)
-        hidden_BNH = self.backbone.base_model(**inputs, past_key_values=session.cache, use_cache=True).last_hidden_state
+        hidden_BNH = self.backbone.base_model(**inputs, **session.cache_arguments).last_hidden_state
         # not compiled: Inductor would copy all keys and values there and back to move a path of them
         session.keep(*self._finish(session, inputs["input_ids"], hidden_BNH))
 
@@ -280,8 +280,7 @@ def prefill(backbone: PreTrainedModel, session: Session, prompts: Sequence[Seque
         hidden_BPH = backbone.base_model(
             input_ids=tokens_BP,
             position_ids=torch.arange(longest, device=device).expand(len(prompts), -1),
-            past_key_values=session.cache,
-            use_cache=True,
+            **session.cache_arguments,
         ).last_hidden_state
     session.length_B.copy_(torch.tensor([len(prompt) for prompt in prompts]))
     return hidden_BPH[torch.arange(len(prompts), device=device), session.length_B - 1]

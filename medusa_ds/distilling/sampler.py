@@ -131,8 +131,7 @@ class Sampler:
         hidden_B1H = self.backbone.base_model(
             input_ids=root_B[:, None],
             position_ids=position_B1,
-            past_key_values=session.cache,
-            use_cache=True,
+            **session.cache_arguments,
             **session.masks(position_B1),
         ).last_hidden_state
         session.keep(self.path_B1, self.count_B)

@@ -206,7 +206,9 @@ def load_backbone(
             rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False, model=backbone
         )
     if activation_checkpointing:
-        backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        renamed = hasattr(backbone, "activation_checkpointing_enable")  # not yet in transformers 5.17
+        enable = backbone.activation_checkpointing_enable if renamed else backbone.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     return backbone
 
 

@@ -102,9 +102,9 @@ def test_cache_is_that_of_a_fresh_forward_after_every_acceptance_length(case):
         session = decoder._session
         length = int(session.length_B)
         assert length == len(prompt) + len(row.tokens) - 1 or row.finish
-        fresh = DynamicCache()
+        fresh, cache_name = DynamicCache(), next(iter(session.cache_arguments))
         with torch.no_grad():
-            case.model(input_ids=torch.tensor([text[:length]]), past_key_values=fresh, use_cache=True)
+            case.model(input_ids=torch.tensor([text[:length]]), **{**session.cache_arguments, cache_name: fresh})
         begin = decoder.tree.nodes
         for index, layer in enumerate(fresh.layers):
             kept = layer.keys.shape[2]  # a sliding layer keeps its window only
@@ -112,6 +112,13 @@ def test_cache_is_that_of_a_fresh_forward_after_every_acceptance_length(case):
             torch.testing.assert_close(ours, torch.stack([layer.keys[0], layer.values[0]]), rtol=1e-4, atol=1e-5)
         seen |= set(row.accepted)
     assert seen == {1, 2, 3, 4}
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_transformers_announces_no_end_of_what_decoding_calls(llama):
+    """Mutation: hand the cache over as `past_key_values`, whatever it is called."""
+    for heads, tree in ((random_heads(), TREES["bushy"]), ([], chain(0))):
+        assert len(Decoder(llama, heads, tree).generate([[5, 9, 12]], 8)[0].tokens) > 1
 
 
 @pytest.mark.parametrize("short", [0, 1, 2, 5])
