@@ -52,7 +52,10 @@ class _Other(nn.Module):
 
 
 class _Gating:
-    """Comes before a class of `GATED` with packed projections: few rows are gated in the product's kernel."""
+    """Comes before a class of `GATED` with packed projections: few rows are gated in the product's kernel.
+
+    All else goes transformers' own way: written in another one, a plain step was compiled to slower code.
+    """
 
     def forward(self: Any, hidden: Tensor) -> Any:
         first = self.gate_proj
