@@ -21,7 +21,7 @@ def compile_part(part: Callable[..., Any], one_row: bool) -> Callable[..., Any]:
 
     Args:
         part: what to compile.
-        one_row: whether each of its products multiplies one row.
+        one_row: whether its products multiply one row of each text, as those of a plain step do.
     """
     torch._dynamo.config.recompile_limit = 256  # one compilation a tree and session, over all decoders
     options: dict[str, Any] = {

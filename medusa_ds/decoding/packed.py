@@ -54,7 +54,7 @@ class _Other(nn.Module):
 class _Gating:
     """Comes before a class of `GATED` with packed projections: few rows are gated in the product's kernel.
 
-    All else goes transformers' own way: written in another one, a plain step was compiled to slower code.
+    All else goes transformers' own way, so that a plain step is compiled from the same code as without this class.
     """
 
     def forward(self: Any, hidden: Tensor) -> Any:
@@ -77,7 +77,10 @@ def _can_gate(mlp: Any) -> bool:
 
 @torch.no_grad()
 def pack_projections(backbone: nn.Module) -> None:
-    """Put projections side by side, in place; needs room for one layer's copy. Inference only."""
+    """Put the projections of `GROUPS` side by side and let `GATED` gate in the kernel, in place, for inference only.
+
+    Needs room for one layer's copy.
+    """
     for path in [path for path, _ in backbone.named_modules()]:  # names hold no weights
         module = backbone.get_submodule(path)
         for names in GROUPS:

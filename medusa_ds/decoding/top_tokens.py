@@ -15,7 +15,8 @@ PART = 1024  # logits of a block
 
 def top_tokens(logits: Tensor, number: int) -> Tensor:
     """Tokens [..., number] of the largest of logits [..., V], best first; of equal ones the lowest first."""
-    rows, vocab, keep = logits.numel() // logits.shape[-1], logits.shape[-1], _power_of_2(max(number, 2))
+    rows, vocab = logits.numel() // logits.shape[-1], logits.shape[-1]
+    keep = _power_of_2(max(number, 2))  # compiled for a GPU, Triton's `topk` cannot keep one
     parts = -(-vocab // PART)
     some = torch.empty(rows, parts * keep, dtype=torch.int64, device=logits.device)
     best = torch.empty(rows, keep, dtype=torch.int64, device=logits.device)

@@ -10,7 +10,7 @@ from medusa_ds.decoding.packed import pack_projections
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_outputs_are_those_of_the_unpacked_model(family):
-    """Mutations: swap the two parts that follow the first; gate the other half."""
+    """Mutation: swap the two parts that follow the first."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         family, vocab_size=90, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -31,7 +31,7 @@ def test_outputs_are_those_of_the_unpacked_model(family):
 
 @pytest.mark.parametrize(("family", "act", "gated"), [("llama", "silu", 2), ("llama", "gelu", 0), ("qwen3", "silu", 2)])
 def test_what_the_kernel_gates_is_what_the_model_gates(family, act, gated, monkeypatch):
-    """The kernel's place, in plain PyTorch. Mutation: gate whatever has the class."""
+    """The kernel's place, in plain PyTorch. Mutations: gate whatever has the class; pack what is packed again."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         family, vocab_size=90, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
