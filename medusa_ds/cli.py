@@ -192,7 +192,12 @@ ACCEPTANCE = [
     option("--delta", type=positive, default=0.3, help="typical: entropy-dependent threshold"),
 ]
 PROMPTS = [
-    option("--prompts", required=True, metavar="FILE", help='JSON lines such as {"turns": ["Hello"]}'),
+    option(
+        "--prompts",
+        required=True,
+        metavar="SOURCE",
+        help='JSON lines such as {"turns": ["Hello"]}, or what data.path takes; its user turns are answered',
+    ),
     option("--limit", type=count, metavar="N", help="take the first N conversations"),
     option("--max-new-tokens", type=count, default=256, metavar="N", help="of an answer"),
     option("--compile", action="store_true", help="fuse the decoding step with torch.compile; a minute once"),

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from medusa_ds.data.dialogues import chat_template, check_template
-from medusa_ds.data.prompts import load_prompts
+from medusa_ds.data.prompts import Prompt, load_prompts
 from medusa_ds.decoding.packed import pack_projections
 from medusa_ds.decoding.runs import place
 from medusa_ds.distilling.journal import Journal
@@ -171,7 +171,7 @@ class _Engines:
 
 def _read(where: str, source: str, split: str = "train") -> list[Any]:
     """Messages of every prompt, or why a row cannot be used."""
-    return [row for _, row in load_prompts(where, source, split)]
+    return [row.messages if isinstance(row, Prompt) else row for _, row in load_prompts(where, source, split)]
 
 
 def _state(

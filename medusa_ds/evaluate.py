@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
+from medusa_ds.data.prompts import read_prompts
 from medusa_ds.decoding.answers import (
     Answer,
     Settings,
     all_ranks,
     answer_prompts,
     device_name,
-    read_prompts,
     write_report,
 )
 from medusa_ds.decoding.generator import Decoder, Generation
@@ -32,7 +32,7 @@ Report = dict[str, Any]
 
 def evaluate(settings: Settings) -> Report:
     """Measure a run, print a table, write JSON and picture if asked, and return the report."""
-    prompts, run = read_prompts(settings.prompts, settings.limit), settings.load()
+    prompts, run = read_prompts("--prompts", settings.prompts, settings.limit), settings.load()
     plain = Decoder(run.backbone, [], chain(0), settings.acceptance, compile_step=settings.compile_step)
     medusa = Decoder(run.backbone, run.heads, run.tree, settings.acceptance, compile_step=settings.compile_step)
     answers, left_out = answer_prompts(run, prompts, plain, medusa, settings.max_new_tokens)

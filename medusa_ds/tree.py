@@ -7,7 +7,8 @@ hundred positions.
 
 from typing import Any
 
-from medusa_ds.decoding.answers import Settings, all_ranks, answer_prompts, device_name, read_prompts, write_report
+from medusa_ds.data.prompts import read_prompts
+from medusa_ds.decoding.answers import Settings, all_ranks, answer_prompts, device_name, write_report
 from medusa_ds.decoding.generator import Decoder
 from medusa_ds.decoding.measure import step_ms
 from medusa_ds.decoding.pictures import draw_tree
@@ -27,7 +28,7 @@ def search_tree(settings: Settings, nodes: int | None = None) -> Report:
         settings: as for `evaluate`.
         nodes: size with the root; None picks the size with the most expected tokens a second by measured step times.
     """
-    prompts, run = read_prompts(settings.prompts, settings.limit), settings.load()
+    prompts, run = read_prompts("--prompts", settings.prompts, settings.limit), settings.load()
     if run.config_file is None:
         raise UserError(
             f"{settings.run}: checkpoints and shipped heads are sealed; name a finished run's output or heads"

@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from medusa_ds.cli import main
-from medusa_ds.decoding.answers import Settings, read_prompts
+from medusa_ds.data.prompts import Prompt, read_prompts
+from medusa_ds.decoding.answers import Settings
 from medusa_ds.errors import UserError
 from medusa_ds.evaluate import evaluate
 from medusa_ds.model.heads import MedusaHeads, save_heads
@@ -171,18 +172,38 @@ def test_stage_two_takes_the_tuned_backbone(output, prompts, monkeypatch):
     assert finished == sealed != before
 
 
-def test_every_bad_line_of_a_prompts_file_is_named(tmp_path):
+def test_every_bad_row_of_prompts_is_named(tmp_path):
     file = tmp_path / "bad.jsonl"
-    lines = ['{"turns": ["a"]}', "{", "[]", '{"turns": []}', '{"turns": ["a", 3]}', '{"turns": ["a"], "category": 1}']
+    lines = ['{"turns": ["a"]}', "{", "[]", '{"turns": []}', '{"turns": ["a", 3]}', '{"turns": ["a", " "]}']
     file.write_text("\n".join(lines))
     with pytest.raises(UserError) as caught:
-        read_prompts(file)
+        read_prompts("--prompts", str(file))
     assert [problem.split(": ")[0] for problem in caught.value.problems] == [f"{file}:{n}" for n in (2, 3, 4, 5, 6)]
+    assert read_prompts("--prompts", str(file), 1) == [Prompt([{"role": "user", "content": "a"}], "")]
     file.write_text("\n")
     with pytest.raises(UserError, match="found no prompt"):
-        read_prompts(file)
-    with pytest.raises(UserError, match="cannot be read"):
-        read_prompts(tmp_path / "none.jsonl")
+        read_prompts("--prompts", str(file))
+    with pytest.raises(UserError, match=r"--prompts: .*none.jsonl: found no such file"):
+        read_prompts("--prompts", str(tmp_path / "none.jsonl"))
+
+
+def test_prompts_may_be_conversations_whose_answers_are_made_anew(output, tmp_path):
+    """What `distill` writes, and a system turn. Mutation: leave system turns out."""
+    turns, system = ["hello", "more"], {"role": "system", "content": "be brief"}
+    rows = {
+        "turns": {"turns": turns},
+        "messages": {"messages": [
+            {"role": role, "content": text} for turn in turns for role, text in (("user", turn), ("assistant", "x"))
+        ]},
+    }  # fmt: skip
+    rows["system"] = {"messages": [system, *rows["messages"]["messages"]]}
+    reports = {}
+    for name, row in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
+        reports[name] = evaluate(_settings(output, tmp_path / f"{name}.jsonl"))
+    assert {report["prompts"]["answers"] for report in reports.values()} == {2}
+    figures = [{key: reports[name][key] for key in ("heads", "accepted", "texts")} for name in rows]
+    assert figures[0] == figures[1] != figures[2]
 
 
 def test_prompts_over_the_models_limit_are_counted(output, tmp_path):

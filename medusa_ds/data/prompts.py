@@ -2,30 +2,39 @@
 
 import json
 from collections.abc import Iterator
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 from medusa_ds.data.dialogues import UnusableRow
 from medusa_ds.data.sources import open_source, read_messages, read_turn
+from medusa_ds.errors import UserError
 from medusa_ds.recipe import SourceSpec
 
 
-def load_prompts(where: str, path: str, split: str = "train") -> Iterator[tuple[str, list[dict[str, Any]] | str]]:
+class Prompt(NamedTuple):
+    """A conversation's system and user turns as messages, and what its row says of its kind, or nothing."""
+
+    messages: list[dict[str, Any]]
+    category: str
+
+
+def load_prompts(where: str, path: str, split: str = "train") -> Iterator[tuple[str, Prompt | str]]:
     """Read prompts.
 
     Args:
         where: the option or key, for messages.
-        path: see `SourceSpec.path`; a row may also be `{"turns": [text, ...]}`.
+        path: see `SourceSpec.path`; a row may also be `{"turns": [text, ...]}`, and have a `category`.
         split: of a hub dataset.
 
     Yields:
-        Where a row stands, and its system and user turns as messages, or why it cannot be used.
+        Where a row stands, and its prompt, or why it cannot be used.
 
     Raises:
         UserError: the source cannot be found or read.
     """
     for at, row in open_source(where, SourceSpec(path=path, split=split))[0]():
         try:
-            turns = row.get("turns") if isinstance(row, dict) else None
+            turns, category = (row.get("turns"), row.get("category")) if isinstance(row, dict) else (None, None)
             if not isinstance(turns, list):
                 messages, _ = read_messages(row)
                 messages = [message for message in messages if message["role"] != "assistant"]
@@ -36,8 +45,23 @@ def load_prompts(where: str, path: str, split: str = "train") -> Iterator[tuple[
             if not any(message["role"] == "user" for message in messages):
                 raise UnusableRow("no user turn")
             json.dumps(messages, ensure_ascii=False).encode()
-            yield at, messages
+            yield at, Prompt(messages, category if isinstance(category, str) else "")
         except UnusableRow as error:
             yield at, str(error)
         except (TypeError, ValueError, RecursionError):
             yield at, "not text that UTF-8 and JSON can hold"
+
+
+def read_prompts(where: str, path: str, limit: int | None = None) -> list[Prompt]:
+    """The first prompts of a source that must all be usable.
+
+    Raises:
+        UserError: the source cannot be found or read, every row that cannot be used, or there is no row.
+    """
+    rows = list(islice(load_prompts(where, path), limit))
+    hint = '{"turns": ["Hello"]} is a row, or what data.path takes'
+    if problems := [f"{at}: {row}; {hint}" for at, row in rows if isinstance(row, str)]:
+        raise UserError(*problems)
+    if not rows:
+        raise UserError(f"{where}: {path}: found no prompt; {hint}")
+    return [row for _, row in rows if isinstance(row, Prompt)]

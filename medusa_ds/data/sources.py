@@ -143,6 +143,8 @@ def open_source(where: str, source: SourceSpec) -> tuple[_Rows, str]:
     """
     path = _SAMPLE if source.path == "sample" else Path(source.path)
     if not path.exists():
+        if path.suffix in SUFFIXES:
+            raise UserError(f"{where}: {path}: found no such file; name a file, a directory or a hub id")
         return _open_hub(where, source)
     if source.split != "train":
         raise UserError(f"{where}: {path}: found split {source.split!r}, which only hub datasets have; remove it")

@@ -5,9 +5,10 @@ answer, so that both always continue the same text.
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -17,6 +18,8 @@ from medusa_ds.decoding.measure import head_ranks
 from medusa_ds.decoding.runs import Run, encode_chat, load_run, place
 from medusa_ds.errors import UserError
 
+Message = dict[str, Any]
+
 
 @dataclass
 class Settings:
@@ -24,7 +27,7 @@ class Settings:
 
     Attributes:
         run: output directory, heads folder or checkpoint.
-        prompts: JSON lines with `turns`.
+        prompts: source of prompts, see `data.prompts.load_prompts`.
         max_new_tokens: of an answer.
         limit: conversations; None takes all.
         acceptance: the rule.
@@ -50,13 +53,6 @@ class Settings:
         return load_run(self.run, *place(self.device, self.dtype), liger)
 
 
-class Prompt(NamedTuple):
-    """A conversation's user turns."""
-
-    turns: list[str]
-    category: str
-
-
 @dataclass
 class Answer:
     """One turn, answered."""
@@ -67,55 +63,29 @@ class Answer:
     medusa: Generation | None = None
 
 
-def read_prompts(file: str | Path, limit: int | None = None) -> list[Prompt]:
-    """Read prompts, one JSON object a line: `turns` (non-empty texts) and, if you like, `category`.
-
-    Raises:
-        UserError: every bad line, or no prompt at all.
-    """
-    prompts, problems = [], []
-    try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); name a JSON-lines file with prompts") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            problems.append(f"{file}:{number}: not valid JSON ({str(error)[:100]}); write one object a line")
-            continue
-        turns, category = (row.get("turns"), row.get("category", "")) if isinstance(row, dict) else (None, "")
-        if (
-            not isinstance(turns, list)
-            or not turns
-            or not all(isinstance(turn, str) and turn.strip() for turn in turns)
-        ):
-            problems.append(
-                f"{file}:{number}: turns: found {json.dumps(turns)[:60]}; a list of texts, the user's turns"
-            )
-        elif not isinstance(category, str):
-            problems.append(f"{file}:{number}: category: found {json.dumps(category)[:60]}; a text")
-        else:
-            prompts.append(Prompt(turns, category))
-    if not prompts and not problems:
-        problems.append(f'{file}: found no prompt; one object a line, as {{"turns": ["Hello"]}}')
-    if problems:
-        raise UserError(*problems)
-    return prompts[:limit]
-
-
 def answer_prompts(
-    run: Run, prompts: list[Prompt], plain: Decoder, medusa: Decoder | None, max_new_tokens: int
+    run: Run, prompts: Iterable[tuple[list[Message], str]], plain: Decoder, medusa: Decoder | None, max_new_tokens: int
 ) -> tuple[list[Answer], int]:
-    """Every turn of every prompt, and how many turns the model's limit left out."""
+    """Answers of every user turn.
+
+    Args:
+        run: whose tokenizer and chat template are used.
+        prompts: system and user turns of each conversation, and its category.
+        plain: decodes the answers.
+        medusa: decodes them a second time, if given.
+        max_new_tokens: of an answer.
+
+    Returns:
+        The answers, and how many conversations the model's limit cut short.
+    """
     answers: list[Answer] = []
     left_out = 0
-    for prompt in prompts:
-        messages = []
-        for turn in prompt.turns:
-            messages.append({"role": "user", "content": turn})
+    for turns, category in prompts:
+        messages: list[Message] = []
+        for turn in turns:
+            messages.append(turn)
+            if turn["role"] == "system":
+                continue
             ids = encode_chat(run, messages)
             if len(ids) + max_new_tokens > plain.limit:
                 left_out += 1
@@ -124,7 +94,7 @@ def answer_prompts(
                 for decoder in (plain, medusa):
                     if decoder is not None:
                         decoder.generate([ids], 4)
-            answer = Answer(prompt.category, ids, plain.generate([ids], max_new_tokens)[0])
+            answer = Answer(category, ids, plain.generate([ids], max_new_tokens)[0])
             if medusa is not None:
                 answer.medusa = medusa.generate([ids], max_new_tokens)[0]
             answers.append(answer)
