@@ -191,13 +191,12 @@ ACCEPTANCE = [
     option("--epsilon", type=positive, default=0.09, help="typical: hard threshold"),
     option("--delta", type=positive, default=0.3, help="typical: entropy-dependent threshold"),
 ]
+ANSWERED: Any = {
+    "metavar": "SOURCE",
+    "help": 'JSON lines such as {"turns": ["Hello"]}, or what data.path takes; its user turns are answered',
+}
 PROMPTS = [
-    option(
-        "--prompts",
-        required=True,
-        metavar="SOURCE",
-        help='JSON lines such as {"turns": ["Hello"]}, or what data.path takes; its user turns are answered',
-    ),
+    option("--prompts", required=True, **ANSWERED),
     option("--limit", type=count, metavar="N", help="take the first N conversations"),
     option("--max-new-tokens", type=count, default=256, metavar="N", help="of an answer"),
     option("--compile", action="store_true", help="fuse the decoding step with torch.compile; a minute once"),
@@ -226,8 +225,7 @@ COMMANDS = {
     "distill": Command(distill_model, [
         *RECIPE,
         option("--out", required=True, metavar="FILE", help="JSON lines to write, a conversation each"),
-        option("--prompts", metavar="SOURCE",
-                help='JSON lines such as {"turns": ["Hello"]}, or what data.path takes; its user turns are answered'),
+        option("--prompts", **ANSWERED),
         option("--split", default="train", help="of a hub dataset"),
         option("--limit", type=count, metavar="N", help="take the first N prompts"),
         option("--synthesize", type=count, metavar="N", help="let the model make up N prompts"),

@@ -174,11 +174,15 @@ def test_stage_two_takes_the_tuned_backbone(output, prompts, monkeypatch):
 
 def test_every_bad_row_of_prompts_is_named(tmp_path):
     file = tmp_path / "bad.jsonl"
-    lines = ['{"turns": ["a"]}', "{", "[]", '{"turns": []}', '{"turns": ["a", 3]}', '{"turns": ["a", " "]}']
+    lines = ['{"turns": ["a"]}', "{", "[]", '{"turns": []}', '{"turns": ["a", 3]}', '{"turns": ["a"], "category": 1}']
+    lines.append('{"turns": ["a", " "]}')
     file.write_text("\n".join(lines))
     with pytest.raises(UserError) as caught:
         read_prompts("--prompts", str(file))
-    assert [problem.split(": ")[0] for problem in caught.value.problems] == [f"{file}:{n}" for n in (2, 3, 4, 5, 6)]
+    assert [problem.split(": ")[0] for problem in caught.value.problems] == [f"{file}:{n}" for n in range(2, 8)]
+    with pytest.raises(UserError):
+        read_prompts("--prompts", str(file), 1)
+    file.write_text("\n".join([lines[0]] * 2))
     assert read_prompts("--prompts", str(file), 1) == [Prompt([{"role": "user", "content": "a"}], "")]
     file.write_text("\n")
     with pytest.raises(UserError, match="found no prompt"):

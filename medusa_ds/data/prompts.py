@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from itertools import islice
 from typing import Any, NamedTuple
 
 from medusa_ds.data.dialogues import UnusableRow
@@ -10,12 +9,14 @@ from medusa_ds.data.sources import open_source, read_messages, read_turn
 from medusa_ds.errors import UserError
 from medusa_ds.recipe import SourceSpec
 
+_A_ROW = '{"turns": ["Hello"]} is a row, or what data.path takes'
+
 
 class Prompt(NamedTuple):
-    """A conversation's system and user turns as messages, and what its row says of its kind, or nothing."""
+    """A conversation's system and user turns as messages, and what its row has as `category`, or an empty text."""
 
     messages: list[dict[str, Any]]
-    category: str
+    category: Any
 
 
 def load_prompts(where: str, path: str, split: str = "train") -> Iterator[tuple[str, Prompt | str]]:
@@ -34,7 +35,7 @@ def load_prompts(where: str, path: str, split: str = "train") -> Iterator[tuple[
     """
     for at, row in open_source(where, SourceSpec(path=path, split=split))[0]():
         try:
-            turns, category = (row.get("turns"), row.get("category")) if isinstance(row, dict) else (None, None)
+            turns, category = (row.get("turns"), row.get("category", "")) if isinstance(row, dict) else (None, "")
             if not isinstance(turns, list):
                 messages, _ = read_messages(row)
                 messages = [message for message in messages if message["role"] != "assistant"]
@@ -45,7 +46,7 @@ def load_prompts(where: str, path: str, split: str = "train") -> Iterator[tuple[
             if not any(message["role"] == "user" for message in messages):
                 raise UnusableRow("no user turn")
             json.dumps(messages, ensure_ascii=False).encode()
-            yield at, Prompt(messages, category if isinstance(category, str) else "")
+            yield at, Prompt(messages, category)
         except UnusableRow as error:
             yield at, str(error)
         except (TypeError, ValueError, RecursionError):
@@ -53,15 +54,21 @@ def load_prompts(where: str, path: str, split: str = "train") -> Iterator[tuple[
 
 
 def read_prompts(where: str, path: str, limit: int | None = None) -> list[Prompt]:
-    """The first prompts of a source that must all be usable.
+    """The first prompts of a source, all of whose rows must be usable and have texts as categories.
 
     Raises:
         UserError: the source cannot be found or read, every row that cannot be used, or there is no row.
     """
-    rows = list(islice(load_prompts(where, path), limit))
-    hint = '{"turns": ["Hello"]} is a row, or what data.path takes'
-    if problems := [f"{at}: {row}; {hint}" for at, row in rows if isinstance(row, str)]:
+    prompts, problems = [], []
+    for at, row in load_prompts(where, path):
+        if isinstance(row, str):
+            problems.append(f"{at}: {row}; {_A_ROW}")
+        elif not isinstance(row.category, str):
+            problems.append(f"{at}: category: found {str(row.category)[:60]}; a text")
+        else:
+            prompts.append(row)
+    if not prompts and not problems:
+        problems.append(f"{where}: {path}: found no prompt; {_A_ROW}")
+    if problems:
         raise UserError(*problems)
-    if not rows:
-        raise UserError(f"{where}: {path}: found no prompt; {hint}")
-    return [row for _, row in rows if isinstance(row, Prompt)]
+    return prompts[:limit]
