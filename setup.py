@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 setup(
     name="medusa-ds",
@@ -12,24 +12,38 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=[
-        "medusa_ds", "medusa_ds.data", "medusa_ds.model", "medusa_ds.training", "medusa_ds.decoding",
-        "medusa_ds.distilling", "medusa_ds.benchmark", "medusa_ds.recipes", "medusa_ds.ds_configs",
-    ],
+    packages=[*find_packages(include=["medusa_ds", "medusa_ds.*"]), "medusa_ds.recipes", "medusa_ds.ds_configs"],
     package_dir={"medusa_ds": "medusa_ds", "medusa_ds.recipes": "recipes", "medusa_ds.ds_configs": "ds_configs"},
     package_data={
-        "medusa_ds": ["pretrained/*/*"], "medusa_ds.data": ["sample/*", "openings.txt"],
-        "medusa_ds.recipes": ["*.yaml"], "medusa_ds.ds_configs": ["*.json"],
+        "medusa_ds": ["pretrained/*/*"],
+        "medusa_ds.data": ["sample/*", "openings.txt"],
+        "medusa_ds.recipes": ["*.yaml"],
+        "medusa_ds.ds_configs": ["*.json"],
     },
     install_requires=[
-        "torch>=2.8", "deepspeed>=0.19.8", "transformers>=5.17", "liger-kernel>=0.8.5,<0.9", "datasets>=4.0", "triton",
-        "pyyaml", "accelerate", "gguf",
+        "torch>=2.8",
+        "deepspeed>=0.19.8",
+        "transformers>=5.17",
+        "liger-kernel>=0.8.5,<0.9",
+        "datasets>=4.0",
+        "triton",
+        "pyyaml",
+        "accelerate",
+        "gguf",
     ],
     extras_require={
         "distill": ["openai"],
         "plots": ["matplotlib"],
-        "test": ["pytest", "pytest-xdist", "openai", "hypothesis", "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML",
-                 "tensorboard"],
+        "test": [
+            "pytest",
+            "pytest-xdist",
+            "openai",
+            "hypothesis",
+            "ruff==0.17.6",
+            "mypy==2.4.1",
+            "types-PyYAML",
+            "tensorboard",
+        ],
     },
     entry_points={"console_scripts": ["medusa-ds=medusa_ds.cli:main"]},
-)  # fmt: skip
+)

@@ -1,6 +1,6 @@
 """`deepspeed --module medusa_ds RECIPE [key=value ...]`: train a recipe that has no launch stub."""
 
-from medusa_ds.train import main
+from medusa_ds.programs.train import main
 
 if __name__ == "__main__":
     main()

@@ -19,10 +19,19 @@ from forks import PORTS
 from support import WORDS, tiny_tokenizer
 
 LONG = (
-    "test_train", "test_faults_of_launches", "test_engine", "test_resume", "test_distillation", "test_generator",
-    "test_distill", "test_distill_server", "test_hidden_cache", "test_save_cut_off", "test_custom_generate",
+    "test_train",
+    "test_faults_of_launches",
+    "test_engine",
+    "test_resume",
+    "test_distillation",
+    "test_decoder",
+    "test_distill",
+    "test_distill_server",
+    "test_prepare_hidden",
+    "test_save_cut_off",
+    "test_custom_generate",
     "test_recipes_train",
-)  # fmt: skip
+)
 """Files that take longest, which begin first, so that no worker is left alone with one of them at the end."""
 SHARED = {"test_engine": "ranks", "test_resume": "ranks", "test_distillation": "ranks"}
 """Files of one worker, since they share a fixture that takes a minute; every other file is a group of its own."""
@@ -56,10 +65,18 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("tiny-llama")
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
         initializer_range=0.2,
-    )  # fmt: skip
+    )
     LlamaForCausalLM(config).save_pretrained(directory)
     tiny_tokenizer().save_pretrained(directory)
     return directory
@@ -114,8 +131,8 @@ def make_run(tiny_recipe: Path, tiny_model: Path, tmp_path: Path) -> Callable[..
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from medusa_ds.model.heads import MedusaHeads, save_heads
-    from medusa_ds.recipe import Recipe
+    from medusa_ds.config.recipe import Recipe
+    from medusa_ds.heads.medusa import MedusaHeads, save_heads
     from medusa_ds.training.build import heads_meta
 
     def make(

@@ -6,8 +6,23 @@ from medusa_ds import cli
 
 
 def arguments(recipe, out, prompts, *more):
-    return ["distill", str(recipe), "--out", str(out), "--prompts", str(prompts), "--max-new-tokens", "24",
-            "--max-prompt-tokens", "120", "--temperature", "1", "--device", "cpu", *more]  # fmt: skip
+    return [
+        "distill",
+        str(recipe),
+        "--out",
+        str(out),
+        "--prompts",
+        str(prompts),
+        "--max-new-tokens",
+        "24",
+        "--max-prompt-tokens",
+        "120",
+        "--temperature",
+        "1",
+        "--device",
+        "cpu",
+        *more,
+    ]
 
 
 def lines(file):

@@ -34,9 +34,13 @@ def free_port() -> int:
 
 
 def run_forks(
-    program: str | Path, *arguments: str, logs: list[Path], cwd: Path, env: dict[str, str] | None = None,
+    program: str | Path,
+    *arguments: str,
+    logs: list[Path],
+    cwd: Path,
+    env: dict[str, str] | None = None,
     timeout: float = 240,
-) -> list[int]:  # fmt: skip
+) -> list[int]:
     """Run a program on as many ranks as there are logs, which may be the same file; exit statuses by rank.
 
     Ranks that outlive a failed one by seconds are killed, as all are after `timeout` seconds.
@@ -51,9 +55,13 @@ def run_forks(
     count, port = str(len(logs)), str(free_port())
     launch = {"WORLD_SIZE": count, "LOCAL_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     request = {
-        "program": str(program), "arguments": arguments, "logs": [str(log) for log in logs], "cwd": str(cwd),
-        "env": {**os.environ, **launch, **(env or {})}, "timeout": timeout,
-    }  # fmt: skip
+        "program": str(program),
+        "arguments": arguments,
+        "logs": [str(log) for log in logs],
+        "cwd": str(cwd),
+        "env": {**os.environ, **launch, **(env or {})},
+        "timeout": timeout,
+    }
     assert _servers[0].stdin is not None and _servers[0].stdout is not None
     _servers[0].stdin.write(json.dumps(request) + "\n")
     _servers[0].stdin.flush()
@@ -99,7 +107,7 @@ if __name__ == "__main__":
     import datasets  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    import medusa_ds.training.hidden
+    import medusa_ds.training.hidden_cache
     import medusa_ds.training.loop  # noqa: F401
 
     known = cpuinfo.get_cpu_info()  # DeepSpeed's CPU Adam asks each time, which starts a process

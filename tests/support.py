@@ -100,9 +100,16 @@ def _take_sigint() -> None:
 
 
 def launch(
-    recipe: str | Path, *overrides: str, ranks: int = 1, module: bool = False, env: dict[str, str] | None = None,
-    cwd: Path | None = None, port: int | None = None, options: tuple[str, ...] | None = None, log_dir: Path,
-) -> Run:  # fmt: skip
+    recipe: str | Path,
+    *overrides: str,
+    ranks: int = 1,
+    module: bool = False,
+    env: dict[str, str] | None = None,
+    cwd: Path | None = None,
+    port: int | None = None,
+    options: tuple[str, ...] | None = None,
+    log_dir: Path,
+) -> Run:
     """Start `deepspeed RECIPE overrides` in a session of its own, so that a test can signal the whole tree."""
     deepspeed = shutil.which("deepspeed", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     assert deepspeed is not None
@@ -113,9 +120,15 @@ def launch(
     surroundings = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "PYTHONPATH": "", **(env or {})}
     with open(log, "w") as stream:
         process = subprocess.Popen(
-            command, stdout=stream, stderr=subprocess.STDOUT, text=True, cwd=cwd or log_dir, env=surroundings,
-            start_new_session=True, preexec_fn=_take_sigint,
-        )  # fmt: skip
+            command,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=cwd or log_dir,
+            env=surroundings,
+            start_new_session=True,
+            preexec_fn=_take_sigint,
+        )
     return Run(process, log)
 
 
@@ -128,9 +141,13 @@ def launched(*arguments: str | Path, **options: Any) -> str:
 
 
 def train(
-    recipe: str | Path, *overrides: str, log_dir: Path, ranks: int = 1, env: dict[str, str] | None = None,
+    recipe: str | Path,
+    *overrides: str,
+    log_dir: Path,
+    ranks: int = 1,
+    env: dict[str, str] | None = None,
     ends: tuple[int, ...] = (0,),
-) -> str:  # fmt: skip
+) -> str:
     """Run a recipe's ranks to their end without the launcher; returns what they printed.
 
     Every exit status must be one of `ends`.

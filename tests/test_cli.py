@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from support import cli
 
-from medusa_ds import estimate
 from medusa_ds.cli import COMMANDS, main
-from medusa_ds.recipe import Recipe, shipped
+from medusa_ds.config.recipe import Recipe, shipped
+from medusa_ds.programs import estimate
 
 TINY = (
     "model.config={model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, vocab_size: 300, "
@@ -40,20 +40,23 @@ def said(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("argv", "fragment"), [
-    (["validat"], "medusa-ds validat: no such command; did you mean validate?"),
-    (["xyzzy"], "allowed are list, validate"),
-    (["--version"], "no such command"),
-    (["validate"], "the following arguments are required: recipe"),
-    (["validate", "r.yaml", "--world-sise", "2"], "unrecognized arguments: --world-sise 2"),
-    (["validate", "r.yaml", "--world-size"], "--world-size: expected one argument"),
-    (["validate", "r.yaml", "--world-size", "two"], "--world-size: found 'two'; allowed is a whole number"),
-    (["validate", "r.yaml", "--world-size", "0"], "found '0'; allowed is a whole number of at least 1"),
-    (["show", "r.yaml", "--data", "-1"], "--data: found '-1'"),
-    (["estimate", "r.yaml", "--tokens-per-second", "nan"], "found 'nan'; allowed is a number above 0"),
-    (["list", "--copy"], "--copy: expected one argument"),
-    (["list", "--copy", "lama3_8b_stage1"], "did you mean the shipped llama3_8b_stage1?"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("argv", "fragment"),
+    [
+        (["validat"], "medusa-ds validat: no such command; did you mean validate?"),
+        (["xyzzy"], "allowed are list, validate"),
+        (["--version"], "no such command"),
+        (["validate"], "the following arguments are required: recipe"),
+        (["validate", "r.yaml", "--world-sise", "2"], "unrecognized arguments: --world-sise 2"),
+        (["validate", "r.yaml", "--world-size"], "--world-size: expected one argument"),
+        (["validate", "r.yaml", "--world-size", "two"], "--world-size: found 'two'; allowed is a whole number"),
+        (["validate", "r.yaml", "--world-size", "0"], "found '0'; allowed is a whole number of at least 1"),
+        (["show", "r.yaml", "--data", "-1"], "--data: found '-1'"),
+        (["estimate", "r.yaml", "--tokens-per-second", "nan"], "found 'nan'; allowed is a number above 0"),
+        (["list", "--copy"], "--copy: expected one argument"),
+        (["list", "--copy", "lama3_8b_stage1"], "did you mean the shipped llama3_8b_stage1?"),
+    ],
+)
 def test_misuse_is_one_line(argv: list[str], fragment: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert fragment in refused(capsys, *argv)
 
@@ -119,8 +122,8 @@ def test_estimate_counts_the_real_model(
     import torch
     from transformers import AutoModelForCausalLM
 
+    from medusa_ds.heads.medusa import MedusaHeads
     from medusa_ds.model.backbone import load_config
-    from medusa_ds.model.heads import MedusaHeads
 
     for overrides in ([], ["model.init=random", TINY], ["heads.lm_head=shared", "heads.layers=2", "heads.num=4"]):
         recipe = Recipe.load(tiny_recipe, overrides)

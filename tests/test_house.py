@@ -1,4 +1,4 @@
-"""The house: which module may import which, read from the source with `ast`, and how long a file may be."""
+"""The house: which room may import which, and which library belongs to one room, read from the source with `ast`."""
 
 import ast
 import subprocess
@@ -15,37 +15,23 @@ MODULES = {
     for file in sorted(PACKAGE.rglob("*.py"))
     if file.name != "__init__.py"
 }
-FOUNDATION = {"errors", "arguments", "config_files", "ds_config", "recipe", "recipe_files", "recipe_sections"}
-COMMAND = {"cli", "__main__"}
-PROGRAMS = {name for name in MODULES if "." not in name} - FOUNDATION - COMMAND
-ROOMS = ("data", "model", "training", "decoding", "distilling", "benchmark")
-
-# room or module: what of ours it may import, besides its own room
-ALLOWED = {
-    "errors": set(),
-    "arguments": {"errors"},
-    "config_files": {"errors"},
-    "ds_config": {"errors", "config_files"},
-    "recipe_sections": set(),
-    "recipe_files": {"errors", "config_files"},
-    "recipe": FOUNDATION,
-    "data": FOUNDATION,
-    "model": FOUNDATION,
-    "training": {*FOUNDATION, "model", "data"},
-    "decoding": {*FOUNDATION, "model"},
-    "distilling": {*FOUNDATION, "decoding"},
-    "benchmark": {*FOUNDATION, *ROOMS},
-    "program": {*FOUNDATION, *ROOMS},
-    "__main__": {"train"},
-    "cli": {*FOUNDATION, *PROGRAMS, "decoding"},  # whose settings it fills in for the programs
-}
-# libraries that one place alone may know, by the first part of the import
-KEEPERS = {
-    "deepspeed": {"training.engine", "training.launch"},
-    "liger_kernel": {"model.loss", "model.backbone", "benchmark.original", "benchmark.head"},
-}
-# `transformers.X` beyond its top level: families, a model's files, the key-value cache, and HfDeepSpeedConfig
-TRANSFORMERS_INTERNALS = {"model.backbone", "model.lm_head", "decoding.generator", "decoding.cache", "training.engine"}
+LAYERS = [
+    {"errors", "files", "ranks", "arguments"},
+    {"config"},
+    {"data", "model"},
+    {"heads"},
+    {"training", "decoding"},
+    {"runs"},
+    {"distilling", "exporting"},
+    {"benchmarks"},
+    {"programs"},
+    {"cli", "train", "__main__"},
+]
+"""Rooms, and modules of the top, from the foundation up: each may import what stands above it in this list."""
+KEEPERS = {"deepspeed": {"training"}, "liger_kernel": {"model", "benchmarks"}, "vllm": set()}
+"""Libraries that one room alone may know."""
+PENDING = {("model.joint", "heads.medusa"), ("decoding.answers", "runs")}
+"""Imports against the order that are still to be turned."""
 
 
 def imports(file: Path) -> list[tuple[str, bool]]:
@@ -61,8 +47,7 @@ def imports(file: Path) -> list[tuple[str, bool]]:
                 found.extend((alias.name, inside) for alias in child.names)
             elif isinstance(child, ast.ImportFrom):
                 assert child.level == 0, f"{file}: relative import"
-                own = child.module in ("medusa_ds", *(f"medusa_ds.{room}" for room in ROOMS))
-                names = [f"{child.module}.{alias.name}" for alias in child.names] if own else [str(child.module)]
+                names = [f"{child.module}.{alias.name}" for alias in child.names]
                 found.extend((name, inside) for name in names)
             visit(child, inside)
 
@@ -75,31 +60,29 @@ def ours(name: str) -> str | None:
     if not name.startswith("medusa_ds."):
         return None
     inner = name.removeprefix("medusa_ds.")
-    return inner if inner in MODULES else inner.rpartition(".")[0]
+    while inner not in MODULES and "." in inner:
+        inner = inner.rpartition(".")[0]
+    return inner
 
 
-def room(module: str) -> str:
-    if "." in module:
-        return module.split(".")[0]
-    return "program" if module in PROGRAMS else module
+def layer(module: str) -> int:
+    return next(n for n, rooms in enumerate(LAYERS) if module.split(".")[0] in rooms)
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_imports_keep_to_the_table(module: str) -> None:
-    """Mutation: import `medusa_ds.training` in `model/heads.py`, or a program in another one."""
-    here = room(module)
+def test_imports_go_down_the_layers(module: str) -> None:
+    """Mutation: import `medusa_ds.training` in `model/loss.py`, or a program in another one."""
+    room = module.split(".")[0]
     for name, late in imports(MODULES[module]):
         inner = ours(name)
-        if inner is not None:
-            target = inner if room(inner) == "program" else room(inner)
-            same = here in ROOMS and room(inner) == here
-            assert same or target in ALLOWED[here], f"{module} imports {name}"
-            if here == "cli" and target not in FOUNDATION:
+        if inner is not None and inner in MODULES and (module, inner) not in PENDING:
+            same_room = inner.split(".")[0] == room and room != "programs"
+            foundation = layer(module) == layer(inner) == 0
+            assert same_room or foundation or layer(inner) < layer(module), f"{module} imports {name}"
+            if room == "cli" and layer(inner) > 1:
                 assert late, f"cli imports {name} before its subcommand is called"
         library = name.split(".")[0]
-        assert module in KEEPERS.get(library, {module}), f"{module} imports {name}"
-        if name.startswith("transformers."):
-            assert module in TRANSFORMERS_INTERNALS, f"{module} imports {name}"
+        assert room in KEEPERS.get(library, {room}), f"{module} imports {name}"
 
 
 def test_no_module_imports_itself_by_way_of_others() -> None:
@@ -121,8 +104,8 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_file_is_short(module: str) -> None:
-    assert len(MODULES[module].read_text().splitlines()) <= 350
+def test_file_holds_one_subject(module: str) -> None:
+    assert len(MODULES[module].read_text().splitlines()) <= 600
 
 
 def test_heavy_libraries_wait_for_their_command() -> None:

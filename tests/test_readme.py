@@ -8,7 +8,7 @@ import pytest
 
 from medusa_ds import cli
 from medusa_ds.arguments import Parser
-from medusa_ds.recipe import Recipe
+from medusa_ds.config.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -144,8 +144,10 @@ def check_template(tokenizer: PreTrainedTokenizerBase, template_args: dict[str, 
     try:
         ids = encode([{"role": role, "content": text} for role, text in turns], tokenizer, template_args).input_ids
     except UnusableRow as error:
-        raise UserError(f"{name}: its chat template cannot be masked exactly ({error}); set another one as "
-                        "data.template_args.chat_template") from None  # fmt: skip
+        raise UserError(
+            f"{name}: its chat template cannot be masked exactly ({error}); set another one as "
+            "data.template_args.chat_template"
+        ) from None
     if tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
         raise UserError(f"{name}: its chat template writes BOS twice; mend it as data.template_args.chat_template")
 
@@ -272,8 +274,12 @@ class _Coder:
         found = self.tokenizer("".join(parts), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, spans = np.array(found["input_ids"]), np.array(found["offset_mapping"]).reshape(-1, 2)
         controls = [k for k, token in enumerate(found["input_ids"]) if token in self.added]
-        real = [k for k in controls if text[slice(*spans[k])].isspace()
-                or not any(spans[k][0] < end and start < spans[k][1] for start, end in regions)]  # fmt: skip
+        real = [
+            k
+            for k in controls
+            if text[slice(*spans[k])].isspace()
+            or not any(spans[k][0] < end and start < spans[k][1] for start, end in regions)
+        ]
         if not spelled and len(real) == len(controls):
             return ids, np.maximum.accumulate(spans[:, 1]), controls
         return self._tokenise_apart(text, [(int(ids[k]), *spans[k].tolist()) for k in real])

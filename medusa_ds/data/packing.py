@@ -24,17 +24,23 @@ from datasets import Dataset, Features, List, Value
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
+from medusa_ds.config.recipe import Recipe
 from medusa_ds.data.dialogues import IGNORED, Encoded, UnusableRow, chat_template, check_template, encode
 from medusa_ds.data.sources import load_conversations, summary, usable_rows
 from medusa_ds.errors import UserError
-from medusa_ds.recipe import Recipe
 
 _FORMAT = 1  # of the tokenised rows; counted up when their meaning changes
 _MAP_ROWS_PER_PROCESS = 10_000
-_FEATURES = Features({
-    "input_ids": List(Value("int32")), "supervised": List(Value("bool")), "length": Value("int32"),
-    "cut": Value("bool"), "source": Value("large_string"), "reason": Value("large_string"),
-})  # fmt: skip
+_FEATURES = Features(
+    {
+        "input_ids": List(Value("int32")),
+        "supervised": List(Value("bool")),
+        "length": Value("int32"),
+        "cut": Value("bool"),
+        "source": Value("large_string"),
+        "reason": Value("large_string"),
+    }
+)
 
 
 class CachedRows(NamedTuple):
@@ -80,8 +86,13 @@ class Sequences:
         self, data: Dataset, rows: np.ndarray, *, max_length: int, packing: bool, seed: int, pad_id: int
     ) -> None:
         self.data, self.rows, self.max_length, self.packing, self.seed, self.pad_id = (
-            data.with_format("numpy"), rows, max_length, packing, seed, pad_id
-        )  # fmt: skip
+            data.with_format("numpy"),
+            rows,
+            max_length,
+            packing,
+            seed,
+            pad_id,
+        )
         self.lengths = np.asarray(self.data["length"][:])[rows] if len(data) else np.zeros(0, int)
         self.epoch = functools.lru_cache(maxsize=2)(self._pack)
         self._sizes: dict[int, int] = {}
@@ -224,8 +235,15 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Data:
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / "medusa_ds.lock"):
         conversations = load_conversations(spec)
-        state = [_FORMAT, conversations.key, template, spec.template_args, spec.max_length,
-                 tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map]  # fmt: skip
+        state = [
+            _FORMAT,
+            conversations.key,
+            template,
+            spec.template_args,
+            spec.max_length,
+            tokenizer.backend_tokenizer.to_str(),
+            tokenizer.special_tokens_map,
+        ]
         key = hashlib.sha256(json.dumps(state, default=str).encode()).hexdigest()
         tokenise = functools.partial(
             _tokenise, tokenizer=tokenizer, template_args=spec.template_args, max_length=spec.max_length
@@ -233,18 +251,31 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Data:
         parts = []
         for name, part in (("train", conversations.train), ("validation", conversations.validation)):
             processes = min(os.cpu_count() or 1, len(part) // _MAP_ROWS_PER_PROCESS)
-            parts.append(part.map(
-                tokenise, remove_columns=part.column_names, features=_FEATURES, desc=f"tokenise {name}",
-                new_fingerprint=f"{key[:32]}{name}", num_proc=processes if processes > 1 else None,
-            ) if len(part) else part)  # fmt: skip
+            parts.append(
+                part.map(
+                    tokenise,
+                    remove_columns=part.column_names,
+                    features=_FEATURES,
+                    desc=f"tokenise {name}",
+                    new_fingerprint=f"{key[:32]}{name}",
+                    num_proc=processes if processes > 1 else None,
+                )
+                if len(part)
+                else part
+            )
     rejected = dict(conversations.rejected)
     usable = [usable_rows(part, rejected) for part in parts]
     report = _measure(parts[0], usable[0])
     unused = len(parts[0]) - len(usable[0]) + len(parts[1]) - len(usable[1])
     report["held_out_fingerprint"] = _measure(parts[1], usable[1])["fingerprint"]
     report["template"] = hashlib.sha256(json.dumps([template, spec.template_args]).encode()).hexdigest()[:32]
-    report |= {"rows": conversations.rows, "used": conversations.used - unused, "rejected": rejected,
-               "train_rows": len(usable[0]), "validation_rows": len(usable[1])}  # fmt: skip
+    report |= {
+        "rows": conversations.rows,
+        "used": conversations.used - unused,
+        "rejected": rejected,
+        "train_rows": len(usable[0]),
+        "validation_rows": len(usable[1]),
+    }
     if not report["supervised_tokens"]:
         raise UserError(f"data: no supervised token in {conversations.rows} rows: {summary(rejected)}")
     pad = tokenizer.pad_token_id or 0
@@ -266,8 +297,13 @@ def _tokenise(
             raise UnusableRow("no supervised token within data.max_length")
     except UnusableRow as error:
         return {**out, "reason": str(error)}
-    return {**out, "input_ids": ids[:max_length], "supervised": supervised, "length": len(supervised),
-            "cut": len(ids) > max_length}  # fmt: skip
+    return {
+        **out,
+        "input_ids": ids[:max_length],
+        "supervised": supervised,
+        "length": len(supervised),
+        "cut": len(ids) > max_length,
+    }
 
 
 def _measure(data: Dataset, rows: np.ndarray) -> dict[str, Any]:

@@ -4,10 +4,10 @@ import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from medusa_ds.config.recipe import SourceSpec
 from medusa_ds.data.dialogues import UnusableRow
 from medusa_ds.data.sources import open_source, read_messages, read_turn
 from medusa_ds.errors import UserError
-from medusa_ds.recipe import SourceSpec
 
 _A_ROW = '{"turns": ["Hello"]} is a row, or what data.path takes'
 

@@ -20,9 +20,9 @@ import pyarrow.parquet as pq
 from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
+from medusa_ds.config.recipe import DataSpec, SourceSpec
 from medusa_ds.data.dialogues import UnusableRow
 from medusa_ds.errors import UserError
-from medusa_ds.recipe import DataSpec, SourceSpec
 
 MAX_ROW_BYTES = 16 << 20
 MAX_ARRAY_BYTES = 4 << 30
@@ -31,10 +31,20 @@ _FORMAT = 1  # of the cached rows; counted up when their meaning changes
 _SAMPLE = Path(__file__).with_name("sample")
 _FEATURES = Features({name: Value("large_string") for name in ("messages", "source", "reason")})
 _ROLES = {
-    "system": "system", "developer": "system", "human": "user", "user": "user",
-    "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant", "bing": "assistant", "bard": "assistant",
-    "model": "assistant", "tool": "tool", "function": "tool", "observation": "tool",
-}  # fmt: skip
+    "system": "system",
+    "developer": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+}
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from medusa_ds.decoding.acceptance import Acceptance
-from medusa_ds.decoding.generator import Decoder, Generation
+from medusa_ds.decoding.decoder import Decoder, Generation
 from medusa_ds.decoding.measure import head_ranks
-from medusa_ds.decoding.runs import Run, encode_chat, load_run, place
 from medusa_ds.errors import UserError
+from medusa_ds.runs import Run, encode_chat, load_run, place
 
 Message = dict[str, Any]
 

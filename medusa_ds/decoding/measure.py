@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from medusa_ds.decoding.generator import Decoder, head_logits, lm_head_logits
+from medusa_ds.decoding.decoder import Decoder, head_logits, lm_head_logits
+from medusa_ds.heads.medusa import MedusaHead
 from medusa_ds.model.backbone import lm_head_weight
-from medusa_ds.model.heads import MedusaHead
 
 _ROWS = 64  # positions whose logits of all heads are held at once
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from medusa_ds.distilling.journal import Journal
-from medusa_ds.distilling.ranks import Ranks
 from medusa_ds.errors import UserError
+from medusa_ds.ranks import Ranks
 
 
 class Output:

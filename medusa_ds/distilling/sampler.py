@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from medusa_ds.decoding.acceptance import Acceptance
-from medusa_ds.decoding.cache import Session, static_attention
-from medusa_ds.decoding.generator import capture, end_tokens, lm_head_logits, prefill
+from medusa_ds.decoding.decoder import capture, end_tokens, lm_head_logits, prefill
+from medusa_ds.decoding.session import Session, static_attention
 from medusa_ds.decoding.trees import chain
 from medusa_ds.distilling.requests import Handle, Reply, Request, Sampling
 from medusa_ds.distilling.texts import loops
@@ -129,10 +129,7 @@ class Sampler:
         session.active_B.mul_(~ended_B)
         position_B1 = length_B[:, None].clone()  # `keep` moves the length
         hidden_B1H = self.backbone.base_model(
-            input_ids=root_B[:, None],
-            position_ids=position_B1,
-            **session.cache_arguments,
-            **session.masks(position_B1),
+            input_ids=root_B[:, None], position_ids=position_B1, **session.cache_arguments, **session.masks(position_B1)
         ).last_hidden_state
         session.keep(self.path_B1, self.count_B)
         session.candidates_BC.copy_(self._draw(hidden_B1H[:, 0], self.key_B, position_B1[:, 0] + 1)[:, None])

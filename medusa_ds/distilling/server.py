@@ -77,9 +77,12 @@ class Server:
     def _ask(self, request: Request) -> Reply:
         sampling = self.sampling
         options: dict[str, Any] = {
-            "model": self.model, "temperature": sampling.temperature, "top_p": sampling.top_p,
-            "max_tokens": sampling.max_new_tokens, "seed": request.key(sampling.seed) % 2**31,
-        }  # fmt: skip
+            "model": self.model,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_tokens": sampling.max_new_tokens,
+            "seed": request.key(sampling.seed) % 2**31,
+        }
         try:
             if request.messages:
                 options["messages"] = request.messages

@@ -45,9 +45,17 @@ def _rounded(number: int, multiple: int) -> int:
 
 
 def within_documents(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, *, scaling: float,
-    document_starts: Tensor | None = None, longest_document: int = 0, **_: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    scaling: float,
+    document_starts: Tensor | None = None,
+    longest_document: int = 0,
+    **_: Any,
+) -> tuple[Tensor, None]:
     """Causal attention of queries [B, heads, S, size] in transformers' convention, in documents as found above."""
     size_B, _heads, size_S, _size = query.shape
     if document_starts is None:

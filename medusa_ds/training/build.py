@@ -14,14 +14,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from medusa_ds import ds_config
+from medusa_ds.config import deepspeed as ds_config
+from medusa_ds.config.recipe import Recipe
 from medusa_ds.errors import UserError
+from medusa_ds.heads.medusa import MedusaHeads, VocabularyProjection, different_maps, load_heads
 from medusa_ds.model.backbone import lm_head_weight, load_backbone, load_config
 from medusa_ds.model.fp8 import check_device, quantise
-from medusa_ds.model.heads import MedusaHeads, VocabularyProjection, different_maps, load_heads
+from medusa_ds.model.joint import MedusaModel
 from medusa_ds.model.lm_head import LmHeadAlone
-from medusa_ds.model.medusa import MedusaModel
-from medusa_ds.recipe import Recipe
 
 Partitioned = Callable[[], AbstractContextManager[Any]]  # zero.Init
 Gathered = Callable[[Iterable[nn.Parameter]], AbstractContextManager[Any]]  # zero.GatheredParameters

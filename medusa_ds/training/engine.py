@@ -28,15 +28,16 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.integrations import HfDeepSpeedConfig
 
-from medusa_ds.ds_config import clips_in_adam, zero_settings
+from medusa_ds.config.deepspeed import clips_in_adam, zero_settings
+from medusa_ds.config.recipe import Recipe
 from medusa_ds.errors import UserError
+from medusa_ds.heads.medusa import different_maps, save_heads
 from medusa_ds.model.backbone import moved
-from medusa_ds.model.heads import different_maps, save_heads
+from medusa_ds.model.joint import MedusaModel
 from medusa_ds.model.lm_head import LmHeadAlone
-from medusa_ds.model.medusa import MedusaModel
 from medusa_ds.model.rows import count_targets
-from medusa_ds.recipe import Recipe
-from medusa_ds.training import checkpoint, optim
+from medusa_ds.training import checkpoint
+from medusa_ds.training import optimizer as optim
 from medusa_ds.training.build import Gathered, Partitioned, build_model, complete_config, heads_meta
 from medusa_ds.training.launch import share_cores, start_process_group
 from medusa_ds.training.manifest import sync_files

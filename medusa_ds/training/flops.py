@@ -59,9 +59,14 @@ class StepFlops:
 
 
 def step_flops(
-    config: Any, backbone_parameters: int, layers: int, own_projection: bool, stage: int, rows: int | None = None,
+    config: Any,
+    backbone_parameters: int,
+    layers: int,
+    own_projection: bool,
+    stage: int,
+    rows: int | None = None,
     target: str = "label",
-) -> StepFlops:  # fmt: skip
+) -> StepFlops:
     """FLOPs by part.
 
     Args:

@@ -7,7 +7,7 @@ from datetime import timedelta
 import deepspeed
 import torch
 
-from medusa_ds.recipe import Recipe
+from medusa_ds.config.recipe import Recipe
 
 BESIDE_A_GPU = 4
 """Threads of a rank that trains on a GPU."""

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 
 import torch
 
+from medusa_ds.config.recipe import Recipe
 from medusa_ds.data.packing import Data, MicroBatch
-from medusa_ds.model.medusa import COUNTERS, metrics
-from medusa_ds.recipe import Recipe
+from medusa_ds.model.joint import COUNTERS, metrics
 from medusa_ds.training.engine import MedusaEngine
 from medusa_ds.training.report import Meter, Report, heads_table, shorten
 from medusa_ds.training.supervisor import Supervisor

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from medusa_ds.config.recipe import Recipe
 from medusa_ds.data.packing import MicroBatch
-from medusa_ds.model.medusa import MedusaModel, metrics
-from medusa_ds.recipe import Recipe
+from medusa_ds.model.joint import MedusaModel, metrics
 from medusa_ds.training.engine import StepResult
 from medusa_ds.training.flops import peak_tflops, step_flops
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from medusa_ds.config.recipe import Recipe
 from medusa_ds.errors import UserError
-from medusa_ds.model.medusa import COUNTERS
-from medusa_ds.recipe import Recipe
+from medusa_ds.model.joint import COUNTERS
 
 _MAX_SOURCES = 16  # rows named per rank in an error
 

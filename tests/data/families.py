@@ -18,16 +18,38 @@ SPECIAL = {
     "llama3": ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
     "qwen3": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
     "smollm2": ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>"],
-    "mistral": ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]",
-                "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"],
+    "mistral": [
+        "<unk>",
+        "<s>",
+        "</s>",
+        "[INST]",
+        "[/INST]",
+        "[TOOL_CALLS]",
+        "[AVAILABLE_TOOLS]",
+        "[/AVAILABLE_TOOLS]",
+        "[TOOL_RESULTS]",
+        "[/TOOL_RESULTS]",
+    ],
     "vicuna": ["<unk>", "<s>", "</s>"],
-}  # fmt: skip
-ADDED = {"qwen3": ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>",
-                   "<|fim_prefix|>"]}  # fmt: skip
+}
+ADDED = {
+    "qwen3": [
+        "<think>",
+        "</think>",
+        "<tool_call>",
+        "</tool_call>",
+        "<tool_response>",
+        "</tool_response>",
+        "<|fim_prefix|>",
+    ]
+}
 BOS_EOS = {
-    "llama3": ("<|begin_of_text|>", "<|eot_id|>"), "qwen3": (None, "<|im_end|>"),
-    "smollm2": ("<|im_start|>", "<|im_end|>"), "mistral": ("<s>", "</s>"), "vicuna": ("<s>", "</s>"),
-}  # fmt: skip
+    "llama3": ("<|begin_of_text|>", "<|eot_id|>"),
+    "qwen3": (None, "<|im_end|>"),
+    "smollm2": ("<|im_start|>", "<|im_end|>"),
+    "mistral": ("<s>", "</s>"),
+    "vicuna": ("<s>", "</s>"),
+}
 FAMILIES = tuple(SPECIAL)
 
 
@@ -69,9 +91,11 @@ def tokenizer_of(family: str, template: str | None = None) -> PreTrainedTokenize
     """A fresh tokenizer; `template` names a file of `templates/` other than the family's own."""
     bos, eos = BOS_EOS[family]
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(backend(family).to_str()), bos_token=bos, eos_token=eos,
+        tokenizer_object=Tokenizer.from_str(backend(family).to_str()),
+        bos_token=bos,
+        eos_token=eos,
         name_or_path=f"test/{family}",
-    )  # fmt: skip
+    )
     special = [AddedToken(text, special=True, normalized=False) for text in SPECIAL[family]]
     tokenizer.add_tokens(special, special_tokens=True)
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in ADDED.get(family, [])])

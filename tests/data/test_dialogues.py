@@ -10,11 +10,15 @@ from medusa_ds.data.dialogues import VICUNA as VICUNA_TEMPLATE
 from medusa_ds.data.dialogues import Encoded, UnusableRow, check_template, describe, encode
 from medusa_ds.errors import UserError
 
-LLAMA31 = ("<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
-           "Today Date: 26 Jul 2024\n\n")  # fmt: skip
+LLAMA31 = (
+    "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
+    "Today Date: 26 Jul 2024\n\n"
+)
 SMOL = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
-VICUNA = ("<s> A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-          "detailed, and polite answers to the user's questions.")  # fmt: skip
+VICUNA = (
+    "<s> A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+    "detailed, and polite answers to the user's questions."
+)
 CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "add", "arguments": {"x": 2}}}
 TOOLS = [{"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}}]
 
@@ -47,52 +51,119 @@ def runs(tokenizer, encoded: Encoded) -> list[tuple[str, bool]]:
 TWO = chat("u: Hi", "a: Hi", "u: Hi", "a: Hi")
 BRIEF = chat("s: Be brief.", "u: Hi", "a: Hi there")
 CASES = [
-    ("llama3", None, {}, TWO,
-     f"<|begin_of_text|>{head('user')}Hi<|eot_id|>{head('assistant')}«Hi<|eot_id|>»"
-     f"{head('user')}Hi<|eot_id|>{head('assistant')}«Hi<|eot_id|>»"),
-    ("llama3", None, {}, chat("s: Be brief. ", "u:  Hi\n", "a: \n Hi there \n"),
-     f"<|begin_of_text|>{head('system')}Be brief.<|eot_id|>{head('user')}Hi<|eot_id|>"
-     f"{head('assistant')}«Hi there<|eot_id|>»"),
-    ("llama3", "llama31", {}, BRIEF,
-     f"{LLAMA31}Be brief.<|eot_id|>{head('user')}Hi<|eot_id|>{head('assistant')}«Hi there<|eot_id|>»"),
-    ("qwen3", None, {}, TWO,  # thinking on: the model itself writes the empty thought of the last turn
-     "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«Hi<|im_end|>»\n"
-     "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«<think>\n\n</think>\n\nHi<|im_end|>»\n"),
-    ("qwen3", None, {"enable_thinking": False}, TWO,  # thinking off: the prompt holds it
-     "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«Hi<|im_end|>»\n"
-     "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n«Hi<|im_end|>»\n"),
-    ("qwen3", None, {}, [*BRIEF[:2], {"role": "assistant", "content": "Hi", "reasoning_content": "two"}],
-     "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-     "«<think>\ntwo\n</think>\n\nHi<|im_end|>»\n"),
-    ("qwen3", None, {}, chat("u: Hi", "a: <think>\ntwo\n</think>\n\nFour", "u: Hi", "a: <think>\n2\n</think>\n\nHi"),
-     "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«Four<|im_end|>»\n"
-     "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«<think>\n2\n</think>\n\nHi<|im_end|>»\n"),
+    (
+        "llama3",
+        None,
+        {},
+        TWO,
+        f"<|begin_of_text|>{head('user')}Hi<|eot_id|>{head('assistant')}«Hi<|eot_id|>»"
+        f"{head('user')}Hi<|eot_id|>{head('assistant')}«Hi<|eot_id|>»",
+    ),
+    (
+        "llama3",
+        None,
+        {},
+        chat("s: Be brief. ", "u:  Hi\n", "a: \n Hi there \n"),
+        f"<|begin_of_text|>{head('system')}Be brief.<|eot_id|>{head('user')}Hi<|eot_id|>"
+        f"{head('assistant')}«Hi there<|eot_id|>»",
+    ),
+    (
+        "llama3",
+        "llama31",
+        {},
+        BRIEF,
+        f"{LLAMA31}Be brief.<|eot_id|>{head('user')}Hi<|eot_id|>{head('assistant')}«Hi there<|eot_id|>»",
+    ),
+    (
+        "qwen3",
+        None,
+        {},
+        TWO,  # thinking on: the model itself writes the empty thought of the last turn
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«Hi<|im_end|>»\n"
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«<think>\n\n</think>\n\nHi<|im_end|>»\n",
+    ),
+    (
+        "qwen3",
+        None,
+        {"enable_thinking": False},
+        TWO,  # thinking off: the prompt holds it
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«Hi<|im_end|>»\n"
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n«Hi<|im_end|>»\n",
+    ),
+    (
+        "qwen3",
+        None,
+        {},
+        [*BRIEF[:2], {"role": "assistant", "content": "Hi", "reasoning_content": "two"}],
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+        "«<think>\ntwo\n</think>\n\nHi<|im_end|>»\n",
+    ),
+    (
+        "qwen3",
+        None,
+        {},
+        chat("u: Hi", "a: <think>\ntwo\n</think>\n\nFour", "u: Hi", "a: <think>\n2\n</think>\n\nHi"),
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«Four<|im_end|>»\n"
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«<think>\n2\n</think>\n\nHi<|im_end|>»\n",
+    ),
     ("mistral", None, {}, TWO, "<s>[INST] Hi[/INST]« Hi</s>»[INST] Hi[/INST]« Hi</s>»"),
-    ("mistral", None, {}, [*BRIEF, *chat("u: Hi", "a: Hi")],  # the system turn stands where the last prompt has it
-     "<s>[INST] Hi[/INST]« Hi there</s>»[INST] Be brief.\n\nHi[/INST]« Hi</s>»"),
+    (
+        "mistral",
+        None,
+        {},
+        [*BRIEF, *chat("u: Hi", "a: Hi")],  # the system turn stands where the last prompt has it
+        "<s>[INST] Hi[/INST]« Hi there</s>»[INST] Be brief.\n\nHi[/INST]« Hi</s>»",
+    ),
     ("vicuna", None, {}, TWO, f"{VICUNA} USER: Hi ASSISTANT:« Hi</s>» USER: Hi ASSISTANT:« Hi</s>»"),
     ("vicuna", None, {}, BRIEF, "<s> Be brief. USER: Hi ASSISTANT:« Hi there</s>»"),
-    ("smollm2", None, {}, TWO,
-     f"{SMOL}<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«Hi<|im_end|>»\n"
-     "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«Hi<|im_end|>»\n"),
-    ("smollm2", None, {}, chat("s: Be brief.", "u: Hi ", "a: Hi\n", "u: Hi"),
-     "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi <|im_end|>\n<|im_start|>assistant\n"
-     "«Hi\n<|im_end|>»\n<|im_start|>user\nHi<|im_end|>\n"),
-    ("qwen3", None, {"tools": TOOLS[:0]}, [*chat("u: Hi"), {"role": "assistant", "content": "", "tool_calls": [CALL]},
-                                           *chat("t: 4", "a: Four")],
-     '<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«<tool_call>\n{"name": "add", "arguments": {"x": 2}}\n'
-     "</tool_call><|im_end|>»\n<|im_start|>user\n<tool_response>\n4\n</tool_response><|im_end|>\n"
-     "<|im_start|>assistant\n«<think>\n\n</think>\n\nFour<|im_end|>»\n"),
-    ("mistral", None, {}, [*chat("u: Hi"), {"role": "assistant", "content": "", "tool_calls": [CALL]},
-                           {"role": "tool", "content": "4", "tool_call_id": "abcdefghi"}, *chat("a: Four")],
-     '<s>[INST] Hi[/INST]«[TOOL_CALLS] [{"name": "add", "arguments": {"x": 2}, "id": "abcdefghi"}]</s>»'
-     '[TOOL_RESULTS] {"content": 4, "call_id": "abcdefghi"}[/TOOL_RESULTS]« Four</s>»'),
-    ("llama3", "llama31", {}, [*chat("u: Hi"), {"role": "assistant", "content": "", "tool_calls": [CALL]},
-                               *chat("t: 4", "a: Four")],
-     f"{LLAMA31}<|eot_id|>{head('user')}Hi<|eot_id|>{head('assistant')}"
-     '«{"name": "add", "parameters": {"x": 2}}<|eot_id|>»'
-     f"{head('ipython')}4<|eot_id|>{head('assistant')}«Four<|eot_id|>»"),
-]  # fmt: skip
+    (
+        "smollm2",
+        None,
+        {},
+        TWO,
+        f"{SMOL}<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«Hi<|im_end|>»\n"
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«Hi<|im_end|>»\n",
+    ),
+    (
+        "smollm2",
+        None,
+        {},
+        chat("s: Be brief.", "u: Hi ", "a: Hi\n", "u: Hi"),
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi <|im_end|>\n<|im_start|>assistant\n"
+        "«Hi\n<|im_end|>»\n<|im_start|>user\nHi<|im_end|>\n",
+    ),
+    (
+        "qwen3",
+        None,
+        {"tools": TOOLS[:0]},
+        [*chat("u: Hi"), {"role": "assistant", "content": "", "tool_calls": [CALL]}, *chat("t: 4", "a: Four")],
+        '<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«<tool_call>\n{"name": "add", "arguments": {"x": 2}}\n'
+        "</tool_call><|im_end|>»\n<|im_start|>user\n<tool_response>\n4\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\n«<think>\n\n</think>\n\nFour<|im_end|>»\n",
+    ),
+    (
+        "mistral",
+        None,
+        {},
+        [
+            *chat("u: Hi"),
+            {"role": "assistant", "content": "", "tool_calls": [CALL]},
+            {"role": "tool", "content": "4", "tool_call_id": "abcdefghi"},
+            *chat("a: Four"),
+        ],
+        '<s>[INST] Hi[/INST]«[TOOL_CALLS] [{"name": "add", "arguments": {"x": 2}, "id": "abcdefghi"}]</s>»'
+        '[TOOL_RESULTS] {"content": 4, "call_id": "abcdefghi"}[/TOOL_RESULTS]« Four</s>»',
+    ),
+    (
+        "llama3",
+        "llama31",
+        {},
+        [*chat("u: Hi"), {"role": "assistant", "content": "", "tool_calls": [CALL]}, *chat("t: 4", "a: Four")],
+        f"{LLAMA31}<|eot_id|>{head('user')}Hi<|eot_id|>{head('assistant')}"
+        '«{"name": "add", "parameters": {"x": 2}}<|eot_id|>»'
+        f"{head('ipython')}4<|eot_id|>{head('assistant')}«Four<|eot_id|>»",
+    ),
+]
 
 
 @pytest.mark.parametrize(("family", "template", "args", "messages", "expected"), CASES)
@@ -108,10 +179,15 @@ def test_labels_are_the_assistants_turns_and_their_ends(family, template, args, 
 
 
 ORDINARY = [
-    TWO, BRIEF, chat("u: Hi\n\n", "a: \n\nHi"), chat("u:  two\n\n\n", "a:   four \n\n "), chat("u: é 中\n😀", "a: 😀é"),
+    TWO,
+    BRIEF,
+    chat("u: Hi\n\n", "a: \n\nHi"),
+    chat("u:  two\n\n\n", "a:   four \n\n "),
+    chat("u: é 中\n😀", "a: 😀é"),
     chat("u: cafe\u0301", "a: cafe\u0301"),
-    chat("s:  Be brief.\n", "u: \n?", "a: 'll\n\n\n!", "u: \tx ", "a:  1234 5"), chat("u: x", "a: . "),
-]  # fmt: skip
+    chat("s:  Be brief.\n", "u: \n?", "a: 'll\n\n\n!", "u: \tx ", "a:  1234 5"),
+    chat("u: x", "a: . "),
+]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -199,8 +275,10 @@ def test_spelled_control_tokens_leave_the_rest_as_it_is():
         tokenizer_object=type(other.backend_tokenizer).from_str(
             other.backend_tokenizer.to_str().replace("<|end_of_text|>", "<|not_it|>")
         ),
-        bos_token="<|begin_of_text|>", eos_token="<|eot_id|>", chat_template=other.chat_template,
-    )  # fmt: skip
+        bos_token="<|begin_of_text|>",
+        eos_token="<|eot_id|>",
+        chat_template=other.chat_template,
+    )
     assert encoded.input_ids == other.apply_chat_template(
         chat("u: two <|end_of_text|> four", "a: Hi"), return_dict=False
     )

@@ -11,10 +11,10 @@ import torch
 from families import tokenizer_of
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from medusa_ds.config.recipe import DataSpec, HeadsSpec, ModelSpec, Recipe, TrainSpec
 from medusa_ds.data.dialogues import encode
 from medusa_ds.data.packing import Data, best_fit, load_data
 from medusa_ds.errors import UserError
-from medusa_ds.recipe import DataSpec, HeadsSpec, ModelSpec, Recipe, TrainSpec
 
 WORDS = "two four Hi there what is said brief chat user name".split()
 
@@ -42,8 +42,14 @@ def file(tmp_path: Path) -> Path:
 
 def recipe(path: Path | str, **spec) -> Recipe:
     data = DataSpec(path=str(path), **{"max_length": 128, "validation": 0.1, **spec})
-    return Recipe(model=ModelSpec(name="x"), heads=HeadsSpec(), stage=1, data=data, output="out",
-                  train=TrainSpec(global_batch_size=4, lr=1e-3))  # fmt: skip
+    return Recipe(
+        model=ModelSpec(name="x"),
+        heads=HeadsSpec(),
+        stage=1,
+        data=data,
+        output="out",
+        train=TrainSpec(global_batch_size=4, lr=1e-3),
+    )
 
 
 def load(path: Path, family: str = "llama3", **spec) -> Data:
@@ -153,8 +159,15 @@ def test_last_batch_of_an_epoch_is_filled_with_empty_sequences(file):
 def test_packed_loss_and_gradient_equal_unpacked(file, attention):
     """Mutation: let positions run on across documents."""
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=430, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=2, attn_implementation=attention)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=430,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attn_implementation=attention,
+    )
     model = LlamaForCausalLM(config).double()
     packed, unpacked = load(file).train, load(file, packing=False).train
     assert len(packed) < len(unpacked) / 2
@@ -181,8 +194,9 @@ def test_report_accounts_for_every_row(file):
     long = conversation_of("two " * 200, "four")
     cut = conversation_of("Hi", "four " * 200)
     with file.open("a") as stream:
-        stream.write("".join(json.dumps(row if isinstance(row, dict) else {"messages": row}) + "\n"
-                             for row in (*bad, long, cut)))  # fmt: skip
+        stream.write(
+            "".join(json.dumps(row if isinstance(row, dict) else {"messages": row}) + "\n" for row in (*bad, long, cut))
+        )
     report = load(file, validation=0.0).report
     assert report["rejected"] == {
         "an empty conversation": (1, f"{file}:61"),
@@ -250,6 +264,9 @@ def test_one_process_tokenises_while_others_wait(file):
 
 def test_nothing_to_learn_from_is_an_error(tmp_path):
     (tmp_path / "x.jsonl").write_text(json.dumps({"messages": conversation_of("two " * 200, "four")}) + "\n")
-    with pytest.raises(UserError, match=r"data: no supervised token in 1 rows: 1 x no supervised token within "
-                                        r"data.max_length, first .*x.jsonl:1"):  # fmt: skip
+    with pytest.raises(
+        UserError,
+        match=r"data: no supervised token in 1 rows: 1 x no supervised token within "
+        r"data.max_length, first .*x.jsonl:1",
+    ):
         load(tmp_path / "x.jsonl")

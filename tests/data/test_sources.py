@@ -7,10 +7,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from medusa_ds.config.recipe import DataSpec, SourceSpec
 from medusa_ds.data import sources
 from medusa_ds.data.sources import Conversations, load_conversations
 from medusa_ds.errors import UserError
-from medusa_ds.recipe import DataSpec, SourceSpec
 
 
 @pytest.fixture(autouse=True)
@@ -43,10 +43,13 @@ def accounted(found: Conversations) -> bool:
 def test_sharegpt_and_chat_messages_become_one_format(tmp_path):
     names = ("system", "human", "gpt", "user", "bing", "tool", "bard", "chatgpt")
     turns = [{"from": name, "value": "x"} for name in names]
-    chat = {"messages": [{"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]},
-                         {"role": "assistant", "content": "Yes", "reasoning_content": "hm", "extra": None,
-                          "unfinished": True}],
-            "tools": '[{"type": "function"}]'}  # fmt: skip
+    chat = {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]},
+            {"role": "assistant", "content": "Yes", "reasoning_content": "hm", "extra": None, "unfinished": True},
+        ],
+        "tools": '[{"type": "function"}]',
+    }
     found = load(write(tmp_path / "x.jsonl", {"conversations": turns}, chat, {"system": "S", **row()}))
     assert [turn["role"] for turn in messages(found.train)[0]] == (
         "system user assistant user assistant tool assistant assistant".split()
@@ -54,7 +57,7 @@ def test_sharegpt_and_chat_messages_become_one_format(tmp_path):
     assert messages(found.train)[1] == [
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": "Yes", "reasoning_content": "hm", "unfinished": True},
-    ]  # fmt: skip
+    ]
     assert json.loads(found.train[1]["messages"])["tools"] == [{"type": "function"}]
     assert messages(found.train)[2][0] == {"role": "system", "content": "S"}
     assert found.train[2]["source"] == f"{tmp_path}/x.jsonl:3"
@@ -86,9 +89,11 @@ BAD = [
     (row("", "Yes"), "an empty user turn"),
     ({"messages": row()["messages"][:1]}, "no assistant turn"),
     ({**row(), "tools": "x"}, "tools that are not a list"),
-    ({"messages": [*row()["messages"], {"role": "assistant", "content": "", "tool_calls": ["x"]}]},
-     "a tool call without a function name"),
-]  # fmt: skip
+    (
+        {"messages": [*row()["messages"], {"role": "assistant", "content": "", "tool_calls": ["x"]}]},
+        "a tool call without a function name",
+    ),
+]
 
 
 @pytest.mark.parametrize(("bad", "reason"), BAD)

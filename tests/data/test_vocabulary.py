@@ -20,8 +20,16 @@ def make_sequences(number=1500):
     rows = []
     for _ in range(number):
         ids = draw.zipf(1.3, draw.integers(2, 20)).clip(3, 299).astype(int)
-        rows.append({"input_ids": ids.tolist(), "supervised": (draw.random(len(ids)) < 0.6).tolist(),
-                     "length": len(ids), "cut": False, "source": "a:1", "reason": ""})  # fmt: skip
+        rows.append(
+            {
+                "input_ids": ids.tolist(),
+                "supervised": (draw.random(len(ids)) < 0.6).tolist(),
+                "length": len(ids),
+                "cut": False,
+                "source": "a:1",
+                "reason": "",
+            }
+        )
     data = Dataset.from_list(rows, features=_FEATURES)
     usable = np.arange(number)[np.arange(number) % 3 > 0]
     return Sequences(data, usable, max_length=64, packing=True, seed=0, pad_id=0), [rows[i] for i in usable]

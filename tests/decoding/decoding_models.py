@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from medusa_ds.model.heads import MedusaHead, MedusaHeads
+from medusa_ds.heads.medusa import MedusaHead, MedusaHeads
 
 VOCAB, LIMIT, NUM = 120, 96, 3
 FAMILIES = {
@@ -29,10 +29,20 @@ class Case(NamedTuple):
 def build(family: str, vocab: int = VOCAB, limit: int = LIMIT) -> PreTrainedModel:
     torch.manual_seed(0)
     config = AutoConfig.for_model(
-        family.removesuffix("_mixed"), vocab_size=vocab, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=limit, initializer_range=0.3,
-        eos_token_id=[3, 5], bos_token_id=1, pad_token_id=0, **FAMILIES[family],
-    )  # fmt: skip
+        family.removesuffix("_mixed"),
+        vocab_size=vocab,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=limit,
+        initializer_range=0.3,
+        eos_token_id=[3, 5],
+        bos_token_id=1,
+        pad_token_id=0,
+        **FAMILIES[family],
+    )
     return AutoModelForCausalLM.from_config(config).eval()
 
 

@@ -5,8 +5,8 @@ import torch
 from decoding_models import FAMILIES, random_heads
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from medusa_ds.decoding.generator import Decoder
-from medusa_ds.decoding.packed import pack_projections
+from medusa_ds.decoding.decoder import Decoder
+from medusa_ds.decoding.kernels.packed import pack_projections
 from medusa_ds.decoding.trees import chain, default_tree
 
 
@@ -15,9 +15,19 @@ def test_layers_share_one_compilation_and_the_text_is_the_same(family, parts, mo
     """Both kinds of layers of a mixed model are compiled. Mutation: leave out `cache.current = slots`."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(
-        family.removesuffix("_mixed"), vocab_size=120, hidden_size=32, intermediate_size=64, num_hidden_layers=5,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=96, initializer_range=0.3,
-        eos_token_id=3, pad_token_id=0, **FAMILIES[family])  # fmt: skip
+        family.removesuffix("_mixed"),
+        vocab_size=120,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=96,
+        initializer_range=0.3,
+        eos_token_id=3,
+        pad_token_id=0,
+        **FAMILIES[family],
+    )
     model = AutoModelForCausalLM.from_config(config).eval()
     pack_projections(model)
     graphs = []

@@ -7,7 +7,9 @@ import sys
 KERNELS = """
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from medusa_ds.decoding import few_rows, top_tokens, tree_attention
+from medusa_ds.decoding.kernels import few_rows
+from medusa_ds.decoding.kernels import top_tokens
+from medusa_ds.decoding.kernels import tree_attention
 
 torch.manual_seed(0)
 top_tokens.PART = 64  # smaller blocks than on a GPU: the interpreter is slow

@@ -2,7 +2,7 @@ import pytest
 import torch
 from decoding_models import NUM, random_heads, reference
 
-from medusa_ds.decoding.generator import Decoder
+from medusa_ds.decoding.decoder import Decoder
 from medusa_ds.decoding.measure import Difference, first_difference, head_ranks, plain_step_bytes, step_ms
 from medusa_ds.decoding.trees import RankCounts, Tree, default_tree
 

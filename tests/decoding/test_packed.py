@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from medusa_ds.decoding import packed
-from medusa_ds.decoding.packed import pack_projections
+from medusa_ds.decoding.kernels import packed
+from medusa_ds.decoding.kernels.packed import pack_projections
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
@@ -13,8 +13,16 @@ def test_outputs_are_those_of_the_unpacked_model(family):
     """Mutation: swap the two parts that follow the first."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(
-        family, vocab_size=90, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, initializer_range=0.3)  # fmt: skip
+        family,
+        vocab_size=90,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        initializer_range=0.3,
+    )
     model = AutoModelForCausalLM.from_config(config).double().eval()
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
@@ -34,8 +42,17 @@ def test_what_the_kernel_gates_is_what_the_model_gates(family, act, gated, monke
     """The kernel's place, in plain PyTorch. Mutations: gate whatever has the class; pack what is packed again."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(
-        family, vocab_size=90, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, initializer_range=0.3, hidden_act=act)  # fmt: skip
+        family,
+        vocab_size=90,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        initializer_range=0.3,
+        hidden_act=act,
+    )
     model = AutoModelForCausalLM.from_config(config).double().eval()
     ids, calls = torch.randint(0, 90, (2, 11)), []
     wanted = model(ids).logits

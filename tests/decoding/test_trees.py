@@ -3,13 +3,7 @@ import itertools
 import pytest
 import torch
 
-from medusa_ds.decoding.trees import (
-    RankCounts,
-    Tree,
-    best_tree,
-    chain,
-    default_tree,
-)
+from medusa_ds.decoding.trees import RankCounts, Tree, best_tree, chain, default_tree
 from medusa_ds.errors import UserError
 
 

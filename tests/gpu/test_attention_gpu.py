@@ -3,13 +3,20 @@
 import pytest
 import torch
 
+from medusa_ds.config.recipe import ModelSpec
 from medusa_ds.model import fp8
 from medusa_ds.model.backbone import hidden_states, load_backbone
-from medusa_ds.recipe import ModelSpec
 
 pytestmark = pytest.mark.gpu
-CONFIG = {"model_type": "llama", "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 3,
-          "vocab_size": 1000, "num_attention_heads": 8, "num_key_value_heads": 2}  # fmt: skip
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 3,
+    "vocab_size": 1000,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+}
 
 
 @pytest.mark.parametrize("quantised", [False, True])

@@ -8,29 +8,61 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from medusa_ds.decoding.acceptance import Acceptance
-from medusa_ds.decoding.few_rows import applies, gated_linear, gates, linear
-from medusa_ds.decoding.generator import Decoder
+from medusa_ds.decoding.decoder import Decoder
+from medusa_ds.decoding.kernels.few_rows import applies, gated_linear, gates, linear
+from medusa_ds.decoding.kernels.top_tokens import top_tokens
+from medusa_ds.decoding.kernels.tree_attention import tree_attention
 from medusa_ds.decoding.measure import copy_bandwidth, first_difference, plain_step_bytes, step_ms
-from medusa_ds.decoding.top_tokens import top_tokens
-from medusa_ds.decoding.tree_attention import tree_attention
 from medusa_ds.decoding.trees import chain, default_tree
-from medusa_ds.model.heads import MedusaHeads
+from medusa_ds.heads.medusa import MedusaHeads
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
-SMALL = {"vocab_size": 500, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}  # fmt: skip
+SMALL = {
+    "vocab_size": 500,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+}
 SHAPES = {
-    "smollm2_135m": ("llama", {
-        "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-        "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}),
-    "llama3_8b": ("llama", {
-        "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 8}),
-    "vicuna_7b": ("llama", {
-        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 32}),
-}  # fmt: skip
+    "smollm2_135m": (
+        "llama",
+        {
+            "vocab_size": 49152,
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "llama3_8b": (
+        "llama",
+        {
+            "vocab_size": 128256,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+        },
+    ),
+    "vicuna_7b": (
+        "llama",
+        {
+            "vocab_size": 32000,
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+        },
+    ),
+}
 
 
 def _model(family="llama", dtype=torch.float32, liger=False, **config):

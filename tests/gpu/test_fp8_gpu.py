@@ -36,7 +36,7 @@ QUANTISED = """
 import torch
 from medusa_ds.model import fp8
 from medusa_ds.model.backbone import hidden_states, load_backbone
-from medusa_ds.recipe import ModelSpec
+from medusa_ds.config.recipe import ModelSpec
 
 config = {"model_type": "llama", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
           "vocab_size": 500, "num_attention_heads": 4, "num_key_value_heads": 2}

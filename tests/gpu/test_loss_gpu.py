@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from medusa_ds.model.heads import MedusaHead, MedusaHeads
+from medusa_ds.heads.medusa import MedusaHead, MedusaHeads
+from medusa_ds.model.joint import MedusaModel
 from medusa_ds.model.loss import linear_cross_entropy, linear_kl
-from medusa_ds.model.medusa import MedusaModel
 
 pytestmark = pytest.mark.gpu
 
@@ -151,7 +151,7 @@ def test_heads_learn_through_liger(layers, own):
     if own:
         head.projection.weight.data.copy_(lm_head.weight)
     else:
-        from medusa_ds.model.heads import VocabularyProjection
+        from medusa_ds.heads.medusa import VocabularyProjection
 
         shared = VocabularyProjection(64, 1009, torch.bfloat16, "cuda").requires_grad_(False)
         shared.weight.copy_(lm_head.weight)
@@ -169,8 +169,8 @@ def test_heads_learn_through_liger(layers, own):
 @pytest.mark.parametrize("family", ["llama", "qwen3", "qwen2", "mistral"])
 @pytest.mark.parametrize("stage", [1, 2])
 def test_model_with_liger_layers_matches_plain_layers(family, stage):
+    from medusa_ds.config.recipe import ModelSpec
     from medusa_ds.model.backbone import load_backbone
-    from medusa_ds.recipe import ModelSpec
 
     # fmt: off
     sizes = {"model_type": family, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,

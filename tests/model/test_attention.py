@@ -3,12 +3,19 @@
 import pytest
 import torch
 
+from medusa_ds.config.recipe import ModelSpec
 from medusa_ds.model import backbone as backbones
 from medusa_ds.model.attention import find_documents, within_documents
-from medusa_ds.recipe import ModelSpec
 
-CONFIG = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 50,
-          "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "vocab_size": 50,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 def test_starts_are_counted_over_all_sequences_and_filled_up():
@@ -31,13 +38,18 @@ def test_sequences_of_one_document_get_causal_attention():
     torch.testing.assert_close(found, (scores.softmax(-1) @ value).transpose(1, 2))
 
 
-@pytest.mark.parametrize(("changes", "attention"), [
-    ({}, "documents"), ({"attention": "eager"}, "eager"),
-    ({"config": CONFIG | {"model_type": "mistral", "sliding_window": 8}}, "sdpa"),
-    ({"config": CONFIG | {"model_type": "mistral", "sliding_window": None}}, "documents"),
-    ({"config": CONFIG | {"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": False}}, "documents"),
-    ({"config": CONFIG | {"hidden_size": 48}}, "sdpa"), ({"config": CONFIG | {"model_type": "gemma"}}, "sdpa"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "attention"),
+    [
+        ({}, "documents"),
+        ({"attention": "eager"}, "eager"),
+        ({"config": CONFIG | {"model_type": "mistral", "sliding_window": 8}}, "sdpa"),
+        ({"config": CONFIG | {"model_type": "mistral", "sliding_window": None}}, "documents"),
+        ({"config": CONFIG | {"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": False}}, "documents"),
+        ({"config": CONFIG | {"hidden_size": 48}}, "sdpa"),
+        ({"config": CONFIG | {"model_type": "gemma"}}, "sdpa"),
+    ],
+)
 def test_only_backbones_that_pack_on_a_gpu_get_it(monkeypatch, changes, attention):
     """Built without a device, as under ZeRO-3, on a machine that claims a GPU; elsewhere there is no such kernel."""
     spec = ModelSpec(**{"name": "x", "init": "random", "config": CONFIG, "liger_kernels": False} | changes)

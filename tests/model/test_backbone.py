@@ -12,13 +12,19 @@ import torch
 from huggingface_hub import errors as hub_errors
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from medusa_ds.config.recipe import ModelPackage, ModelSpec
 from medusa_ds.errors import UserError
 from medusa_ds.model import backbone as module
 from medusa_ds.model.backbone import FAMILIES, lm_head_weight, load_backbone, load_config, load_tokenizer, model_path
-from medusa_ds.recipe import ModelPackage, ModelSpec
 
-TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "intermediate_size": 48, "vocab_size": 101}  # fmt: skip
+TINY = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "vocab_size": 101,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -241,7 +247,7 @@ def test_a_cache_that_cannot_be_written_is_named(monkeypatch, tmp_path):
 
 @pytest.mark.long
 def test_the_shipped_package_becomes_a_chat_model():
-    from medusa_ds.recipe import Recipe
+    from medusa_ds.config.recipe import Recipe
 
     spec = Recipe.load("smollm2_135m_stage1").model
     tokenizer, model = load_tokenizer(spec), load_backbone(spec, torch.float32, device="cpu")

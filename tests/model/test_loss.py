@@ -30,9 +30,12 @@ def run(function, rows, weight, targets, upstream=1.0):
     is_target = torch.zeros(weight.shape[0], dtype=torch.bool)
     is_target[targets] = True
     return {
-        "loss": loss.detach(), "input": rows.grad, "target rows": weight.grad[is_target],
-        "other rows": weight.grad[~is_target], "predicted": predicted,
-    }  # fmt: skip
+        "loss": loss.detach(),
+        "input": rows.grad,
+        "target rows": weight.grad[is_target],
+        "other rows": weight.grad[~is_target],
+        "predicted": predicted,
+    }
 
 
 def plain(rows, weight, targets):

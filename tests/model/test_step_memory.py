@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
-from test_medusa import NUM, SIZES, H, batch, documents
+from test_joint import NUM, SIZES, H, batch, documents
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from medusa_ds.model.heads import MedusaHeads
-from medusa_ds.model.medusa import MedusaModel
+from medusa_ds.heads.medusa import MedusaHeads
+from medusa_ds.model.joint import MedusaModel
 from medusa_ds.training.flops import step_flops
 
 VOCAB, CHUNK_MIB = 4099, 1
@@ -70,8 +70,9 @@ def counted(model, inputs):
     return counter.get_total_flops(), [int(loss.count) if loss is not None else 0 for loss in output.losses]
 
 
-@pytest.mark.parametrize(("stage", "target"), [(1, "label"), (1, "distribution"), (2, "label"), (2, "argmax"),
-                                               (2, "distribution")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("stage", "target"), [(1, "label"), (1, "distribution"), (2, "label"), (2, "argmax"), (2, "distribution")]
+)
 def test_ignored_rows_cost_no_product_in_any_pass(stage, target, Watch):
     """Mutation: send every position through a head, forward or backward, and mask the loss afterwards."""
     ids, labels, positions = PACKED

@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from test_medusa import DOCS, NUM, PACKED, V, build, gradients, relative
+from test_joint import DOCS, NUM, PACKED, V, build, gradients, relative
 
+from medusa_ds.model.joint import COUNTERS, MedusaModel, metrics
 from medusa_ds.model.loss import linear_argmax, linear_kl
-from medusa_ds.model.medusa import COUNTERS, MedusaModel, metrics
 
 
 def student(target, own=True, temperature=1.0, chunk_mib=1, stage=1, tied=False):

@@ -12,7 +12,7 @@ import pytest
 from support import Run, fault, launch, launched, losses_of, metrics_of, train
 
 from medusa_ds.errors import UserError
-from medusa_ds.train import _claim
+from medusa_ds.programs.train import _claim
 
 STEPS = ("train.steps=6", "train.save_every=2")
 

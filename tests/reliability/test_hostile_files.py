@@ -18,12 +18,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import group_of_one
 
-from medusa_ds import ds_config
+from medusa_ds.config import deepspeed as ds_config
+from medusa_ds.config.recipe import Recipe
 from medusa_ds.data.dialogues import UnusableRow
 from medusa_ds.data.sources import _conversation, _line_rows
 from medusa_ds.errors import UserError
-from medusa_ds.model.heads import MedusaHeads, load_heads, save_heads
-from medusa_ds.recipe import Recipe
+from medusa_ds.heads.medusa import MedusaHeads, load_heads, save_heads
 from medusa_ds.training import checkpoint
 from medusa_ds.training.manifest import encode_manifest, write_file
 
@@ -38,9 +38,12 @@ def fuzz(*strategies: st.SearchStrategy[Any]) -> Callable[[Any], Any]:
     def make(function: Any) -> Any:
         def run(folder: Path, examples: int) -> None:
             body = settings(
-                max_examples=examples, derandomize=True, deadline=None, database=None,
+                max_examples=examples,
+                derandomize=True,
+                deadline=None,
+                database=None,
                 suppress_health_check=list(HealthCheck),
-            )(given(st.tuples(*strategies))(lambda drawn: function(folder, *drawn)))  # fmt: skip
+            )(given(st.tuples(*strategies))(lambda drawn: function(folder, *drawn)))
             body()
 
         @pytest.mark.parametrize("examples", [60, pytest.param(2000, marks=pytest.mark.long)])
@@ -54,9 +57,13 @@ def fuzz(*strategies: st.SearchStrategy[Any]) -> Callable[[Any], Any]:
 
 
 scalars = (
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=20)
     | st.sampled_from(["auto", "1e999", "hf_" + "a" * 30, "/etc/passwd", "../..", "\ud800", "sample", "\x00"])
-)  # fmt: skip
+)
 values = st.recursive(
     scalars,
     lambda child: st.lists(child, max_size=4) | st.dictionaries(st.text(max_size=12), child, max_size=4),
@@ -84,10 +91,34 @@ def leaves(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [path]
 
 
-@fuzz(edits, st.lists(st.tuples(st.sampled_from([
-    "model.name", "model.config", "heads.num", "stage", "data.path", "data.path.0.path", "train.lr", "train.betas",
-    "deepspeed", "output", "loss.impl", "x.y", "train", "heads.init_from",
-]), values), max_size=2), st.booleans())  # fmt: skip
+@fuzz(
+    edits,
+    st.lists(
+        st.tuples(
+            st.sampled_from(
+                [
+                    "model.name",
+                    "model.config",
+                    "heads.num",
+                    "stage",
+                    "data.path",
+                    "data.path.0.path",
+                    "train.lr",
+                    "train.betas",
+                    "deepspeed",
+                    "output",
+                    "loss.impl",
+                    "x.y",
+                    "train",
+                    "heads.init_from",
+                ]
+            ),
+            values,
+        ),
+        max_size=2,
+    ),
+    st.booleans(),
+)
 def test_recipe(folder: Path, changes: Any, overrides: Any, keep: bool) -> None:
     file = folder / "r.yaml"
     file.write_bytes(RECIPE.encode() if keep else edited(RECIPE.encode(), changes))
@@ -112,8 +143,14 @@ def test_deepspeed_json(folder: Path, path: tuple[Any, ...], value: Any, changes
     file = folder / "z.json"
     file.write_bytes(edited(content, changes) if raw else content)
     try:
-        owned = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 1, "gradient_clipping": 1.0,
-                 "bf16.enabled": False, "optimizer.type": "AdamW", "optimizer.params.lr": 1.0}  # fmt: skip
+        owned = {
+            "train_batch_size": 8,
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_clipping": 1.0,
+            "bf16.enabled": False,
+            "optimizer.type": "AdamW",
+            "optimizer.params.lr": 1.0,
+        }
         ds_config.fill_sizes(ds_config.resolve(ds_config.load(file), file, owned, None), 64)
     except UserError as error:
         answered(error)
@@ -121,8 +158,9 @@ def test_deepspeed_json(folder: Path, path: tuple[Any, ...], value: Any, changes
 
 turns = st.dictionaries(
     st.sampled_from(["role", "from", "content", "value", "tool_calls", "reasoning_content", "name", "x"]),
-    values | st.sampled_from(["user", "assistant", "system", "human", "gpt", "tool"]), max_size=5,
-)  # fmt: skip
+    values | st.sampled_from(["user", "assistant", "system", "human", "gpt", "tool"]),
+    max_size=5,
+)
 rows = st.dictionaries(
     st.sampled_from(["messages", "conversations", "system", "tools", "x"]),
     st.lists(turns | values, max_size=4) | values,
@@ -143,12 +181,25 @@ def test_data_row(folder: Path, row: Any, changes: Any, raw: bool) -> None:
             json.loads(_conversation(found))
 
 
-META = {"base_model": "m", "revision": None, "num": 2, "layers": 1, "lm_head": "own", "hidden_size": 4,
-        "vocab_size": 7, "recipe": "x: 1\n"}  # fmt: skip
+META = {
+    "base_model": "m",
+    "revision": None,
+    "num": 2,
+    "layers": 1,
+    "lm_head": "own",
+    "hidden_size": 4,
+    "vocab_size": 7,
+    "recipe": "x: 1\n",
+}
 
 
-@fuzz(st.sampled_from(["heads.json", "heads.safetensors"]), edits, st.sampled_from([*META, "dtype", "sha256"]), values,
-      st.booleans())  # fmt: skip
+@fuzz(
+    st.sampled_from(["heads.json", "heads.safetensors"]),
+    edits,
+    st.sampled_from([*META, "dtype", "sha256"]),
+    values,
+    st.booleans(),
+)
 def test_saved_heads(folder: Path, name: str, changes: Any, key: str, value: Any, forge: bool) -> None:
     """Damaged, and forged by somebody who knows the format: the checksum is right, the header is not."""
     heads = folder / "heads"
@@ -183,8 +234,12 @@ def alone():
         yield
 
 
-@fuzz(st.sampled_from(["manifest.json", "state.json", "rank00000-00000.safetensors"]), edits,
-      st.sampled_from(["step", "files", "entry", "raw", "raw"]), values)  # fmt: skip
+@fuzz(
+    st.sampled_from(["manifest.json", "state.json", "rank00000-00000.safetensors"]),
+    edits,
+    st.sampled_from(["step", "files", "entry", "raw", "raw"]),
+    values,
+)
 def test_checkpoint(folder: Path, name: str, changes: Any, part: str, value: Any) -> None:
     """Damage is named; a forgery with right checksums runs no code and ends in a line or in plain tensors."""
     good, root = folder / "good", folder / "checkpoints"

@@ -37,15 +37,23 @@ def _name(zero: str, stage: int) -> str:
 
 
 def _target_jobs(*zeros: str) -> list[Any]:
-    return [(f"{zero}-{target}-{lm_head}", "trajectory",
-             {"zero": zero, "stage": 1, "loss": {"target": target}, "heads": {"lm_head": lm_head}})
-            for zero in zeros for target, lm_head in TARGETS]  # fmt: skip
+    return [
+        (
+            f"{zero}-{target}-{lm_head}",
+            "trajectory",
+            {"zero": zero, "stage": 1, "loss": {"target": target}, "heads": {"lm_head": lm_head}},
+        )
+        for zero in zeros
+        for target, lm_head in TARGETS
+    ]
 
 
 def _start_jobs(*zeros: str) -> list[Any]:
-    return [(f"{zero}-{target}-stage2", "trajectory",
-             {"zero": zero, "stage": 2, "save": True, "loss": {"target": target}})
-            for zero in zeros for target in ("argmax", "distribution")]  # fmt: skip
+    return [
+        (f"{zero}-{target}-stage2", "trajectory", {"zero": zero, "stage": 2, "save": True, "loss": {"target": target}})
+        for zero in zeros
+        for target in ("argmax", "distribution")
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -62,15 +70,19 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     failures = [(zero, "gradient", "fp32") for zero in ZEROS]
     failures += [(zero, "loss", "fp32") for zero in ("zero0", "zero2", "zero3")]
     failures += [(zero, "gradient", "bf16") for zero in ("zero0", "zero1", "zero2")]
-    jobs += [(f"{zero}-nan-{where}-{precision}", "not_finite", {"zero": zero, "where": where, "precision": precision})
-             for zero, where, precision in failures]  # fmt: skip
+    jobs += [
+        (f"{zero}-nan-{where}-{precision}", "not_finite", {"zero": zero, "where": where, "precision": precision})
+        for zero, where, precision in failures
+    ]
     for zero in ("zero0", "zero1", "zero2", "zero3"):
         whole = {"micro_batch_size": 2} if zero == "zero2" else {}  # one micro-batch: its gradients stay bf16
         arguments = {"zero": zero, "stage": 2, "train": {"precision": "bf16", **whole}}
         jobs.append((f"{zero}-bf16", "trajectory", arguments | {"save": True}))
         jobs.append((f"{zero}-bf16-resumed", "resumed", arguments | {"source": str(folder / f"{zero}-bf16")}))
-    jobs += [(f"{zero}-layers0", "trajectory", {"zero": zero, "stage": 1, "heads": {"layers": 0}})
-             for zero in ("zero0", "zero2", "zero3")]  # fmt: skip
+    jobs += [
+        (f"{zero}-layers0", "trajectory", {"zero": zero, "stage": 1, "heads": {"layers": 0}})
+        for zero in ("zero0", "zero2", "zero3")
+    ]
     jobs += [(f"{zero}-export", "export", {"zero": zero}) for zero in ("zero2", "zero3")]
     jobs += _target_jobs("zero0", "zero3") + _start_jobs("zero0", "zero2_offload", "zero3")
     jobs.append(("zero3-start-export", "export", {"zero": "zero3", "loss": {"target": "distribution"}}))

@@ -3,13 +3,14 @@
 import pytest
 from worker import GLOBAL_BATCH, make_recipe
 
-from medusa_ds.ds_config import clips_in_adam
+from medusa_ds.config.deepspeed import clips_in_adam
 from medusa_ds.training.build import complete_config
 
 
-@pytest.mark.parametrize(("zero", "micro_batch", "found"), [
-    ("zero2", 1, "fp32"), ("zero2", GLOBAL_BATCH, None), ("zero3", 1, "fp32"), ("zero0", 1, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("zero", "micro_batch", "found"),
+    [("zero2", 1, "fp32"), ("zero2", GLOBAL_BATCH, None), ("zero3", 1, "fp32"), ("zero0", 1, None)],
+)
 def test_only_several_micro_batches_are_added_up_in_fp32(tmp_path, zero, micro_batch, found):
     """Mutation: leave DeepSpeed's default, bf16, or copy the gradients of a single micro-batch to fp32."""
     recipe = make_recipe(tmp_path, zero, train={"precision": "bf16", "micro_batch_size": micro_batch})

@@ -16,10 +16,16 @@ def eight_threads(monkeypatch):
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(("on_gpu", "offloads", "ranks", "threads"), [
-    (False, False, 2, 4), (False, False, 16, 1), (True, False, 1, BESIDE_A_GPU), (True, False, 4, 2),
-    (True, True, 1, 8),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("on_gpu", "offloads", "ranks", "threads"),
+    [
+        (False, False, 2, 4),
+        (False, False, 16, 1),
+        (True, False, 1, BESIDE_A_GPU),
+        (True, False, 4, 2),
+        (True, True, 1, 8),
+    ],
+)
 def test_ranks_share_the_cores(eight_threads, on_gpu, offloads, ranks, threads):
     """Mutation: leave the ranks out, or the limit beside a GPU."""
     eight_threads.setenv("LOCAL_SIZE", str(ranks))

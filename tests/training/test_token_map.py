@@ -8,14 +8,18 @@ TOKENS = list(range(40))
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    jobs = [(zero, "trajectory", {"zero": zero, "stage": 1, "tokens": TOKENS, "save": True})
-            for zero in ("zero0", "zero2", "zero3")]  # fmt: skip
+    jobs = [
+        (zero, "trajectory", {"zero": zero, "stage": 1, "tokens": TOKENS, "save": True})
+        for zero in ("zero0", "zero2", "zero3")
+    ]
     jobs.append(("stage2", "trajectory", {"zero": "zero2", "stage": 2, "tokens": TOKENS}))
     folders = [tmp_path_factory.mktemp(name) for name in ("two", "one")]
     two = run_ranks(2, folders[0], jobs)[0]
     source = str(folders[0] / "zero2")
-    more = [("resumed", "resumed", {"zero": "zero3", "stage": 1, "tokens": TOKENS, "source": source}),
-            ("other", "other_maps", {"source": source})]  # fmt: skip
+    more = [
+        ("resumed", "resumed", {"zero": "zero3", "stage": 1, "tokens": TOKENS, "source": source}),
+        ("other", "other_maps", {"source": source}),
+    ]
     return two, run_ranks(1, folders[1], [*jobs, *more])[0]
 
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from medusa_ds.config.recipe import Recipe
 from medusa_ds.data.packing import MicroBatch
 from medusa_ds.errors import UserError
-from medusa_ds.model.heads import load_heads
-from medusa_ds.recipe import Recipe
+from medusa_ds.heads.medusa import load_heads
 from medusa_ds.training import build as builder
-from medusa_ds.training import optim
+from medusa_ds.training import optimizer as optim
 from medusa_ds.training.engine import MedusaEngine, NonFiniteError
 
 VOCAB, LENGTH, GLOBAL_BATCH, STEPS = 97, 24, 4, 4
@@ -28,20 +28,38 @@ ZEROS = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 def make_recipe(output: str | Path, zero: str = "zero0", stage: int = 1, **sections: dict[str, Any]) -> Recipe:
     """A recipe of a tied Llama of two layers whose head sizes no number of ranks divides."""
     config = {
-        "model_type": "llama", "vocab_size": VOCAB, "hidden_size": 36, "intermediate_size": 47, "num_hidden_layers": 2,
-        "num_attention_heads": 3, "num_key_value_heads": 3, "max_position_embeddings": 64, "tie_word_embeddings": True,
+        "model_type": "llama",
+        "vocab_size": VOCAB,
+        "hidden_size": 36,
+        "intermediate_size": 47,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
         "initializer_range": 0.2,
-    }  # fmt: skip
+    }
     train = {
-        "global_batch_size": GLOBAL_BATCH, "micro_batch_size": 1, "steps": STEPS, "lr": 1e-2, "weight_decay": 0.1,
-        "max_grad_norm": 1.0, "precision": "fp32", "warmup_ratio": 0.5, "min_lr_ratio": 0.1,
-    }  # fmt: skip
+        "global_batch_size": GLOBAL_BATCH,
+        "micro_batch_size": 1,
+        "steps": STEPS,
+        "lr": 1e-2,
+        "weight_decay": 0.1,
+        "max_grad_norm": 1.0,
+        "precision": "fp32",
+        "warmup_ratio": 0.5,
+        "min_lr_ratio": 0.1,
+    }
     values: dict[str, Any] = {
-        "model": {"name": "tiny", "init": "random", "config": config}, "heads": {"num": 3}, "stage": stage,
-        "data": {"path": "sample"}, "train": train | ({"lr_multiplier": 4.0} if stage == 2 else {}),
-        "loss": {"coefficient": 0.2} if stage == 2 else {}, "output": str(output),
+        "model": {"name": "tiny", "init": "random", "config": config},
+        "heads": {"num": 3},
+        "stage": stage,
+        "data": {"path": "sample"},
+        "train": train | ({"lr_multiplier": 4.0} if stage == 2 else {}),
+        "loss": {"coefficient": 0.2} if stage == 2 else {},
+        "output": str(output),
         "deepspeed": str(ROOT / "ds_configs" / f"{zero}.json"),
-    }  # fmt: skip
+    }
     for name, section in sections.items():
         values[name] |= section
     return Recipe.model_validate(values)

@@ -1,0 +1,140 @@
+"""What is measured: a case is one point of the matrix, and its recipe is what `train` would run for it.
+
+`ours` and `eager` train through `MedusaEngine`; `ours_fp8` is `ours` with `model.frozen_precision: fp8`. `cached` reads
+hidden states from a cache, `cached_vocab` with heads of fewer tokens, `cached_fp8` the same after fp8 has filled it.
+`original` is Liger's example with its mistakes corrected, see `benchmark.original`; `torch_linear_ce` is that with
+PyTorch's own `linear_cross_entropy`. Every head's weights receive gradients in all of them.
+"""
+
+from dataclasses import asdict, dataclass
+from itertools import product
+from typing import Any
+
+from medusa_ds.config.recipe import Recipe
+from medusa_ds.errors import UserError
+
+PARTS = ("step", "head", "chat", "epochs")
+CACHED, ORIGINALS = ("cached", "cached_vocab", "cached_fp8"), ("original", "torch_linear_ce")
+IMPLS = ("ours", "ours_fp8", "eager", *CACHED, *ORIGINALS)
+EPOCHS = 3
+_VOCAB = 32768  # of heads with fewer tokens, where the recipe names no number
+LLAMA3_8B = (
+    "model.init=random",
+    "model.config={model_type: llama, vocab_size: 128256, hidden_size: 4096, intermediate_size: 14336, "
+    "num_hidden_layers: 32, num_attention_heads: 32, num_key_value_heads: 8, max_position_embeddings: 8192, "
+    "rope_parameters: {rope_type: default, rope_theta: 500000.0}, rms_norm_eps: 1.0e-5}",
+)
+"""Overrides of a recipe: the shape of Llama-3-8B with random weights."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One point of the matrix.
+
+    `recipe`, `overrides`: where the settings come from that the case does not name. `part`: `step` (a training step),
+    `head` (one head's loss alone), `chat` (a step on real conversations) or `epochs` (three epochs of them, with all
+    that comes before the first step). `batch`: sequences on each GPU. `impl`: of `IMPLS`. `zero`: a DeepSpeed config,
+    by path or name in `ds_configs`.
+    """
+
+    recipe: str
+    overrides: tuple[str, ...]
+    part: str
+    stage: int
+    heads: int
+    sequence: int
+    batch: int
+    impl: str
+    zero: str
+    warmup: int
+    steps: int
+    gpus: int = 1
+
+    def load_recipe(self) -> Recipe:
+        """The recipe of the case; in stage 2 its heads start from the LM head, as those of no stage-1 run are there.
+
+        Raises:
+            UserError: see `Recipe.load`.
+        """
+        zero = self.zero if "/" in self.zero or self.zero.endswith(".json") else f"ds_configs/{self.zero}.json"
+        values = {
+            "stage": self.stage,
+            "heads.num": self.heads,
+            "data.max_length": self.sequence,
+            "train.global_batch_size": self.batch * self.gpus,
+            "train.micro_batch_size": self.batch,
+            "deepspeed": zero,
+        }
+        if self.impl == "eager":
+            values["loss.impl"] = "eager"
+        if self.impl in ("ours_fp8", "cached_fp8"):
+            values["model.frozen_precision"] = "fp8"
+        if self.stage == 2:
+            values |= {"heads.init_from": "runs/stage1", "train.activation_checkpointing": "true"}
+        overrides = [*self.overrides, *(f"{key}={value}" for key, value in values.items())]
+        recipe = Recipe.load(self.recipe, overrides, planning=True)
+        fewer = _VOCAB if recipe.heads.vocab == "full" else recipe.heads.vocab
+        vocab = fewer if self.impl in CACHED[1:] else "full"
+        heads = recipe.heads.model_copy(update={"init_from": None, "vocab": vocab})
+        return recipe.model_copy(update={"heads": heads})
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        gpus = f", {self.gpus} GPUs" if self.gpus > 1 else ""
+        return f"{self.part}: stage {self.stage}, {self.heads} heads, {self.batch} x {self.sequence}, {self.impl}{gpus}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Its fields; `Case(**fields)` is the case again."""
+        return asdict(self)
+
+
+def matrix(
+    recipe: str,
+    overrides: tuple[str, ...],
+    parts: list[str],
+    stages: list[int],
+    heads: list[int],
+    sequences: list[int],
+    batch: int,
+    impls: list[str],
+    zero: str | None,
+    warmup: int,
+    steps: int,
+    gpus: list[int],
+) -> list[Case]:
+    """All cases, each one's recipe checked.
+
+    `zero` of None is `zero2` in stage 1 and `zero3` in stage 2. The `head` part is one case a length, and measures
+    every implementation side by side; the frozen forward of `ours_fp8` and caches are stage 1's alone, these of real
+    conversations; the originals know one GPU.
+
+    Raises:
+        UserError: an unknown name, or a recipe that does not allow a case.
+    """
+    for found, allowed, option in ((parts, PARTS, "--part"), (impls, IMPLS, "--impl")):
+        wrong = [name for name in found if name not in allowed]
+        if wrong:
+            raise UserError(f"{option}: found {wrong[0]!r}; allowed are {', '.join(allowed)}")
+    if wrong_stages := [stage for stage in stages if stage not in (1, 2)]:
+        raise UserError(f"--stage: found {wrong_stages[0]}; allowed are 1 and 2")
+    cases = []
+    for part in parts:
+        one = part == "head"  # and nothing to choose
+        choices = product(
+            stages[: 1 if one else None],
+            heads[: 1 if one else None],
+            sequences,
+            ["ours"] if one else impls,
+            [1] if one else gpus,
+        )
+        for stage, num, sequence, impl, number in choices:
+            if stage == 2 and (impl == "ours_fp8" or impl in CACHED):
+                continue
+            if (impl in CACHED and part == "step") or (impl in ORIGINALS and number > 1):
+                continue
+            config = zero or ("zero2" if stage == 1 else "zero3")
+            case = Case(recipe, overrides, part, stage, num, sequence, batch, impl, config, warmup, steps, number)
+            case.load_recipe()
+            cases.append(case)
+    return cases

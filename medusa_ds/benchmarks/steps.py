@@ -1,0 +1,75 @@
+"""The step of a case: what `train` would take, the same from a hidden cache, or the original's."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from medusa_ds.benchmarks.batches import Feed, load_conversations, make_feed
+from medusa_ds.benchmarks.cases import CACHED, ORIGINALS, Case
+from medusa_ds.benchmarks.original import TOTAL_STEPS, OriginalStep
+from medusa_ds.config.recipe import Recipe
+from medusa_ds.data.packing import Data, MicroBatch
+from medusa_ds.data.vocabulary import token_map
+from medusa_ds.errors import UserError
+from medusa_ds.model.backbone import load_config
+from medusa_ds.model.joint import MedusaModel
+from medusa_ds.training.build import build_model
+from medusa_ds.training.engine import MedusaEngine
+from medusa_ds.training.hidden_cache import open_hidden_cache
+from medusa_ds.training.launch import start_process_group
+
+Step = Callable[[MicroBatch, int], float]
+
+
+class Training(NamedTuple):
+    """`step` returns its loss; `model` is what it trains, `feed` gives a step's batch, `data` None: random tokens."""
+
+    step: Step
+    model: MedusaModel
+    feed: Feed
+    data: Data | None
+
+
+def start(case: Case, recipe: Recipe, rank: int, folder: Path) -> Training:
+    """Build an implementation.
+
+    Args:
+        case: what to make.
+        recipe: its own.
+        rank: of this process.
+        folder: where all ranks may write.
+
+    Raises:
+        UserError: what building the model refuses; real conversations without data or tokenizer.
+    """
+    data: Data | None = None
+    tokenizer: Any = None
+    if case.part != "step":
+        data, tokenizer = load_conversations(recipe)
+    if case.impl in ORIGINALS:
+        on_gpu = torch.cuda.is_available()
+        device = torch.device("cuda" if on_gpu else "cpu")
+        dtype = torch.bfloat16 if on_gpu and recipe.train.precision != "fp32" else torch.float32
+        model = build_model(recipe, dtype, device, None, lambda _: nullcontext())
+        step: Step = OriginalStep(recipe, model, case.impl)
+    else:
+        build = build_model
+        if case.impl in CACHED and data is not None:
+            config = load_config(recipe.model).get_text_config()
+            if len(tokenizer) > config.vocab_size:
+                raise UserError(
+                    f"{case.impl}: the tokenizer has {len(tokenizer)} tokens, the model "
+                    f"{config.vocab_size}; name a model with a tokenizer of its own"
+                )
+            spec = recipe.data.model_copy(update={"hidden_cache": str(folder / "hidden")})
+            recipe = recipe.model_copy(update={"data": spec})
+            tokens = token_map(recipe.heads.vocab, data, tokenizer, config)
+            lm_head = open_hidden_cache(recipe, data, start_process_group(recipe))
+            build = partial(build_model, token_map=tokens, lm_head=lm_head)
+        engine = MedusaEngine(recipe, TOTAL_STEPS, build)
+        step, model = lambda batch, step: engine.train_batch([batch], step).loss, engine.model
+    return Training(step, model, make_feed(case, data, model.heads.vocab_size, rank), data)

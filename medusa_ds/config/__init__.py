@@ -1,0 +1,1 @@
+"""What a user writes becomes a checked recipe and a DeepSpeed config."""

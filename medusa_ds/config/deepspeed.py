@@ -1,0 +1,278 @@
+"""DeepSpeed JSON: read strictly, merged with what the recipe owns.
+
+The recipe owns batch sizes, accumulation, precision, clipping, optimizer, schedule, seed and monitors; the JSON owns
+ZeRO, offload, buckets and the rest. `"auto"` in the JSON is filled from the recipe, so that a config written for
+another trainer works as it is; a value set in both that differs is an error that names both files. DeepSpeed 0.19.8
+takes unknown keys, `stage: "2"` and a clipping of -1 without a word, so they are refused here, as are features that
+would change what a step computes.
+"""
+
+import copy
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from medusa_ds.config.parsing import read_json, redact, secret_keys
+from medusa_ds.errors import UserError
+
+
+def _names(text: str) -> set[str]:
+    return set(text.split())
+
+
+# deepspeed/runtime/config.py and constants.py of 0.19.8
+TOP_LEVEL = _names(
+    "activation_checkpointing aio bf16 bfloat16 checkpoint comet comms_logger communication_data_type compile "
+    "csv_monitor data_types dataloader_drop_last disable_allgather disable_python_gc dump_state flops_profiler fp16 "
+    "gradient_accumulation_steps gradient_allreduce_op gradient_clipping gradient_predivide_factor graph_harvesting "
+    "log_level memory_breakdown nebula optimizer prescale_gradients scheduler seed "
+    "sparse_gradients steps_per_print tensorboard timers torch_autocast train_batch_size "
+    "train_micro_batch_size_per_gpu wall_clock_breakdown wandb zero_allow_comm_data_type_override "
+    "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization"
+)
+# Change what a step computes, or belong to another way of training; harmless when switched off.
+_REFUSED = _names(
+    "amp autotuning compression_training curriculum_learning data_efficiency eigenvalue elasticity expert_parallel "
+    "hybrid_engine load_universal_checkpoint managed_gradient_accumulation pipeline progressive_layer_drop "
+    "quantize_training sequence_parallel_size "
+    "seq_parallel_communication_data_type sparse_attention tensor_parallel use_data_before_expert_parallelism "
+    "weight_quantization"
+)
+# deepspeed/runtime/zero/config.py: DeepSpeedZeroConfig; a `stage3_` prefix is an alias there
+ZERO_FLAGS = _names(
+    "allgather_partitions allgather_sequential compute_grad_norm contiguous_gradients cpu_offload cpu_offload_param "
+    "cpu_offload_use_pin_memory elastic_checkpoint enable_sanity_checks gather_16bit_weights_on_model_save "
+    "ignore_unused_parameters legacy_stage1 load_from_fp32_weights log_trace_cache_warnings memory_efficient_linear "
+    "overlap_comm override_module_apply parameter_alignment pipeline_loading_checkpoint reduce_scatter "
+    "round_robin_gradients save_muon_momentum_buffer_in_memory stage3_allgather_sequential "
+    "stage3_gather_16bit_weights_on_model_save stage3_gather_fp16_weights_on_model_save "
+    "stage3_use_all_reduce_for_fetch_params use_all_reduce_for_fetch_params use_multi_rank_bucket_allreduce "
+    "zero_quantized_gradients zero_quantized_nontrainable_weights zero_quantized_weights"
+)
+ZERO_SIZES = _names(
+    "allgather_bucket_size max_live_parameters max_reuse_distance model_persistence_threshold "
+    "module_granularity_threshold param_persistence_threshold prefetch_bucket_size reduce_bucket_size "
+    "stage3_max_live_parameters stage3_max_reuse_distance stage3_model_persistence_threshold "
+    "stage3_module_granularity_threshold stage3_param_persistence_threshold stage3_prefetch_bucket_size sub_group_size "
+    "zero_hpz_partition_size"
+)
+# offload_config.py and precision_config.py
+SECTIONS = {
+    "zero_optimization": ZERO_FLAGS | ZERO_SIZES | {"stage", "offload_param", "offload_optimizer", "leaf_module"},
+    "zero_optimization.offload_param": _names("device nvme_path buffer_count buffer_size max_in_cpu pin_memory"),
+    "zero_optimization.offload_optimizer": _names(
+        "device nvme_path buffer_count pin_memory pipeline_read pipeline_write fast_init ratio super_offload "
+        "cpuadam_cores_perc"
+    ),
+    "bf16": _names(
+        "enabled immediate_grad_update check_grad_overflow bf16_master_weights_and_grads bf16_optimizer_states"
+    ),
+    "bfloat16": {"enabled"},
+    "fp16": _names(
+        "enabled auto_cast loss_scale initial_scale_power loss_scale_window hysteresis consecutive_hysteresis "
+        "min_loss_scale fp16_master_weights_and_grads"
+    ),
+    "optimizer": {"type", "params", "legacy_fusion"},
+    "scheduler": {"type", "params"},
+    "tensorboard": {"enabled", "output_path", "job_name"},
+    "csv_monitor": {"enabled", "output_path", "job_name"},
+    "wandb": {"enabled", "group", "team", "project"},
+}
+_COUNTS = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"}
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a DeepSpeed JSON file and refuse what DeepSpeed would ignore or misread.
+
+    Raises:
+        UserError: all problems of the file.
+    """
+    settings = read_json(path)
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: found {type(settings).__name__}; a DeepSpeed config is a JSON object")
+    problems = [
+        f"{path}: {key}: looks like a secret (not shown); secrets come from the environment, as in WANDB_API_KEY"
+        for key in secret_keys(settings)
+    ]
+    problems += [redact(f"{path}: {text}") for text in _problems(settings)]
+    if problems:
+        raise UserError(*problems)
+    return settings
+
+
+def _problems(settings: dict[str, Any]) -> Iterator[str]:
+    for key, value in settings.items():
+        if key not in _REFUSED:
+            yield from _unknown(key, TOP_LEVEL)
+        elif not _is_off(value):
+            yield f"{key}: is not supported here; remove it"
+        if key in _COUNTS and value != "auto" and not (type(value) is int and value >= 1):
+            yield f'{key}: found {value!r}; allowed is a whole number of at least 1, or "auto"'
+    clipping = settings.get("gradient_clipping", "auto")
+    if clipping != "auto" and not (type(clipping) in (int, float) and clipping >= 0):
+        yield f'gradient_clipping: found {clipping!r}; allowed is a number of at least 0, or "auto"'
+    if settings.get("gradient_allreduce_op", "mean") != "mean":
+        yield f"gradient_allreduce_op: found {settings['gradient_allreduce_op']!r}; allowed is mean"
+    for name, known in SECTIONS.items():
+        holder: Any = settings
+        for part in name.split("."):
+            holder = holder.get(part, {}) if isinstance(holder, dict) else {}
+        if holder == "auto" or (holder is None and "offload" in name):
+            continue
+        if not isinstance(holder, dict):
+            yield f"{name}: found {holder!r}; allowed is an object"
+            continue
+        for key in holder:
+            yield from _unknown(key, known, f"{name}.")
+        yield from _wrong_values(name, holder)
+
+
+def _wrong_values(name: str, section: dict[str, Any]) -> Iterator[str]:
+    for key, value in section.items():
+        full = f"{name}.{key}"
+        flag = key == "enabled" or key == "pin_memory" or (name == "zero_optimization" and key in ZERO_FLAGS)
+        if full == "zero_optimization.stage":
+            if type(value) is not int or value not in range(4):
+                yield f"{full}: found {value!r}; allowed is 0, 1, 2 or 3"
+        elif full == "zero_optimization.compute_grad_norm" and value is False:
+            yield f"{full}: found False; clipping and the reported gradient norm need it: remove it"
+        elif key == "device" and value not in ("none", "cpu", "nvme", "auto"):
+            yield f"{full}: found {value!r}; allowed is none, cpu or nvme"
+        elif value == "auto":
+            continue
+        elif flag and not isinstance(value, bool):
+            yield f'{full}: found {value!r}; allowed is true, false or "auto"'
+        elif name == "zero_optimization" and key in ZERO_SIZES and not _is_size(value):
+            yield f'{full}: found {value!r}; allowed is a whole number of at least 0, or "auto"'
+        elif key == "params" and not isinstance(value, dict):
+            yield f"{full}: found {value!r}; allowed is an object"
+
+
+def _is_off(value: Any) -> bool:
+    if isinstance(value, dict):
+        return not value or value.get("enabled") is False
+    return value in (None, "auto") or value is False
+
+
+def _is_size(value: Any) -> bool:
+    """Whether DeepSpeed takes the value as a whole number; `5e8` is usual in published configs."""
+    return type(value) in (int, float) and value >= 0 and value == int(value)
+
+
+def resolve(settings: dict[str, Any], path: Path, owned: dict[str, Any], recipe_file: Path | None) -> dict[str, Any]:
+    """Merge a DeepSpeed JSON with the recipe's values.
+
+    Args:
+        settings: what `load` returned.
+        path: its file, for messages.
+        owned: the recipe's values by dotted DeepSpeed key.
+        recipe_file: the recipe, for messages.
+
+    Returns:
+        The config for `deepspeed.initialize`, free of `"auto"` where the recipe owns the value; sizes that follow
+        from the model (`"auto"` in `zero_optimization`) stay for `fill_sizes`. It holds no optimizer and no scheduler:
+        the engine builds them from the recipe.
+
+    Raises:
+        UserError: all keys set in both that differ.
+    """
+    merged = copy.deepcopy(settings)
+    if "bfloat16" in merged:  # DeepSpeed's old name of the section
+        merged.setdefault("bf16", merged.pop("bfloat16"))
+    owner = str(recipe_file or "the recipe")
+    problems = []
+    for key, value in owned.items():
+        *parents, last = key.split(".")
+        target = merged
+        for part in parents:
+            if target.get(part, "auto") == "auto":
+                target[part] = {}
+            target = target[part]
+        found = target.get(last, "auto")
+        if found != "auto" and found != value:
+            problems.append(
+                f"{path}: {key}: found {found!r}, but {owner} has {value!r} ({_RECIPE_KEYS.get(key, 'fixed')}); "
+                'make them equal or write "auto"'
+            )
+        target[last] = value
+    known = {key.rpartition(".")[2] for key in owned if key.startswith("optimizer.params.")}
+    for name, setting in (("optimizer", "train.lr, train.betas, ..."), ("scheduler", "train.schedule, ...")):
+        section = merged.get(name, "auto")
+        params = {} if section == "auto" else section.get("params", "auto")
+        params = {} if params == "auto" else params
+        given = [f"{name}.params.{key}" for key, value in params.items() if value != "auto" and key not in known]
+        if given:
+            problems.append(
+                f'{path}: {", ".join(given)}: the {name} is {owner}\'s ({setting}); remove the key or write "auto"'
+            )
+    steps, micro = merged.get("gradient_accumulation_steps", "auto"), owned["train_micro_batch_size_per_gpu"]
+    if "gradient_accumulation_steps" not in owned and steps != "auto" and owned["train_batch_size"] % (micro * steps):
+        problems.append(
+            f"{path}: gradient_accumulation_steps: found {steps}, but {owner} has train.global_batch_size "
+            f"{owned['train_batch_size']} and train.micro_batch_size {micro}, which fit no number of ranks then"
+        )
+    if problems:
+        raise UserError(*problems)
+    merged.pop("scheduler", None)
+    merged.pop("optimizer", None)
+    return merged
+
+
+def fill_sizes(config: dict[str, Any], hidden_size: int) -> dict[str, Any]:
+    """Replace `"auto"` bucket sizes by what follows from the hidden size, as transformers does.
+
+    `reduce_bucket_size` = H^2, `stage3_prefetch_bucket_size` = 0.9 H^2, `stage3_param_persistence_threshold` = 10 H;
+    any other `"auto"` is dropped, so that DeepSpeed's default holds.
+    """
+    sizes = {
+        "reduce_bucket_size": hidden_size * hidden_size,
+        "allgather_bucket_size": 5 * 10**8,
+        "stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
+        "stage3_param_persistence_threshold": 10 * hidden_size,
+    }
+    return _without_auto(config, sizes)
+
+
+def clips_in_adam(config: dict[str, Any]) -> bool:
+    """Whether PyTorch's fused AdamW clips: under ZeRO 2, whose reduced gradients are on the device before the step."""
+    stage, (offloads_optimizer, _) = zero_settings(config)
+    return stage == 2 and not offloads_optimizer
+
+
+def zero_settings(config: dict[str, Any]) -> tuple[int, tuple[bool, bool]]:
+    """ZeRO stage of a DeepSpeed config, and whether optimizer and parameters are offloaded."""
+    zero = config.get("zero_optimization") or {}
+    devices = [(zero.get(key) or {}).get("device", "none") for key in ("offload_optimizer", "offload_param")]
+    return zero.get("stage", 0), (devices[0] != "none", devices[1] != "none")
+
+
+def _without_auto(node: Any, sizes: dict[str, int]) -> Any:
+    if not isinstance(node, dict):
+        return node
+    filled = {key: sizes[key] if value == "auto" and key in sizes else value for key, value in node.items()}
+    return {key: _without_auto(value, sizes) for key, value in filled.items() if value != "auto"}
+
+
+def _unknown(key: str, known: set[str], prefix: str = "") -> Iterator[str]:
+    if key not in known:
+        near = difflib.get_close_matches(key, known, 1)
+        yield f"{prefix}{key}: unknown key; " + (f"did you mean {near[0]}?" if near else "remove it")
+
+
+_RECIPE_KEYS = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size / (train.micro_batch_size x ranks)",
+    "gradient_clipping": "train.max_grad_norm",
+    "bf16.enabled": "train.precision",
+    "fp16.enabled": "train.precision",
+    "seed": "train.seed",
+    "tensorboard.enabled": "train.tensorboard",
+    "wandb.enabled": "train.wandb",
+    "optimizer.type": "AdamW is the only optimizer",
+    "optimizer.params.lr": "train.lr",
+    "optimizer.params.betas": "train.betas",
+    "optimizer.params.eps": "train.eps",
+    "optimizer.params.weight_decay": "train.weight_decay",
+}

@@ -1,0 +1,239 @@
+"""From the text of a recipe and its overrides to plain data with absolute paths, and back to the line of every key.
+
+Kept apart from `recipe`, which says what the data may hold. Nothing here opens more than the recipe and, for
+`heads.init_from`, the small JSON that describes the heads.
+"""
+
+import difflib
+import os
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from medusa_ds.config.parsing import KeyPath, parse_yaml, read_json, read_text, secret_keys
+from medusa_ds.errors import UserError
+
+STUB_FIRST = re.compile(r'^_: r"""[^"]*$')
+STUB_LAST = '# """; from medusa_ds.train import main; main(__file__)'
+DATA_SUFFIXES = (".json", ".jsonl", ".parquet")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+class Origin:
+    """Where a key came from, for messages: `FILE:LINE: KEY: ...` or `KEY (from the command line): ...`."""
+
+    def __init__(self, file: Path, lines: dict[KeyPath, int], overrides: list[str] | tuple[str, ...]) -> None:
+        self.file, self.lines = file, lines
+        self._overridden = {text.partition("=")[0] for text in overrides}
+
+    def overridden(self, key: str) -> bool:
+        """Whether an override set this key or a section that holds it."""
+        parts = key.split(".")
+        return any(".".join(parts[: end + 1]) in self._overridden for end in range(len(parts)))
+
+    def say(self, key: str, text: str) -> str:
+        """One problem, with the place of its key."""
+        if self.overridden(key):
+            return f"{key} (from the command line, for {self.file}): {text}"
+        path: KeyPath = tuple(int(part) if part.isdigit() else part for part in key.split("."))
+        while path and path not in self.lines:
+            path = path[:-1]
+        return f"{self.file}{f':{self.lines[path]}' if path else ''}: {key}: {text}"
+
+
+def shipped(folder: Literal["recipes", "ds_configs"]) -> Path:
+    """Directory of the files shipped with the package: inside it when installed from a wheel, else beside it."""
+    inside = _PACKAGE / folder
+    return inside if inside.is_dir() else _PACKAGE.parent / folder
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe file by path, or a shipped one by name.
+
+    Raises:
+        UserError: neither exists; names the nearest shipped one.
+    """
+    if os.path.isfile(name):
+        return Path(name).absolute()
+    known = {file.stem: file for file in sorted(shipped("recipes").glob("*.yaml"))}
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(Path(name).stem, known, 1)
+    hint = f"did you mean the shipped {near[0]}?" if near else f"shipped are {', '.join(known)}"
+    raise UserError(f"{name or '(empty)'}: no such recipe file; {hint}")
+
+
+def read_recipe(file: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
+    """The data of a recipe file without the launch stub, and the line of every key.
+
+    Raises:
+        UserError: unreadable, damaged stub, not valid YAML, or not a mapping.
+    """
+    text = read_text(file)
+    rows = text.rstrip().splitlines()
+    first = next((i for i, row in enumerate(rows) if row.startswith("_:")), None)
+    if first is not None:
+        above = [row for row in rows[:first] if row.strip() and not row.startswith("#")]
+        quotes = text.count('"""')
+        if above or rows[-1] != STUB_LAST or not STUB_FIRST.match(rows[first]) or quotes != 2:
+            raise UserError(
+                f'{file}:{first + 1}: the launch stub is damaged (found """ {quotes} times; allowed are the two of the '
+                f'stub); the first line is `_: r"""  # a comment`, the last is `{STUB_LAST}`'
+            )
+    raw, lines = parse_yaml(text, str(file))
+    if not isinstance(raw, dict):
+        raise UserError(f"{file}: found {type(raw).__name__}; a recipe is a mapping of model, heads, stage, data, ...")
+    raw.pop("_", None)
+    return raw, lines
+
+
+def apply_overrides(raw: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> list[str]:
+    """Write `key.path=value` overrides into the data, in place; returns the problems."""
+    problems = []
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", key, re.ASCII):
+            problems.append(f"{text}: not an override; write key.path=value, as in train.lr=1e-3")
+            continue
+        try:
+            parsed, _ = parse_yaml(value, f"{key} (from the command line)")
+        except UserError as error:
+            problems += error.problems
+            continue
+        target: Any = raw
+        *parents, last = key.split(".")
+        for part in parents:
+            if isinstance(target, list) and part.isdigit() and int(part) < len(target):
+                target = target[int(part)]
+                continue
+            if not isinstance(target, dict):
+                break
+            if target.get(part) is None:
+                target[part] = {}
+            target = target[part]
+        if isinstance(target, dict):
+            target[last] = parsed
+        else:
+            problems.append(f"{key} (from the command line): {'.'.join(parents)} is not a section of the recipe")
+    return problems
+
+
+def secrets(raw: dict[str, Any], at: Origin) -> list[str]:
+    """A problem for every value that looks like a secret; the value is not shown."""
+    text = "looks like a secret (not shown); secrets come from the environment, as in HF_TOKEN or WANDB_API_KEY"
+    return [at.say(key, text) for key in secret_keys(raw)]
+
+
+def resolve_paths(raw: dict[str, Any], at: Origin, planning: bool) -> list[str]:
+    """Make input paths absolute, in place; returns a problem for each that must exist and does not."""
+    problems = []
+
+    def find(value: str, key: str, *more: Path) -> Path | None:
+        near = (at.file.parent, at.file.parent.parent)
+        places = (Path.cwd(), *near) if at.overridden(key) or key == "heads.init_from" else (*near, Path.cwd())
+        for place in (*places, *more):
+            if value and os.path.exists(place / os.path.expanduser(value)):
+                return (place / os.path.expanduser(value)).absolute()
+        return None
+
+    def section(name: str) -> dict[str, Any]:
+        return raw[name] if isinstance(raw.get(name), dict) else {}
+
+    def text_of(name: str, key: str) -> str | None:
+        value = section(name).get(key)
+        return value if isinstance(value, str) else None
+
+    raw.setdefault("deepspeed", "ds_configs/zero2.json")
+    if isinstance(value := raw["deepspeed"], str):
+        found = find(value, "deepspeed", shipped("ds_configs").parent)
+        if found is None:
+            known = ", ".join(sorted(file.name for file in shipped("ds_configs").glob("*.json")))
+            problems.append(
+                at.say(
+                    "deepspeed",
+                    f"found {value}, which does not exist; name a DeepSpeed JSON file; shipped in ds_configs/: {known}",
+                )
+            )
+        raw["deepspeed"] = str(found or value)
+
+    if (value := text_of("heads", "init_from")) is not None:
+        found = find(value, "heads.init_from")
+        if found is None and not planning:
+            problems.append(
+                at.say(
+                    "heads.init_from",
+                    f"found {value}, which does not exist; run stage 1 first, or "
+                    "name the output directory of a finished run",
+                )
+            )
+        raw["heads"]["init_from"] = str(found or Path(os.path.expanduser(value)).absolute())
+
+    if (value := text_of("model", "name")) is not None:
+        found = find(value, "model.name")
+        if found is not None and os.path.isdir(found):
+            raw["model"]["name"] = str(found)
+        elif not _HUB_ID.fullmatch(value):
+            problems.append(
+                at.say("model.name", f"found {value!r}; allowed is an existing directory or a hub id like owner/name")
+            )
+
+    path = section("data").get("path")
+    sources = [(section("data"), "data.path")] if isinstance(path, str) else []
+    if isinstance(path, list):
+        sources = [(item, f"data.path.{i}.path") for i, item in enumerate(path) if isinstance(item, dict)]
+    for holder, key in sources:
+        value = holder.get("path")
+        if not isinstance(value, str) or value == "sample":
+            continue
+        found = find(value, key)
+        if found is not None:
+            holder["path"] = str(found)
+            problems += _check_data(found, key, at)
+        elif value.endswith(DATA_SUFFIXES) or not _HUB_ID.fullmatch(value):
+            problems.append(
+                at.say(
+                    key,
+                    f"found {value!r}, which does not exist; allowed are sample, a JSON, JSONL or "
+                    "Parquet file, a directory of them, or a hub id like owner/name",
+                )
+            )
+
+    if (value := text_of("data", "hidden_cache")) not in (None, "off", "auto"):
+        raw["data"]["hidden_cache"] = str(Path(os.path.expanduser(value)).absolute())
+
+    if isinstance(value := raw.get("output"), str):
+        output = Path(os.path.expanduser(value)).absolute()
+        if not value or (os.path.exists(output) and not os.path.isdir(output)):
+            problems.append(at.say("output", f"found {value!r}; allowed is a directory, which is made when missing"))
+        raw["output"] = str(output)
+    return problems
+
+
+def _check_data(path: Path, key: str, at: Origin) -> list[str]:
+    if os.path.isdir(path):
+        if not any(file.suffix in DATA_SUFFIXES for file in path.iterdir()):
+            return [at.say(key, f"found {path}, a directory without a JSON, JSONL or Parquet file")]
+    elif path.suffix not in DATA_SUFFIXES:
+        return [at.say(key, f"found {path}; a data file ends in {', '.join(DATA_SUFFIXES)}")]
+    return []
+
+
+def saved_heads(path: Path) -> tuple[Path, dict[str, Any]]:
+    """What a finished run says of its heads, and the file that says it.
+
+    Args:
+        path: output directory of the run, or its `heads` folder.
+
+    Raises:
+        UserError: no such file, or not a JSON object.
+    """
+    file = next((f for f in (path / "heads.json", path / "heads" / "heads.json") if os.path.isfile(f)), None)
+    if file is None:
+        raise UserError(
+            f"{path}: holds no heads.json; name the output directory of a finished run, or its heads folder"
+        )
+    saved = read_json(file)
+    if not isinstance(saved, dict):
+        raise UserError(f"{file}: found {type(saved).__name__}; allowed is the JSON object that a run writes")
+    return file, saved

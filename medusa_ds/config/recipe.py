@@ -1,0 +1,424 @@
+"""A recipe: one YAML file plus dotted overrides, typed and checked before any hub, GPU or process group is touched.
+
+`Recipe.load` reports every mistake of a file at once; the sections and their keys stand in `recipe_sections`. A
+relative path is looked for beside the recipe, then in the folder above it, then in the working directory; one that an
+override names is looked for in the working directory first. `output` and `heads.init_from`, which is another run's
+output, are relative to the working directory.
+
+The stock launcher runs the file it is given with Python, so a recipe opens and closes with the launch stub, two lines
+that make it valid YAML and valid Python at once; to YAML the key `_` is a plain scalar that `load` drops.
+"""
+
+import copy
+import difflib
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, ValidationError
+
+from medusa_ds.config import deepspeed as ds_config
+from medusa_ds.config.loading import (
+    Origin,
+    apply_overrides,
+    find_recipe,
+    read_recipe,
+    resolve_paths,
+    saved_heads,
+    secrets,
+    shipped,
+)
+from medusa_ds.config.parsing import redact, secret_keys
+from medusa_ds.config.sections import (
+    DataSpec,
+    HeadsSpec,
+    LossSpec,
+    ModelPackage,
+    ModelSpec,
+    Section,
+    SourceSpec,
+    TrainSpec,
+)
+from medusa_ds.errors import UserError
+
+__all__ = [
+    "DataSpec",
+    "HeadsSpec",
+    "LossSpec",
+    "ModelPackage",
+    "ModelSpec",
+    "Recipe",
+    "SourceSpec",
+    "TrainSpec",
+    "find_recipe",
+    "shipped",
+]
+
+
+class Recipe(Section):
+    """A validated recipe."""
+
+    model: ModelSpec
+    heads: HeadsSpec = HeadsSpec()
+    stage: Annotated[int, Field(ge=1, le=2)]
+    """1: heads on a frozen backbone (Medusa-1). 2: heads and backbone together (Medusa-2)."""
+    loss: LossSpec = LossSpec()
+    data: DataSpec
+    train: TrainSpec
+    deepspeed: str = "ds_configs/zero2.json"
+    """A DeepSpeed JSON that owns ZeRO, offload and buckets; see `ds_config`."""
+    output: str
+    """Directory of checkpoints, metrics and heads."""
+
+    @property
+    def has_frozen_start(self) -> bool:
+        """Whether training needs a second copy of the model, which stays as it is: see `LossSpec.target`."""
+        return self.stage == 2 and self.loss.target != "label"
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: list[str] | tuple[str, ...] = (), planning: bool = False) -> "Recipe":
+        """Read, override, resolve and check a recipe.
+
+        Args:
+            path: a recipe file, or the name of a shipped one (`smollm2_135m_stage1`).
+            overrides: `key.path=value`, values in YAML.
+            planning: the run that `heads.init_from` names need not have happened yet, as for an estimate.
+
+        Returns:
+            The recipe with every default that depends on the stage filled in and every path absolute.
+
+        Raises:
+            UserError: every mistake found, each with file, key, what was found and what is allowed.
+        """
+        file = find_recipe(str(path))
+        raw, lines = read_recipe(file)
+        at = Origin(file, lines, overrides)
+        problems = apply_overrides(raw, overrides)
+        problems += secrets(raw, at)
+        problems += resolve_paths(raw, at, planning)
+        recipe: Recipe | None = None
+        wrong: set[str] = set()
+        try:
+            recipe = cls.model_validate(raw)
+        except ValidationError as error:
+            problems += _explain(error, raw, at)
+            wrong = {".".join(map(str, _key(item["loc"]))) for item in error.errors()}
+            recipe = cls._without(raw, wrong)
+        if recipe is not None:
+            problems += [at.say(key, text) for key, text in recipe._contradictions() if key not in wrong]
+        json_file = raw["deepspeed"]
+        if isinstance(json_file, str) and os.path.exists(json_file):
+            try:
+                settings = ds_config.load(Path(json_file))
+                zero = settings.get("zero_optimization", {})
+                if recipe is not None and recipe.model.frozen_precision == "fp8" and zero.get("stage") == 3:
+                    text = f"found fp8 with ZeRO-3 ({json_file}), which partitions the frozen weights; use zero2.json"
+                    problems.append(at.say("model.frozen_precision", text))
+                if recipe is not None and not wrong:
+                    ds_config.resolve(settings, Path(json_file), recipe.ds_values(), file)
+            except UserError as error:
+                problems += error.problems
+        if problems or recipe is None:
+            raise UserError(*dict.fromkeys(redact(text) for text in problems))
+        return recipe._with_defaults()
+
+    @classmethod
+    def _without(cls, raw: dict[str, Any], wrong: set[str]) -> "Recipe | None":
+        """The recipe less its wrong keys, so that contradictions among the others show in the same report."""
+        rest = copy.deepcopy(raw)
+        needed = {"model.name": "any/model", "data.path": "sample", "train.lr": 1.0, "train.global_batch_size": 1}
+        for key in wrong:
+            target: Any = rest
+            *parents, last = key.split(".")
+            for part in parents:
+                target = target.get(part) if isinstance(target, dict) else None
+            if isinstance(target, dict):
+                target.pop(last, None)
+                if key in needed:
+                    target[last] = needed[key]
+        try:
+            return cls.model_validate(rest)
+        except ValidationError:
+            return None
+
+    def _contradictions(self) -> list[tuple[str, str]]:
+        """Keys that do not fit together, each with what is wrong."""
+        stage, train, model, heads, data = self.stage, self.train, self.model, self.heads, self.data
+        checks = [
+            (
+                model.frozen is not None and model.frozen != (stage == 1),
+                "model.frozen",
+                f"found {str(model.frozen).lower()} with stage {stage}; stage 1 freezes the backbone, 2 trains it",
+            ),
+            (
+                stage == 2 and heads.init_from is None,
+                "heads.init_from",
+                "missing; stage 2 starts from the heads of a stage-1 run: name its output directory",
+            ),
+            (
+                heads.init_from == self.output,
+                "heads.init_from",
+                "found the recipe's own output, which would overwrite it; name another run's output directory",
+            ),
+            (
+                stage == 2 and heads.lm_head == "shared",
+                "heads.lm_head",
+                "found shared with stage 2; there the LM head moves under the heads: use own",
+            ),
+            (
+                heads.lm_head == "shared" and heads.layers == 0,
+                "heads.layers",
+                "found 0 with lm_head: shared, which leaves nothing to learn; use layers >= 1 or lm_head: own",
+            ),
+            (
+                heads.vocab != "full" and heads.lm_head == "shared",
+                "heads.vocab",
+                f"found {heads.vocab} with lm_head: shared, which projects onto all tokens; use own, or vocab: full",
+            ),
+            (
+                heads.vocab != "full" and self.loss.target != "label",
+                "loss.target",
+                f"found {self.loss.target} with heads.vocab, which has no row for some predictions; use label",
+            ),
+            (
+                self.loss.temperature != 1 and self.loss.target != "distribution",
+                "loss.temperature",
+                f"has no meaning with loss.target {self.loss.target}; remove it, or use distribution",
+            ),
+            (
+                stage == 1 and self.loss.coefficient is not None,
+                "loss.coefficient",
+                "has no meaning in stage 1, where only the heads' loss is there; remove it",
+            ),
+            (
+                stage == 1 and self.loss.coefficient_schedule != "constant",
+                "loss.coefficient_schedule",
+                "has no meaning in stage 1; remove it",
+            ),
+            (
+                stage == 1 and train.lr_multiplier is not None,
+                "train.lr_multiplier",
+                "has no meaning in stage 1, where only heads learn; set train.lr",
+            ),
+            (
+                stage == 1 and train.activation_checkpointing,
+                "train.activation_checkpointing",
+                "found true with stage 1, whose backbone has no backward pass; remove it",
+            ),
+            (
+                train.global_batch_size % train.micro_batch_size != 0,
+                "train.global_batch_size",
+                f"found {train.global_batch_size}, not a multiple of train.micro_batch_size {train.micro_batch_size}",
+            ),
+            (train.steps is None and train.epochs > 1000, "train.epochs", f"found {train.epochs}; at most 1000"),
+            (
+                train.eval_every is not None and data.validation == 0,
+                "train.eval_every",
+                "found a value with data.validation: 0, which holds nothing out; remove it or hold some out",
+            ),
+            (
+                data.max_length <= heads.num + 1,
+                "data.max_length",
+                f"found {data.max_length} with {heads.num} heads; the last head needs more than {heads.num + 1} tokens",
+            ),
+            (
+                isinstance(data.path, list) and data.split != "train",
+                "data.split",
+                f"found {data.split} beside a list of sources; give each source its own split",
+            ),
+            (
+                isinstance(data.path, str)
+                and data.split != "train"
+                and (data.path == "sample" or os.path.exists(data.path)),
+                "data.split",
+                f"found {data.split}, but only data sets of the hub have splits; remove it",
+            ),
+            (
+                stage == 2 and data.hidden_cache != "off",
+                "data.hidden_cache",
+                f"found {data.hidden_cache} with stage 2, where the backbone changes with every step; use off",
+            ),
+            (
+                data.hidden_cache != "off" and self.loss.target != "label",
+                "loss.target",
+                f"found {self.loss.target} with data.hidden_cache, which keeps no LM head's predictions; use label",
+            ),
+            (
+                data.hidden_cache == "off" and data.hidden_cache_dtype != "auto",
+                "data.hidden_cache_dtype",
+                "found a value with hidden_cache: off; set data.hidden_cache to auto or a directory, or remove it",
+            ),
+            (data.path == [], "data.path", "found an empty list; name at least one source"),
+            (
+                model.attention == "flash_attention_2" and train.precision == "fp32",
+                "model.attention",
+                "found flash_attention_2 with train.precision: fp32; it needs bf16: use sdpa",
+            ),
+            (
+                model.frozen_precision == "fp8" and stage == 2,
+                "model.frozen_precision",
+                "found fp8 with stage 2, which trains the backbone; use bf16",
+            ),
+            (
+                model.frozen_precision == "fp8" and train.precision == "fp32",
+                "model.frozen_precision",
+                "found fp8 with train.precision: fp32; use precision: bf16",
+            ),
+            (
+                model.frozen_precision == "fp8" and model.liger_kernels is True,
+                "model.liger_kernels",
+                "found true with frozen_precision: fp8, whose layers are compiled instead; remove it",
+            ),
+            (
+                bool(model.config) and model.init != "random",
+                "model.config",
+                "is for init: random; a pretrained model keeps its own config",
+            ),
+            (
+                model.trust_remote_code and model.revision is None and not os.path.isdir(model.name),
+                "model.revision",
+                "missing; trust_remote_code runs the repository's code, so pin the commit you have read",
+            ),
+        ]
+        return [(key, text) for wrong, key, text in checks if wrong] + self._unlike_saved_heads()
+
+    def _unlike_saved_heads(self) -> list[tuple[str, str]]:
+        heads = self.heads
+        if heads.init_from is None or not os.path.exists(heads.init_from):
+            return []
+        try:
+            file, saved = saved_heads(Path(heads.init_from))
+        except UserError as error:
+            return [("heads.init_from", text) for text in error.problems]
+        return [
+            (f"heads.{key}", f"found {wanted}, but {file} has {saved.get(key)}; make them equal")
+            for key, wanted in heads.model_dump(include={"num", "layers", "lm_head"}).items()
+            if saved.get(key) != wanted
+        ]
+
+    def _with_defaults(self) -> "Recipe":
+        """Fill in what follows from the stage."""
+        stage2 = self.stage == 2
+        loss = self.loss.model_copy(update={"coefficient": (self.loss.coefficient or 0.2) if stage2 else None})
+        train = self.train.model_copy(update={"lr_multiplier": (self.train.lr_multiplier or 4.0) if stage2 else None})
+        model = self.model.model_copy(update={"frozen": not stage2})
+        return self.model_copy(update={"loss": loss, "train": train, "model": model})
+
+    def ds_values(self, world_size: int | None = None, on_gpu: bool | None = None) -> dict[str, Any]:
+        """What the recipe owns of a DeepSpeed config, by dotted DeepSpeed key.
+
+        Args:
+            world_size: ranks; None leaves out what depends on them.
+            on_gpu: whether ranks have a GPU; None leaves out a precision of `auto`.
+
+        Raises:
+            UserError: the batch sizes do not multiply out.
+        """
+        train = self.train
+        values: dict[str, Any] = {
+            "train_batch_size": train.global_batch_size,
+            "train_micro_batch_size_per_gpu": train.micro_batch_size,
+            "gradient_clipping": float(train.max_grad_norm),
+            "optimizer.type": "AdamW",
+            "optimizer.params.lr": train.lr,
+            "optimizer.params.betas": train.betas,
+            "optimizer.params.eps": train.eps,
+            "optimizer.params.weight_decay": train.weight_decay,
+            "fp16.enabled": False,
+            "seed": train.seed,
+            "tensorboard.enabled": train.tensorboard,
+            "wandb.enabled": train.wandb,
+        }
+        if train.precision != "auto" or on_gpu is not None:
+            values["bf16.enabled"] = train.precision == "bf16" or (train.precision == "auto" and bool(on_gpu))
+        if world_size is not None:
+            if train.global_batch_size % (train.micro_batch_size * world_size):
+                raise UserError(
+                    f"train.global_batch_size: found {train.global_batch_size}, which {world_size} ranks x "
+                    f"train.micro_batch_size {train.micro_batch_size} do not divide; allowed here: multiples of "
+                    f"{train.micro_batch_size * world_size}"
+                )
+            values["gradient_accumulation_steps"] = train.global_batch_size // (train.micro_batch_size * world_size)
+        return values
+
+    def ds_config(self, world_size: int, on_gpu: bool) -> dict[str, Any]:
+        """The DeepSpeed config of a run: the JSON file with everything the recipe owns filled in."""
+        path = Path(self.deepspeed)
+        return ds_config.resolve(ds_config.load(path), path, self.ds_values(world_size, on_gpu), None)
+
+    def to_yaml(self) -> str:
+        """The resolved recipe as YAML (JSON values, which YAML reads)."""
+        out = []
+        for key, value in self.model_dump(mode="json").items():
+            if isinstance(value, dict):
+                out += [f"{key}:"] + [
+                    f"  {name}: {json.dumps(item, ensure_ascii=False)}" for name, item in value.items()
+                ]
+            else:
+                out.append(f"{key}: {json.dumps(value, ensure_ascii=False)}")
+        return "\n".join(out) + "\n"
+
+
+def _key(loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """A pydantic location without the branches of a union."""
+    return tuple(part for part in loc if isinstance(part, int) or (part != "str" and "[" not in part))
+
+
+def _explain(error: ValidationError, raw: dict[str, Any], at: Origin) -> list[str]:
+    """Pydantic's errors as `FILE:LINE: KEY: what was found; what is allowed`."""
+    problems = []
+    hidden = [key.split(".") for key in secret_keys(raw)]
+    for item in error.errors():
+        loc, kind = _key(item["loc"]), item["type"]
+        key = ".".join(map(str, loc))
+        if kind == "string_type" and item["loc"][-1] == "str" and isinstance(item["input"], list):
+            continue  # `data.path` is a list: what is wrong stands in the list's own errors
+        found = json.dumps(item["input"], default=str, ensure_ascii=False)
+        found = found if len(found) <= 80 else found[:77] + "..."
+        if any(list(map(str, loc)) == path[: len(loc)] for path in hidden):
+            found = "a secret"
+        allowed = _ALLOWED.get(kind) or item["msg"].removeprefix("Input should be ").removeprefix("String should ")
+        if key == "stage" and kind != "missing":
+            allowed = "1 or 2"
+        if kind == "extra_forbidden":
+            problems.append(at.say(key, _unknown_key(loc)))
+        elif kind == "missing":
+            problems.append(at.say(key, "missing; it has no default"))
+        elif not (kind == "list_type" and key == "data.path"):
+            problems.append(at.say(key, f"found {found}; allowed is {allowed}"))
+    return problems
+
+
+_ALLOWED = {
+    "bool_type": "true or false",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "string_type": "text",
+    "model_type": "a section with keys of its own",
+    "dict_type": "a section with keys of its own",
+    "list_type": "a list",
+}
+
+
+def _unknown_key(loc: tuple[int | str, ...]) -> str:
+    sections: dict[str, type[BaseModel]] = {
+        "": Recipe,
+        "model": ModelSpec,
+        "heads": HeadsSpec,
+        "loss": LossSpec,
+        "data": DataSpec,
+        "train": TrainSpec,
+        "model.package": ModelPackage,
+        "data.path": SourceSpec,
+    }
+    here = sections[".".join(str(part) for part in loc[:-1] if not isinstance(part, int))]
+    name = str(loc[-1])
+    near = difflib.get_close_matches(name, here.model_fields, 1)
+    if near:
+        return f"unknown key; did you mean {near[0]}?"
+    for prefix, section in sections.items():
+        other = difflib.get_close_matches(name, section.model_fields, 1, cutoff=0.85)
+        if other:
+            return f"unknown key; did you mean {prefix}{'.' if prefix else ''}{other[0]}?"
+    return f"unknown key; allowed are {', '.join(here.model_fields)}"

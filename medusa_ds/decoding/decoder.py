@@ -1,0 +1,331 @@
+"""Prefill, tree step: the runtime that turns weights into text, for trees and for plain decoding alike.
+
+Every shape of a step is static: the tree's size, the cache's slots, the batch. A step verifies the whole tree in one
+forward under a 4D mask, keeps the accepted path's keys and values and lets the heads guess the next tree. Plain
+autoregressive decoding is the tree of one node through the same code, so a speed-up compares like with like.
+
+On a GPU the step, acceptance and guesses included, is one CUDA graph, and the host reads one small tensor a step.
+Prefill runs eagerly. Prompts come as lists of tokens, so there is no side of padding to agree about.
+
+Shape suffixes: B rows, P longest prompt, N tree nodes, D tree depth + 1, H hidden size, V vocabulary, K heads.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from medusa_ds.decoding.acceptance import Acceptance
+from medusa_ds.decoding.kernels.compiled import CompiledBackbone, compile_part
+from medusa_ds.decoding.kernels.packed import pack_projections
+from medusa_ds.decoding.kernels.top_tokens import top_tokens
+from medusa_ds.decoding.session import Session, static_attention
+from medusa_ds.decoding.trees import Tree
+from medusa_ds.errors import UserError
+from medusa_ds.heads.medusa import MedusaHead
+from medusa_ds.model.projection import project
+
+SLOTS_MULTIPLE = 256  # sessions of about the same length share a CUDA graph
+
+
+@dataclass
+class Generation:
+    """One row's text.
+
+    Attributes:
+        tokens: new tokens, the end token included.
+        accepted: tokens that each step added, the LM head's own counted. The first token comes from the prefill and
+            belongs to no step.
+        finish: what ended it; "" while it goes on.
+        prefill_s, decode_s: wall seconds of the batch, up to this row's end.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+    finish: Literal["", "end", "length", "stop"] = ""
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+
+
+class Decoder:
+    """Decodes with a tree of the heads' guesses, or plainly.
+
+    Args:
+        backbone: a causal language model of transformers. Its attention implementation is set to ours while the
+            decoder runs, so the same model can serve `generate` of transformers in between. Its projections are
+            packed in place.
+        heads: the Medusa heads, head 1 first; more than the tree is deep are not run.
+        tree: the candidates; `chain(0)` decodes plainly.
+        acceptance: the rule.
+        graph: capture the step as a CUDA graph; None: on a GPU.
+        compile_step: fuse the step with torch.compile first (about a minute once, for a faster step). The backbone must
+            be free of Liger's kernels: compiled, they gave wrong text.
+    """
+
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        heads: Sequence[MedusaHead],
+        tree: Tree,
+        acceptance: Acceptance | None = None,
+        *,
+        graph: bool | None = None,
+        compile_step: bool = False,
+    ) -> None:
+        assert tree.depth <= len(heads)
+        self.backbone, self.tree = backbone.eval(), tree.to(backbone.device)
+        self.heads = list(heads)[: tree.depth]
+        self.acceptance = acceptance or Acceptance()
+        self.use_graph = backbone.device.type == "cuda" if graph is None else graph
+        pack_projections(backbone)
+        self._parts: CompiledBackbone | None = None
+        if compile_step:
+            one_row = tree.nodes == 1
+            self._parts = CompiledBackbone(backbone, one_row)
+            self._begin = compile_part(self._begin, one_row)  # type: ignore[method-assign]
+            self._finish = compile_part(self._finish, one_row)  # type: ignore[method-assign]
+        self._session: Session | None = None
+        self.ends = set(end_tokens(backbone))
+        self.limit = getattr(backbone.config, "max_position_embeddings", None) or 1 << 30
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        stop: Callable[[list[int]], bool] | None = None,
+        seed: int = 0,
+    ) -> list[Generation]:
+        """Decode a batch to its end; arguments, results and errors as those of `stream`."""
+        *_, rows = self.stream(prompts, max_new_tokens, stop, seed)
+        return rows
+
+    @torch.no_grad()
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        stop: Callable[[list[int]], bool] | None = None,
+        seed: int = 0,
+    ) -> Iterator[list[Generation]]:
+        """Decode a batch, yielding the rows as they stand after the prefill and after every step.
+
+        Args:
+            prompts: token ids of each row; lengths may differ.
+            max_new_tokens: most new tokens; fewer where the model's position limit comes first.
+            stop: asked after every new token with the row's new tokens; true ends the row.
+            seed: of exact sampling.
+
+        Yields:
+            The same list of rows each time.
+
+        Raises:
+            UserError: an empty prompt or one over the model's limit.
+        """
+        lengths = [len(prompt) for prompt in prompts]
+        if min(lengths) < 1 or max(lengths) > self.limit:
+            raise UserError(f"prompt: found {lengths} tokens; allowed are 1 to {self.limit}, the model's limit")
+        budgets = [min(max_new_tokens, self.limit + 1 - length) for length in lengths]
+        session = self.prepare(len(prompts), max(map(sum, zip(lengths, budgets, strict=True))))
+        generator = torch.Generator(self.backbone.device).manual_seed(seed)
+        rows = [Generation() for _ in prompts]
+        started = time.perf_counter()
+        self._prefill(session, prompts, generator)
+        first = session.candidates_BC[:, 0].tolist()
+        prefill_s = time.perf_counter() - started
+        for row, token, budget in zip(rows, first, budgets, strict=True):
+            row.prefill_s = prefill_s
+            self._extend(row, [token], budget, stop)
+        yield rows
+        decode_s = 0.0
+        while not all(row.finish for row in rows):
+            started = time.perf_counter()
+            if len(rows) > 1:
+                session.active_B.copy_(torch.tensor([int(not row.finish) for row in rows]))
+            self.step(session, generator)
+            out = session.out_BD.tolist()  # the step's one synchronisation
+            decode_s += time.perf_counter() - started
+            for row, (count, *tokens), budget in zip(rows, out, budgets, strict=True):
+                if not row.finish:
+                    row.accepted.append(self._extend(row, tokens[:count], budget, stop))
+                    row.decode_s = decode_s
+            yield rows
+
+    def _extend(self, row: Generation, tokens: list[int], budget: int, stop: Callable[[list[int]], bool] | None) -> int:
+        """Append tokens up to the first that ends the row; how many were kept."""
+        for kept, token in enumerate(tokens, 1):
+            row.tokens.append(token)
+            if token in self.ends:
+                row.finish = "end"
+            elif stop is not None and stop(row.tokens):
+                row.finish = "stop"
+            elif len(row.tokens) >= budget:
+                row.finish = "length"
+            if row.finish:
+                return kept
+        return len(tokens)
+
+    @torch.no_grad()
+    def prepare(self, batch: int, tokens: int) -> Session:
+        """A session with room for so many tokens a row, captured and empty; the last one is reused if it fits."""
+        slots = self.tree.nodes + tokens + self.tree.depth + 1  # the last step may run over the end
+        session = self._session
+        if session is None or session.batch != batch or session.slots < slots:
+            self._session = None  # frees the old one first
+            slots = -(-slots // SLOTS_MULTIPLE) * SLOTS_MULTIPLE
+            session = self._session = Session(self.backbone, self.tree, batch, slots)
+            if self.use_graph:
+                self._capture(session)
+        session.length_B.zero_()
+        session.active_B.fill_(1)
+        return session
+
+    def _capture(self, session: Session) -> None:
+        with self._installed(session):
+            session.graph = capture(lambda: self._step(session))
+
+    @contextmanager
+    def _installed(self, session: Session) -> Iterator[None]:
+        with static_attention(self.backbone), self._parts.installed(session) if self._parts else nullcontext():
+            yield
+
+    @torch.no_grad()
+    def step(self, session: Session, generator: torch.Generator | None = None) -> None:
+        """Verify one tree in every row and put the next one in its place, by graph replay or eagerly."""
+        if self.acceptance.rule == "exact":
+            session.uniform_BN.uniform_(generator=generator)
+        if session.graph is not None:
+            session.graph.replay()
+        else:
+            with self._installed(session):
+                self._step(session)
+
+    def _prefill(self, session: Session, prompts: Sequence[Sequence[int]], generator: torch.Generator) -> None:
+        with static_attention(self.backbone):
+            hidden_BH = prefill(self.backbone, session, prompts)
+        session.uniform_BN.uniform_(generator=generator)
+        root_B = self.acceptance.choose(lm_head_logits(self.backbone, hidden_BH), session.uniform_BN[:, 0])
+        self._propose(session, self._guess(hidden_BH), root_B)
+
+    def _step(self, session: Session) -> None:
+        inputs = self._begin(session)
+        hidden_BNH = self.backbone.base_model(**inputs, **session.cache_arguments).last_hidden_state
+        # not compiled: Inductor would copy all keys and values there and back to move a path of them
+        session.keep(*self._finish(session, inputs["input_ids"], hidden_BNH))
+
+    def _begin(self, session: Session) -> dict[str, Any]:
+        """The tree's tokens, their positions and what they see."""
+        tokens_BN = session.candidates_BC[:, self.tree.slot_N]
+        position_BN = session.length_B[:, None] + self.tree.depth_N
+        return {"input_ids": tokens_BN, "position_ids": position_BN, **session.masks(position_BN)}
+
+    def _finish(self, session: Session, tokens_BN: Tensor, hidden_BNH: Tensor) -> tuple[Tensor, Tensor]:
+        """Accept a path and guess on from its end; the path and the count of its accepted nodes."""
+        tree = self.tree
+        every_node = self._reads_lm_head_once(hidden_BNH)
+        if every_node:
+            parts = [hidden_BNH, *(head.blocks(hidden_BNH) for head in self.heads)]
+            logits_GBNV = lm_head_logits(self.backbone, torch.stack(parts))
+        else:
+            logits_GBNV = lm_head_logits(self.backbone, hidden_BNH)[None]
+        verdict = self.acceptance.judge(logits_GBNV[0], tokens_BN, tree, session.uniform_BN)
+        row_B = torch.arange(len(tokens_BN), device=tokens_BN.device)
+        if every_node:
+            self._propose(session, logits_GBNV[1:, row_B, verdict.last_B], verdict.next_B)
+        else:
+            self._propose(session, self._guess(hidden_BNH[row_B, verdict.last_B]), verdict.next_B)
+        session.out_BD.copy_(torch.cat([verdict.count_B[:, None], verdict.emitted_BD], 1))
+        return verdict.path_BD, verdict.count_B
+
+    def _reads_lm_head_once(self, hidden_BNH: Tensor) -> bool:
+        """Whether to ask the heads at every node, before the last accepted one is known.
+
+        That reads the LM head's weight once instead of twice, which pays while reading takes longer than multiplying.
+        """
+        most = 256 if hidden_BNH.is_cuda else 16
+        rows = (1 + len(self.heads)) * hidden_BNH.shape[0] * hidden_BNH.shape[1]
+        shared = len(self.heads) > 0 and all(head.projection is None for head in self.heads)
+        return shared and rows <= most
+
+    def _guess(self, hidden_BH: Tensor) -> Tensor:
+        """Logits [heads, B, V] of the heads that the tree asks."""
+        return head_logits(self.heads, hidden_BH, self.backbone) if self.heads else hidden_BH.new_empty(0)
+
+    def _propose(self, session: Session, logits_KBV: Tensor, root_B: Tensor) -> None:
+        """Write the root and every head's best guesses, the next tree's candidates."""
+        parts = [root_B[:, None]]
+        if self.heads:
+            width = self.tree.width
+            best_KBW = top_tokens(logits_KBV, width) if logits_KBV.is_cuda else logits_KBV.topk(width, dim=-1).indices
+            guesses_KBW = self.heads[0].tokens(best_KBW)
+            parts.append(guesses_KBW.transpose(0, 1).flatten(1))
+        session.candidates_BC.copy_(torch.cat(parts, 1))
+
+
+def end_tokens(backbone: PreTrainedModel) -> list[int]:
+    """The tokens that end a text."""
+    ends = backbone.generation_config.eos_token_id if backbone.generation_config else backbone.config.eos_token_id
+    return ends if isinstance(ends, list) else [] if ends is None else [ends]
+
+
+def prefill(backbone: PreTrainedModel, session: Session, prompts: Sequence[Sequence[int]]) -> Tensor:
+    """Begin a session's texts, under `static_attention`; the hidden states [B, H] after their last tokens."""
+    longest, device = max(map(len, prompts)), backbone.device
+    tokens_BP = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=device)
+    with session.prefilling():
+        hidden_BPH = backbone.base_model(
+            input_ids=tokens_BP,
+            position_ids=torch.arange(longest, device=device).expand(len(prompts), -1),
+            **session.cache_arguments,
+        ).last_hidden_state
+    session.length_B.copy_(torch.tensor([len(prompt) for prompt in prompts]))
+    return hidden_BPH[torch.arange(len(prompts), device=device), session.length_B - 1]
+
+
+def capture(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """The CUDA graph of a step, which runs three times before."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
+
+
+def head_logits(heads: list[MedusaHead], hidden: Tensor, backbone: PreTrainedModel) -> Tensor:
+    """Logits [heads, ..., V or N] of hidden [..., H]; heads without a projection read the LM head's weight once."""
+    if all(head.projection is None for head in heads):
+        return lm_head_logits(backbone, torch.stack([head.blocks(hidden) for head in heads]))
+    return torch.stack([head.logits(hidden, backbone.get_output_embeddings()) for head in heads])
+
+
+def lm_head_logits(backbone: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Logits [..., V] of hidden [..., H]."""
+    lm_head = backbone.get_output_embeddings()
+    return project(hidden, lm_head.weight, lm_head.bias)
+
+
+class StopStrings:
+    """A `stop` for `Decoder.generate`: true once the decoded text holds one of the strings.
+
+    Args:
+        tokenizer: decodes the tail of the row (a character has at most four byte tokens).
+        strings: what to stop at.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]) -> None:
+        self.tokenizer, self.strings = tokenizer, [text for text in strings if text]
+        self.tail = 4 * max(map(len, self.strings), default=0) + 8
+
+    def __call__(self, tokens: list[int]) -> bool:
+        """Whether these tokens end the row."""
+        text = self.tokenizer.decode(tokens[-self.tail :])
+        return any(string in text for string in self.strings)

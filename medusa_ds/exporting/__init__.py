@@ -1,0 +1,1 @@
+"""Heads in the layouts of other programs."""

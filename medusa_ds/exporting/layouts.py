@@ -1,0 +1,109 @@
+"""Names of heads in other programs' files, both ways.
+
+    ours                        FasterDecoding, TensorRT-LLM, TGI     vLLM
+    {h}.blocks.{l}.weight|bias  {h}.{l}.linear.weight|bias            blocks.{h}.layers.{l}.weight|bias
+    {h}.projection.weight       {h}.{L}.weight                        lm_heads.{h}.weight
+
+Projections onto N tokens (`token_map`) get rows for all V: of these programs vLLM alone knows such a map, and its code
+loads one only beside a shared projection. An unmapped row is the mean of the mapped ones: its logit is the mean of
+theirs and so never the greatest, where a row of zeros would win whenever all others are negative.
+
+Heads that share the LM head: every projection is a copy of it for FasterDecoding and TensorRT-LLM, there is none at
+all in TGI's second layout, and for vLLM (`original_lm_head`) a single one.
+"""
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from medusa_ds.errors import UserError
+from medusa_ds.heads.medusa import check_token_map
+
+_BLOCK = re.compile(r"(?:blocks\.(?=\d+\.layers))?(\d+)\.(?:layers\.(\d+)|(\d+)\.linear)\.(weight|bias)")
+_PROJECTION = re.compile(r"(?:lm_heads\.(\d+)|(\d+)\.\d+)\.weight")
+
+
+def to_medusa(heads: dict[str, Tensor], meta: dict[str, Any], projections: list[Tensor]) -> dict[str, Tensor]:
+    """FasterDecoding's layout of a `MedusaHeads` state dict; each tensor owns its storage."""
+    names = {name: re.sub(r"\.blocks\.(\d+)", r".\1.linear", name) for name in heads if ".blocks." in name}
+    blocks = {theirs: heads[ours].clone() for ours, theirs in names.items()}
+    return blocks | {f"{h}.{meta['layers']}.weight": weight.clone() for h, weight in enumerate(projections)}
+
+
+def expand_rows(weight_NH: Tensor, token_map: Tensor, vocab_size: int) -> Tensor:
+    """A projection [V, H] that guesses as one onto N tokens does."""
+    weight_VH = weight_NH.mean(0, dtype=torch.float32).to(weight_NH.dtype).repeat(vocab_size, 1)
+    weight_VH[token_map] = weight_NH
+    return weight_VH
+
+
+def to_vllm(heads: dict[str, Tensor], projections: list[Tensor]) -> dict[str, Tensor]:
+    """Layout of vLLM for a `MedusaHeads` state dict; each tensor owns its storage."""
+    names = {name: f"blocks.{name.replace('.blocks.', '.layers.')}" for name in heads if ".blocks." in name}
+    blocks = {theirs: heads[ours].clone() for ours, theirs in names.items()}
+    return blocks | {f"lm_heads.{h}.weight": weight.clone() for h, weight in enumerate(projections)}
+
+
+def from_other(
+    tensors: dict[str, Tensor], shared: bool, vocab_size: int | None, where: str
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Heads of either layout.
+
+    Args:
+        tensors: what the files hold; missing biases, as vLLM allows them, are zero.
+        shared: `original_lm_head`, one projection is the LM head's. Without any it is shared too.
+        vocab_size: of the config, used where there is no projection or one with fewer rows.
+        where: origin for messages.
+
+    Returns:
+        State dict of the matching `MedusaHeads`, and its `num`, `layers`, `lm_head`, `hidden_size`, `vocab_size`,
+        counted from the tensors (published configs are wrong about them).
+
+    Raises:
+        UserError: tensors that are not heads, or heads of different shapes.
+    """
+    blocks: dict[tuple[int, int, str], Tensor] = {}
+    projections: dict[int, Tensor] = {}
+    unknown, token_map = [], None
+    for name, tensor in tensors.items():
+        short = re.sub(r"^medusa_heads?\.", "", name)
+        if match := _BLOCK.fullmatch(short):
+            blocks[int(match[1]), int(match[2] or match[3] or 0), match[4]] = tensor
+        elif match := _PROJECTION.fullmatch(short):
+            projections[int(match[1] or match[2])] = tensor
+        elif short == "token_map":
+            token_map = tensor
+        elif short != "lm_head.weight":
+            unknown.append(name)
+    own = bool(projections) and not shared
+    num = 1 + max([*(h for h, *_ in blocks), *projections], default=-1)
+    layers = 1 + max((layer for _, layer, _ in blocks), default=-1)
+    if unknown or num == 0 or (not own and layers == 0):
+        raise UserError(f"{where}: found {(unknown or list(tensors) or ['nothing'])[0]}; not heads of a known layout")
+    hidden_size = next(iter([*blocks.values(), *projections.values()])).shape[-1]
+    if projections and (token_map is None or own):
+        vocab_size = projections[min(projections)].shape[0]
+    rows = vocab_size
+    if token_map is not None and own and vocab_size is not None:
+        check_token_map(token_map, vocab_size, where)
+        rows, projections = len(token_map), {h: weight[token_map] for h, weight in projections.items()}
+    dtype = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
+    heads = {f"{h}.projection.weight": projections.get(h) for h in range(num) if own}
+    wanted: dict[str, tuple[Any, ...]] = dict.fromkeys(heads, (rows, hidden_size))
+    for h, layer in ((h, layer) for h in range(num) for layer in range(layers)):
+        prefix = f"{h}.blocks.{layer}"
+        wanted |= {f"{prefix}.weight": (hidden_size, hidden_size), f"{prefix}.bias": (hidden_size,)}
+        heads[f"{prefix}.weight"] = blocks.get((h, layer, "weight"))
+        heads[f"{prefix}.bias"] = blocks.get((h, layer, "bias"), torch.zeros(hidden_size))
+    found = {name: None if tensor is None else tuple(tensor.shape) for name, tensor in heads.items()}
+    wrong = sorted(name for name in wanted if found[name] != wanted[name])
+    if wrong or vocab_size is None:
+        text = f"{wrong[0]} is {found[wrong[0]]}, not {wanted[wrong[0]]}" if wrong else "vocab_size is not given"
+        raise UserError(f"{where}: {text}; the files do not form heads of one shape")
+    shape = {"num": num, "layers": layers, "lm_head": "own" if own else "shared"}
+    state = {name: tensor.to(dtype) for name, tensor in heads.items() if tensor is not None}
+    if token_map is not None and own:
+        state["token_map"] = token_map
+    return state, shape | {"hidden_size": hidden_size, "vocab_size": vocab_size}

@@ -1,0 +1,1 @@
+"""Kinds of heads, and how heads lie on disk."""

@@ -1,0 +1,1 @@
+"""What the commands run, a file each."""

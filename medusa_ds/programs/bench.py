@@ -1,0 +1,297 @@
+"""Measure training steps: a matrix of settings, each in a fresh process, beside the original example's step.
+
+Read `main` from top to bottom. Every figure comes from this run: the hardware's own limits, our step, the baselines.
+Without a recipe, it is Llama-3-8B's shape with random weights; another recipe is measured as it is written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from medusa_ds.benchmarks.cases import EPOCHS, IMPLS, LLAMA3_8B, Case
+from medusa_ds.errors import UserError
+
+_HEADER = (
+    "part",
+    "stage",
+    "heads",
+    "batch x seq",
+    "GPUs",
+    "implementation",
+    "ms (range)",
+    "tokens/s",
+    "supervised/s",
+    "TFLOP/s",
+    "of ceiling",
+    "peak GiB",
+    "reserved",
+    "x original",
+    "x one GPU",
+)
+
+
+def main(cases: list[Case], json_file: str, pictures: str | None, trace: str | None, timeout_s: int) -> None:
+    """Measure all cases, write the report after each, print it as a table.
+
+    Args:
+        cases: see `benchmark.cases.matrix`.
+        json_file: the report.
+        pictures: directory to draw into.
+        trace: directory for a profiler trace of one step of each case.
+        timeout_s: of a case; one that takes longer is recorded as failed.
+
+    Raises:
+        UserError: a file cannot be written, matplotlib is missing, or not one case could be measured.
+    """
+    if pictures:
+        from medusa_ds.decoding.pictures import new_figure
+
+        new_figure(1, 1)  # matplotlib is there, before an hour is spent
+    _write(json_file, {})
+    report: dict[str, Any] = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv, "results": []}
+    machine = _Workers(None)
+    report["machine"] = machine.measure(timeout_s)
+    machine.close()
+    if failure := report["machine"].get("failed"):
+        raise UserError(f"bench: the machine could not be measured: {failure}")
+    able = [case for case in cases if case.part == "head" or case.impl in report["machine"]["impls"]]
+    for case in cases:
+        if case not in able:
+            print(f"left out, as this machine or its PyTorch cannot: {case.name}", flush=True)
+    following: _Workers | None = None
+    try:
+        for case, after in zip(able, [*able[1:], None], strict=True):
+            workers = following or _Workers(case, _trace_file(trace, case))
+            # the next ones start while these build their model, so that no one waits for imports
+            following = _Workers(after, _trace_file(trace, after)) if after else None
+            print(case.name, flush=True)
+            report["results"].append(case.to_json() | workers.measure(timeout_s))
+            workers.close()
+            _write(json_file, report)
+    finally:
+        if following:
+            following.close()
+    compare(report)
+    _write(json_file, report)
+    print(describe(report))
+    if pictures:
+        from medusa_ds.benchmarks.pictures import draw
+
+        print("\n".join(f"drew {file}" for file in draw(report, pictures)))
+    failed = [result for result in report["results"] if "failed" in result]
+    if failed and len(failed) == len(report["results"]):
+        raise UserError(f"bench: no case could be measured; the first said: {failed[0]['failed']}")
+
+
+def _trace_file(directory: str | None, case: Case) -> Path | None:
+    if not directory or case.part == "head":
+        return None
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    name = f"{case.part}_stage{case.stage}_heads{case.heads}_{case.batch}x{case.sequence}_{case.impl}"
+    name += f"_{case.gpus}gpus" if case.gpus > 1 else ""
+    return Path(directory).absolute() / f"{name}.json"
+
+
+class _Workers:
+    """Fresh processes for a case, one a GPU, that import what they need and wait to be told to measure.
+
+    Args:
+        case: None measures the machine.
+        trace: file for a profiler trace of one step.
+    """
+
+    def __init__(self, case: Case | None, trace: Path | None = None) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        ask, self.answer, self.log = (Path(self.folder.name) / name for name in ("case.json", "result.json", "log.txt"))
+        ask.write_text(json.dumps(case.to_json() if case else {}))
+        command = [sys.executable, "-m", "medusa_ds.benchmarks.worker", str(ask), str(self.answer)]
+        self.processes = _start([*command, *([str(trace)] if trace else [])], case.gpus if case else 1, self.log)
+
+    def measure(self, timeout_s: int) -> dict[str, Any]:
+        """What they found: figures, or `out_of_memory` or `failed` with a line that says why."""
+        status = _end(self.processes, timeout_s)
+        if self.answer.exists():
+            return dict(json.loads(self.answer.read_text()))
+        if status is None:
+            return {"failed": f"took more than {timeout_s} s"}
+        lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        reason = next((line for line in reversed(lines) if "rror" in line), lines[-1] if lines else "")
+        if status == -9:
+            return {"out_of_memory": "killed: the machine's memory is used up"}
+        return {"failed": reason[:300] or f"exit status {status}"}
+
+    def close(self) -> None:
+        _stop(self.processes)
+        self.folder.cleanup()
+
+
+def _start(command: list[str], ranks: int, log: Path) -> list[subprocess.Popen[str]]:
+    """A command on so many ranks, which each wait for a line of input."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    places = [os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+    with open(log, "w") as stream:
+        return [
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stream, stderr=stream, env=env, text=True)
+            for env in places
+        ]
+
+
+def _end(processes: list[subprocess.Popen[str]], timeout_s: float) -> int | None:
+    """Let ranks go on; the exit status of the first that failed, 0, or None: out of time. All have ended then."""
+    for process in processes:
+        assert process.stdin
+        with suppress(BrokenPipeError):  # it has ended already
+            process.stdin.write("go\n")
+            process.stdin.close()
+    end = time.monotonic() + timeout_s
+    try:
+        while time.monotonic() < end:
+            states = [process.poll() for process in processes]
+            if any(states) or None not in states:
+                return next(filter(None, states), 0)
+            time.sleep(0.05)
+        return None
+    finally:
+        _stop(processes)
+
+
+def _stop(processes: list[subprocess.Popen[str]]) -> None:
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def compare(report: dict[str, Any]) -> None:
+    """Add what follows from other figures of the run: the share of the GPUs' ceiling, and how much faster than others.
+
+    `times_original` compares supervised tokens per GPU-second with the original's at the same settings,
+    `times_one_gpu` those per second with the same on one GPU.
+    """
+    results = [result for result in report["results"] if "median_s" in result]
+    settings = ("part", "stage", "heads", "sequence", "batch", "impl")
+    single = {tuple(result[key] for key in settings): result for result in results if result["gpus"] == 1}
+    for result in results:
+        speed, place = result["supervised_tokens_per_s"], tuple(result[key] for key in settings)
+        result["of_ceiling"] = result["tflops"] / result["gpus"] / report["machine"]["matmul_tflops"]
+        if original := single.get((*place[:-1], "original")):
+            result["times_original"] = speed / result["gpus"] / original["supervised_tokens_per_s"]
+        if result["gpus"] > 1 and place in single:
+            result["times_one_gpu"] = speed / single[place]["supervised_tokens_per_s"]
+
+
+def describe(report: dict[str, Any]) -> str:
+    """The tables of a report."""
+    machine = report["machine"]
+    lines = [
+        f"{machine['device']}: bf16 matrix product {machine['matmul_tflops']:.4g} TFLOP/s, copy "
+        f"{machine['copy_gb_per_s']:.4g} GB/s",
+        "",
+    ]
+    rows = [_HEADER, *(_row(result) for result in report["results"] if result["part"] != "head")]
+    if len(rows) > 1:
+        widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
+        lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    for result in report["results"]:
+        if result["part"] == "head":
+            lines.append(_head(result))
+        if "total_s" in result:
+            lines.append(
+                f"{EPOCHS} epochs, {result['impl']}: {result['num_steps']} steps, before them "
+                f"{result['startup_s']:.1f} s, {result['total_s']:.1f} s in all"
+            )
+        if "profile" in result:
+            lines.append(_profile(result))
+    return "\n".join(lines)
+
+
+def _row(result: dict[str, Any]) -> tuple[str, ...]:
+    place = (
+        result["part"],
+        str(result["stage"]),
+        str(result["heads"]),
+        f"{result['batch']} x {result['sequence']}",
+        str(result["gpus"]),
+        result["impl"],
+    )
+    if "median_s" not in result:
+        note = "out of memory" if "out_of_memory" in result else f"failed: {result['failed']}"
+        return (*place, note, *[""] * (len(_HEADER) - len(place) - 1))
+    milliseconds = [1e3 * result[key] for key in ("median_s", "min_s", "max_s")]
+    memory = [
+        f"{result[key]:.1f}" if result[key] is not None else "" for key in ("peak_allocated_gib", "peak_reserved_gib")
+    ]
+    times = [f"{result[key]:.2f}" if key in result else "" for key in ("times_original", "times_one_gpu")]
+    return (
+        *place,
+        "{:.0f} ({:.0f}-{:.0f})".format(*milliseconds),
+        f"{result['tokens_per_s']:.0f}",
+        f"{result['supervised_tokens_per_s']:.0f}",
+        f"{result['tflops']:.3g}",
+        f"{result['of_ceiling']:.2f}",
+        *memory,
+        *times,
+    )
+
+
+def _head(result: dict[str, Any]) -> str:
+    if "ways" not in result:
+        return f"head: {result.get('failed') or 'out of memory'}"
+    lines = [
+        f"\none head's loss, forward and backward, {result['rows']} rows, hidden {result['hidden']}, vocabulary "
+        f"{result['vocab']}"
+    ]
+    for name, way in result["ways"].items():
+        memory = f", {way['extra_gib']:.2f} GiB beyond the inputs" if way["extra_gib"] is not None else ""
+        lines.append(
+            f"  {name:16} {way['median_ms']:.1f} ms ({way['min_ms']:.1f}-{way['max_ms']:.1f}), "
+            f"{way['tflops']:.3g} TFLOP/s{memory}"
+        )
+    return "\n".join(lines)
+
+
+def _profile(result: dict[str, Any]) -> str:
+    profile = result["profile"]
+    lines = [f"\nwhere {profile['step_ms']:.1f} ms of a profiled step went, {result['impl']}:"]
+    gaps = {name: ms for name, ms in profile["gaps"].items() if ms >= 0.2}
+    for title, values in (("part", profile["parts"]), ("idle", gaps), ("kernel", profile["kernels"])):
+        lines += [f"  {title:7} {ms:8.2f} ms  {name}" for name, ms in sorted(values.items(), key=lambda x: -x[1])]
+    return "\n".join(lines)
+
+
+def _write(file: str, report: dict[str, Any]) -> None:
+    try:
+        Path(file).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--json: {file}: cannot be written ({error.strerror}); name another file") from None
+
+
+def plan(recipe: str | None, overrides: list[str], **settings: Any) -> list[Case]:
+    """The cases of a command line: without a recipe, those of Llama-3-8B's shape in both stages.
+
+    Raises:
+        UserError: see `benchmark.cases.matrix`.
+    """
+    from medusa_ds.benchmarks.cases import matrix
+    from medusa_ds.config.recipe import Recipe
+
+    settings["impls"] = settings["impls"] or [*IMPLS]
+    if recipe is not None and "=" in recipe:
+        overrides, recipe = [recipe, *overrides], None
+    if recipe is None:
+        recipe, overrides = "llama3_8b_stage1", [*LLAMA3_8B, *overrides]
+        settings["stages"] = settings["stages"] or [1, 2]
+    elif not settings["stages"]:
+        settings["stages"] = [Recipe.load(recipe, overrides, planning=True).stage]
+    return matrix(recipe, tuple(overrides), **settings)

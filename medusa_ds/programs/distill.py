@@ -1,0 +1,354 @@
+"""The distillation program: the recipe's own model answers prompts, and its answers become training data.
+
+Medusa heads guess what their own backbone will say, so its answers are the best text to train them on. Prompts come
+from a source, or the model makes them up: a chat model that is given its template's beginning of a user turn writes
+one (Magpie, arXiv 2406.08464). Every row has a number. It ends in the output file, among the removed rows, or has
+failed, and whatever ended the process, the same command goes on with the rest. Several ranks share the rows; what a row
+becomes depends on none of them.
+"""
+
+import hashlib
+import json
+import os
+from collections import Counter, deque
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from medusa_ds.config.recipe import Recipe
+from medusa_ds.data.dialogues import chat_template, check_template
+from medusa_ds.data.prompts import Prompt, load_prompts
+from medusa_ds.decoding.kernels.packed import pack_projections
+from medusa_ds.distilling.journal import Journal
+from medusa_ds.distilling.output import Output
+from medusa_ds.distilling.progress import Progress
+from medusa_ds.distilling.requests import MAKE_PROMPT, Engine, Reply, Request, Sampling
+from medusa_ds.distilling.sampler import Sampler
+from medusa_ds.distilling.server import Server
+from medusa_ds.distilling.texts import Excluded, Seen, read_openings, repetitive
+from medusa_ds.errors import UserError
+from medusa_ds.model.backbone import load_backbone, load_tokenizer
+from medusa_ds.ranks import Ranks
+from medusa_ds.runs import place
+from medusa_ds.training.supervisor import Supervisor, end_with_others
+
+MADE_PROMPT_TOKENS = 256
+_MARK = "\U0010fff0"
+Messages = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line says.
+
+    Attributes:
+        out: JSON lines to write; `OUT.progress` beside it keeps what was removed and the prompts that were made.
+        prompts: source of prompts, or None.
+        split: of a hub dataset.
+        limit: first prompts of the source that are taken; None takes all.
+        synthesize: how many prompts to make.
+        synthesize_temperature: of these.
+        openings: text file; the prompts that are made begin with its lines in turn, so that they differ more.
+        exclude: sources of prompts that must not be answered.
+        sampling: of the answers.
+        keep_unfinished: keep answers that were cut off or repeat themselves, without labelling their end.
+        batch: rows at once, or requests in flight; None: 512 on a GPU, 8 on a CPU, 64 with a server.
+        server: URL of an OpenAI-compatible server; None: the built-in engine.
+        server_model: the model's name there; None: the recipe's.
+        timeout_s, retries: of a request to the server.
+        device, dtype: see `place`.
+    """
+
+    out: str
+    prompts: str | None = None
+    split: str = "train"
+    limit: int | None = None
+    synthesize: int = 0
+    synthesize_temperature: float = 1.0
+    openings: str | None = None
+    exclude: list[str] = field(default_factory=list)
+    sampling: Sampling = field(default_factory=Sampling)
+    keep_unfinished: bool = False
+    batch: int | None = None
+    server: str | None = None
+    server_model: str | None = None
+    timeout_s: float = 300.0
+    retries: int = 5
+    device: str | None = None
+    dtype: str | None = None
+
+
+def distill(recipe: Recipe, settings: Settings) -> dict[str, Any]:
+    """Make the rows that are still missing, print a summary and return it; every rank calls it.
+
+    Raises:
+        UserError: nothing to do, an output of other settings, or a source, model or server that cannot be used.
+    """
+    if settings.prompts is None and not settings.synthesize:
+        raise UserError("distill: found neither --prompts nor --synthesize; give one of them, or both")
+    if settings.openings and not settings.synthesize:
+        raise UserError("--openings: found it without --synthesize, whose prompts it begins; give both or neither")
+    ranks = Ranks()
+    if settings.server and ranks.size > 1:
+        raise UserError(
+            f"--server: found {ranks.size} ranks; one process keeps the server busy: run medusa-ds distill without the "
+            "deepspeed launcher, with more requests in flight (--batch)"
+        )
+    kept = "ending at once; finished rows are kept, and the same command goes on"
+    local_size = int(os.environ.get("LOCAL_SIZE", "0"))
+    supervisor = Supervisor(ranks.rank, local_size, recipe.train.hang_timeout, before_start=kept)
+    try:
+        with end_with_others(ranks.rank):
+            ranks.join()
+            return _distill(recipe, settings, ranks)
+    finally:
+        supervisor.close()
+
+
+def _distill(recipe: Recipe, settings: Settings, ranks: Ranks) -> dict[str, Any]:
+    chat = _Chat(recipe)
+    asked = _read("--prompts", settings.prompts, settings.split)[: settings.limit] if settings.prompts else []
+    excluded = [row for source in settings.exclude for row in _read("--exclude", source) if not isinstance(row, str)]
+    unwanted = [message["content"] for row in excluded for message in row if message["role"] == "user"]
+    openings = read_openings(settings.openings) if settings.openings else [""]
+    output = Output(Path(settings.out), _state(recipe, settings, asked, unwanted, openings), ranks)
+    try:
+        engines = _Engines(recipe, settings, chat.tokenizer, ranks)
+        prompts = asked + _make_prompts(settings, openings, chat, engines, output, len(asked))
+        removed = _removed(prompts, Excluded(unwanted), chat.tokenizer.all_special_tokens, len(asked))
+        failed = _answer(settings, chat, engines, prompts, removed, output)
+        parts = ranks.gather((failed, removed))
+        output.merge()
+    finally:
+        output.close()
+    failed = sum((part for part, _ in parts), Counter())
+    removed = {number: reason for _, part in parts for number, reason in part.items()}
+    return ranks.first(lambda: _summary(settings.out, len(prompts), failed, removed))
+
+
+class _Chat:
+    """The model's chat template."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.tokenizer, args = load_tokenizer(recipe.model), recipe.data.template_args
+        check_template(self.tokenizer, args)
+        self.args = {**args, "chat_template": chat_template(self.tokenizer, args, None), "tokenize": False}
+
+    def before_answer(self, messages: Messages) -> str:
+        return str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, **self.args))
+
+    def before_prompt(self) -> str:
+        """What the template writes before a user's first turn."""
+        text = str(self.tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], **self.args))
+        return text.partition(_MARK)[0]
+
+
+class _Engines:
+    """Makes engines; the model is loaded once, when it is first needed."""
+
+    def __init__(self, recipe: Recipe, settings: Settings, tokenizer: Any, ranks: Ranks) -> None:
+        self.recipe, self.settings, self.tokenizer, self.ranks = recipe, settings, tokenizer, ranks
+        self.backbone: Any = None
+
+    def make(self, sampling: Sampling, rows: int) -> Engine:
+        settings = self.settings
+        if settings.server:
+            name = settings.server_model or self.recipe.model.name
+            in_flight = settings.batch or 64
+            return Server(settings.server, name, sampling, in_flight, settings.timeout_s, settings.retries)
+        if self.backbone is None:
+            device, dtype = place(settings.device, settings.dtype)
+            if device.type == "cuda" and device.index is None:
+                device = torch.device("cuda", self.ranks.local_rank)
+                torch.cuda.set_device(device)
+            self.backbone = load_backbone(self.recipe.model, dtype, device=device)
+            pack_projections(self.backbone)
+        batch = settings.batch or (512 if self.backbone.device.type == "cuda" else 8)
+        return Sampler(self.backbone, self.tokenizer, sampling, min(batch, rows))
+
+
+def _read(where: str, source: str, split: str = "train") -> list[Any]:
+    """Messages of every prompt, or why a row cannot be used."""
+    return [row.messages if isinstance(row, Prompt) else row for _, row in load_prompts(where, source, split)]
+
+
+def _state(
+    recipe: Recipe, settings: Settings, asked: list[Any], unwanted: list[str], openings: list[str]
+) -> dict[str, Any]:
+    """What an output depends on."""
+
+    def digest(value: Any) -> str:
+        return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+    return {
+        "model": recipe.model.name,
+        "revision": recipe.model.revision,
+        "template_args": recipe.data.template_args,
+        "prompts": len(asked),
+        "prompts_digest": digest(asked),
+        "exclude_digest": digest(unwanted),
+        "synthesize": settings.synthesize,
+        "synthesize_temperature": settings.synthesize_temperature,
+        "openings_digest": digest(openings),
+        "keep_unfinished": settings.keep_unfinished,
+        **asdict(settings.sampling),
+    }
+
+
+def _make_prompts(
+    settings: Settings, openings: list[str], chat: _Chat, engines: _Engines, output: Output, first: int
+) -> list[Any]:
+    """The prompts that the model makes, kept in the progress file: messages, or why one cannot be used."""
+    ranks = engines.ranks
+    made = {row["row"]: row for row in output.before if "prompt" in row}
+    wanted = range(first, first + settings.synthesize)
+    missing, new = [row for row in wanted if row not in made], {}
+    begin = chat.before_prompt()
+    texts = {row: begin + openings[row % len(openings)] for row in missing}
+    if todo := deque(Request(row, MAKE_PROMPT, texts[row], []) for row in ranks.share(missing)):
+        bar = _begin(f"making {len(missing):,} prompts", len(todo), ranks)
+        before = max(len(chat.tokenizer(begin + each, add_special_tokens=False)["input_ids"]) for each in openings)
+        sampling = replace(
+            settings.sampling,
+            temperature=settings.synthesize_temperature,
+            top_p=1.0,
+            max_prompt_tokens=before,
+            max_new_tokens=max(1, min(MADE_PROMPT_TOKENS, settings.sampling.max_prompt_tokens - before)),
+        )
+
+        def keep(request: Request, reply: Reply) -> None:
+            bar.add(1, reply.tokens)
+            if not reply.finish.startswith("failed"):
+                text = request.text.removeprefix(begin) + reply.text if reply.text.strip() else ""
+                new[request.row] = {"row": request.row, "prompt": text, "finish": reply.finish}
+                output.progress.append(new[request.row])
+
+        engines.make(sampling, len(todo)).run(todo, keep)
+        bar.close()
+    for part in ranks.gather(new):
+        made |= part
+    seen = Seen()
+    prompts: list[Any] = []
+    for number in wanted:
+        if number not in made:
+            raise UserError(f"{settings.server}: some prompts could not be made; the same command tries them again")
+        text, finish = made[number]["prompt"].strip(), made[number]["finish"]
+        if finish != "end" or not text:
+            prompts.append(f"made prompt: {finish if text else 'empty'}")
+        elif repetitive(text):
+            prompts.append("made prompt: repetition")
+        elif not seen.add(text):
+            prompts.append("made prompt: near-duplicate")
+        else:
+            prompts.append([{"role": "user", "content": text}])
+    return prompts
+
+
+def _removed(prompts: list[Any], excluded: Excluded, controls: list[str], asked: int) -> dict[int, str]:
+    """Rows that are not answered, with the reason."""
+    removed = {}
+    for number, messages in enumerate(prompts):
+        if isinstance(messages, str):
+            removed[number] = messages if number >= asked else f"unusable row: {messages}"
+        elif any(control in message["content"] for message in messages for control in controls):
+            removed[number] = "control tokens in a prompt"
+        elif any(excluded.overlap(message["content"]) for message in messages if message["role"] == "user"):
+            removed[number] = "overlap with --exclude"
+    return removed
+
+
+def _answer(
+    settings: Settings, chat: _Chat, engines: _Engines, prompts: list[Any], removed: dict[int, str], output: Output
+) -> Counter[str]:
+    """Answer this rank's part of what is neither answered nor removed; the reasons of rows that failed."""
+    removed |= {row["row"]: row["removed"] for row in output.before if "removed" in row}
+    talks: dict[int, tuple[Messages, deque[dict[str, Any]], list[int]]] = {}
+    failed: Counter[str] = Counter()
+
+    def ask(number: int, turn: int) -> Request | None:
+        """The next answer of a conversation, if a user's turn is left."""
+        messages, rest, _ = talks[number]
+        while rest:
+            messages.append(rest.popleft())
+            if messages[-1]["role"] == "user":
+                return Request(number, turn, chat.before_answer(messages), list(messages))
+        return None
+
+    missing = [number for number in range(len(prompts)) if number not in output.written and number not in removed]
+    todo: deque[Request] = deque()
+    for number in engines.ranks.share(missing):
+        talks[number] = ([], deque(prompts[number]), [])
+        request = ask(number, 0)
+        assert request is not None
+        todo.append(request)
+    if not todo:
+        return failed
+    bar = _begin(f"answering {len(missing):,} of {len(prompts):,} rows", len(todo), engines.ranks)
+
+    def keep(request: Request, reply: Reply) -> Request | None:
+        number, finish = request.row, reply.finish
+        messages, _, tokens = talks[number]
+        if finish == "end" and not reply.text.strip():
+            finish = "empty"
+        elif finish == "end" and repetitive(reply.text) and not settings.keep_unfinished:
+            finish = "repetition"
+        unfinished = settings.keep_unfinished and finish in ("cut off", "repetition") and bool(reply.text.strip())
+        if finish == "end" or unfinished:
+            messages.append({"role": "assistant", "content": reply.text} | ({"unfinished": True} if unfinished else {}))
+            tokens.append(reply.tokens)
+            following = None if unfinished else ask(number, request.turn + 1)
+            if following is not None:
+                bar.add(0, reply.tokens)
+                return following
+            output.rows.append({"row": number, "messages": messages, "tokens": tokens})
+        elif finish.startswith("failed"):
+            failed[finish] += 1
+        else:
+            removed[number] = f"answer: {finish}"
+            output.progress.append({"row": number, "removed": removed[number]})
+        bar.add(1, reply.tokens)
+        del talks[number]
+        return None
+
+    engines.make(settings.sampling, len(todo)).run(todo, keep)
+    bar.close()
+    return failed
+
+
+def _begin(text: str, rows: int, ranks: Ranks) -> Progress:
+    """Say what begins, and show the first rank's progress."""
+    if ranks.rank == 0:
+        print(text + (f" on {ranks.size} ranks; {rows:,} of them here" if ranks.size > 1 else ""), flush=True)
+    return Progress(rows, shown=ranks.rank == 0)
+
+
+def _summary(out: str, asked: int, failed: Counter[str], removed: dict[int, str]) -> dict[str, Any]:
+    written = Journal(Path(out))
+    lengths = sorted(tokens for row in written.rows for tokens in row["tokens"])
+    written.close()
+    report: dict[str, Any] = {
+        "asked": asked,
+        "written": len(written.rows),
+        "failed": sum(failed.values()),
+        "removed": len(removed),
+        "answers": len(lengths),
+        "tokens": sum(lengths),
+        "answer_tokens": {str(share): lengths[int(share / 100 * (len(lengths) - 1))] for share in (0, 50, 90, 100)}
+        if lengths
+        else {},
+        "removed_by_reason": dict(Counter(removed.values()).most_common()),
+        "failed_by_reason": dict(failed),
+    }
+    print(
+        f"{asked:,} rows asked = {report['written']:,} written to {out} + {report['removed']:,} removed + "
+        f"{report['failed']:,} failed"
+    )
+    reasons = {**report["removed_by_reason"], **report["failed_by_reason"]}
+    print("".join(f"  {count:,} x {reason}\n" for reason, count in reasons.items()), end="")
+    middle = ", ".join(f"{share}%: {tokens}" for share, tokens in report["answer_tokens"].items())
+    print(f"{report['answers']:,} answers with {report['tokens']:,} tokens; tokens of an answer by rank: {middle}")
+    if failed:
+        print("the same command asks the failed rows again")
+    return report

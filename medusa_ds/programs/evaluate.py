@@ -1,0 +1,177 @@
+"""The evaluation program: what a run's heads are worth on held-out prompts.
+
+Accuracies are teacher-forced on the plain answers: every position counts. Accepted tokens are counted while decoding:
+only the positions where a step begins count, and a tree holds more than each head's first guess. Both stand in the
+report under different names.
+"""
+
+import time
+from collections import Counter, defaultdict
+from typing import Any
+
+import torch
+
+from medusa_ds.data.prompts import read_prompts
+from medusa_ds.decoding.answers import Answer, Settings, all_ranks, answer_prompts, device_name, write_report
+from medusa_ds.decoding.decoder import Decoder, Generation
+from medusa_ds.decoding.measure import copy_bandwidth, first_difference, plain_step_bytes, step_ms
+from medusa_ds.decoding.pictures import draw_evaluation
+from medusa_ds.decoding.trees import chain
+from medusa_ds.runs import Run
+
+TOP = 5
+Report = dict[str, Any]
+
+
+def evaluate(settings: Settings) -> Report:
+    """Measure a run, print a table, write JSON and picture if asked, and return the report."""
+    prompts, run = read_prompts("--prompts", settings.prompts, settings.limit), settings.load()
+    plain = Decoder(run.backbone, [], chain(0), settings.acceptance, compile_step=settings.compile_step)
+    medusa = Decoder(run.backbone, run.heads, run.tree, settings.acceptance, compile_step=settings.compile_step)
+    answers, left_out = answer_prompts(run, prompts, plain, medusa, settings.max_new_tokens)
+    report: Report = {
+        "run": str(settings.run),
+        "prompts": {"file": str(settings.prompts), "answers": len(answers), "left_out_too_long": left_out},
+        "acceptance": vars(settings.acceptance),
+        "device": device_name(run),
+        "tree": {"nodes": run.tree.nodes, "depth": run.tree.depth, "measured": run.measured},
+        "heads": _accuracies(all_ranks(run, answers)),
+        "accepted": _accepted(answers),
+        "speed": _speed(run, answers, plain, medusa, settings.max_new_tokens),
+    }
+    if settings.acceptance.rule == "greedy":
+        report["texts"] = _differences(run, answers)
+    print(_table(report))
+    write_report(settings, report)
+    if settings.picture:
+        draw_evaluation(report["heads"], report["accepted"]["distribution"], settings.picture)
+    return report
+
+
+def _accuracies(per_answer: list[torch.Tensor]) -> Report:
+    """Teacher-forced figures over the same positions for all heads."""
+    ranks_Mk = torch.cat(per_answer)
+    total = max(len(ranks_Mk), 1)
+    right_Mk = (ranks_Mk == 0).cumprod(1).bool()
+    result: Report = {"positions": len(ranks_Mk)}
+    before, chain_length = total, 1.0
+    for k, (ranks_M, right_M) in enumerate(zip(ranks_Mk.T, right_Mk.T, strict=True), 1):
+        result[f"head{k}"] = {f"top{top}": int((ranks_M < top).sum()) / total for top in range(1, TOP + 1)}
+        full = int(right_M.sum())
+        result[f"full_acc_{k}"], result[f"cond_acc_{k}"] = full / total, full / max(before, 1)
+        before, chain_length = full, chain_length + full / total
+    result["chain_acceptance_teacher_forced"] = chain_length
+    return result
+
+
+def _accepted(answers: list[Answer]) -> Report:
+    """Tokens of a decoding step; a step that the length limit cut short is left out, one that ended the text is not."""
+    by_category: dict[str, list[int]] = defaultdict(list)
+    for answer in answers:
+        assert answer.medusa is not None
+        steps = answer.medusa.accepted
+        by_category[answer.category] += steps[:-1] if answer.medusa.finish == "length" else steps
+    steps = [count for counts in by_category.values() for count in counts]
+    return {
+        "mean_tokens_per_step": _mean(steps),
+        "steps": len(steps),
+        "distribution": {str(count): share for count, share in sorted(Counter(steps).items())},
+        "by_category": {category: _mean(counts) for category, counts in sorted(by_category.items())},
+    }
+
+
+def _speed(run: Run, answers: list[Answer], plain: Decoder, medusa: Decoder, max_new_tokens: int) -> Report:
+    def rate(rows: list[Generation]) -> float:
+        return sum(len(row.tokens) for row in rows) / sum(row.prefill_s + row.decode_s for row in rows)
+
+    context = max(len(answer.prompt) + len(answer.plain.tokens) for answer in answers)
+    rates = [rate([a.plain for a in answers]), rate([a.medusa for a in answers if a.medusa])]
+    steps = [step_ms(plain, context), step_ms(medusa, context)]
+    few = answers[:4]
+    report = {
+        "plain_tokens_per_s": rates[0],
+        "medusa_tokens_per_s": rates[1],
+        "speed_up": rates[1] / rates[0],
+        "plain_step_ms": steps[0],
+        "medusa_step_ms": steps[1],
+        "step_overhead": steps[1] / steps[0],
+        "context": context,
+        "transformers_generate_tokens_per_s": _transformers_rate(run, few, max_new_tokens),
+        "plain_tokens_per_s_on_the_same": rate([a.plain for a in few]),
+    }
+    if run.backbone.device.type == "cuda":
+        bandwidth = copy_bandwidth(run.backbone.device)
+        report["copy_gb_per_s"] = bandwidth / 1e9
+        report["plain_share_of_bandwidth"] = plain_step_bytes(run.backbone) / (steps[0] / 1000) / bandwidth
+    return report
+
+
+def _transformers_rate(run: Run, answers: list[Answer], max_new_tokens: int) -> float:
+    def generate(answer: Answer) -> int:
+        ids = torch.tensor([answer.prompt], device=run.backbone.device)
+        out: torch.Tensor = run.backbone.generate(  # type: ignore[operator]
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0
+        )
+        return len(out[0, ids.shape[1] :].tolist())  # waits for the device
+
+    generate(answers[0])  # warms up
+    started = time.perf_counter()
+    return sum(map(generate, answers)) / (time.perf_counter() - started)
+
+
+def _differences(run: Run, answers: list[Answer]) -> Report:
+    """Greedy texts that differ from plain decoding, each with the margin by which the base model told the two apart."""
+    differences = []
+    for answer in answers:
+        assert answer.medusa is not None
+        found = first_difference(run.backbone, answer.prompt, answer.plain.tokens, answer.medusa.tokens)
+        if found is not None:
+            differences.append({**found._asdict(), "tie": found.is_tie})
+    ties = sum(row["tie"] for row in differences)
+    return {"compared": len(answers), "differ": len(differences), "differ_by_a_tie": ties, "differences": differences}
+
+
+def _table(report: Report) -> str:
+    heads, accepted, speed = report["heads"], report["accepted"], report["speed"]
+    names = [name for name in heads if name.startswith("head")]
+    lines = ["head  " + "  ".join(f"top-{top}" for top in range(1, TOP + 1)) + "  full   cond"]
+    for k, name in enumerate(names, 1):
+        tops = "  ".join(f"{share:.3f}" for share in heads[name].values())
+        lines.append(f"{k:4}  {tops}  {heads[f'full_acc_{k}']:.3f}  {heads[f'cond_acc_{k}']:.3f}")
+    shares = ", ".join(
+        f"{count}: {number / max(accepted['steps'], 1):.1%}" for count, number in accepted["distribution"].items()
+    )
+    lines += [
+        f"chain acceptance, teacher-forced   {heads['chain_acceptance_teacher_forced']:.3f} tokens",
+        f"tokens per step, decoding          {accepted['mean_tokens_per_step']:.3f} "
+        f"({'tree' if report['tree']['measured'] else 'default tree, see medusa-ds tree,'} of "
+        f"{report['tree']['nodes']} nodes)",
+        f"steps by tokens                    {shares}",
+    ]
+    lines += [f"  {name or '(none)':32} {mean:.3f}" for name, mean in accepted["by_category"].items()]
+    lines += [
+        f"plain decoding                     {speed['plain_tokens_per_s']:.1f} tokens/s",
+        f"with the heads                     {speed['medusa_tokens_per_s']:.1f} tokens/s = {speed['speed_up']:.2f} x",
+        f"transformers' generate             {speed['transformers_generate_tokens_per_s']:.1f} tokens/s "
+        f"(plain on the same prompts: {speed['plain_tokens_per_s_on_the_same']:.1f})",
+        f"step at {speed['context']} tokens of text: plain {speed['plain_step_ms']:.3f} ms, tree "
+        f"{speed['medusa_step_ms']:.3f} ms = {speed['step_overhead']:.2f} x",
+    ]
+    if "copy_gb_per_s" in speed:
+        lines.append(f"plain step: {speed['plain_share_of_bandwidth']:.0%} of {speed['copy_gb_per_s']:.0f} GB/s (copy)")
+    if "texts" in report:
+        texts = report["texts"]
+        lines.append(
+            f"texts that differ from plain greedy: {texts['differ']} of {texts['compared']}"
+            f" ({texts['differ_by_a_tie']} at a tie within rounding)"
+        )
+        lines += [
+            f"  token {row['position']}: logits {row['gap']:.4g} apart, resolution {row['resolution']:.4g}"
+            for row in texts["differences"]
+            if not row["tie"]
+        ]
+    return "\n".join(lines)
+
+
+def _mean(values: list[int]) -> float:
+    return sum(values) / len(values) if values else float("nan")

@@ -1,0 +1,275 @@
+"""The training program: a recipe becomes heads. Read `run` from top to bottom.
+
+Launched by the stock launcher, which runs the recipe itself (`deepspeed recipes/X.yaml [key=value ...]`, whose last
+line calls `main(__file__)`) or this package (`deepspeed --module medusa_ds X.yaml [key=value ...]`).
+
+Exit status: 0 finished; 2 a mistake of the user; 3 a non-finite loss or gradient; 143, 130 or 129 stopped after
+SIGTERM, SIGINT or a lost launcher, with a checkpoint written; 124 hung; 1 anything else. The same command again goes on
+from the newest whole checkpoint. docs/reliability.md says what every fault does at every moment.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medusa_ds.config.parsing import parse_yaml, read_text
+from medusa_ds.config.recipe import Recipe, find_recipe
+from medusa_ds.errors import UserError, exit_on_user_error
+
+if TYPE_CHECKING:
+    from medusa_ds.training.engine import MedusaEngine
+    from medusa_ds.training.supervisor import Supervisor
+
+NON_FINITE_STATUS = 3
+_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
+
+FREE_TO_CHANGE = (
+    "output",
+    "deepspeed",
+    "data.hidden_cache",
+    "loss.impl",
+    "loss.chunk_mib",
+    "model.attention",
+    "model.liger_kernels",
+    "train.micro_batch_size",
+    "train.eval_every",
+    "train.save_every",
+    "train.keep_last",
+    "train.hang_timeout",
+    "train.activation_checkpointing",
+    "train.tensorboard",
+    "train.wandb",
+)
+"""Recipe keys that a resumed run may change: none of them changes what is computed."""
+
+
+def main(recipe_file: str | None = None) -> None:
+    """Train the recipe of the command line.
+
+    Args:
+        recipe_file: the recipe when it is itself the program; None takes it from the first argument.
+    """
+    arguments = [text for text in sys.argv[1:] if not text.startswith("--local_rank=")]
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        _adopt_slurm()
+    with exit_on_user_error():
+        options = [text for text in arguments if text.startswith("-")]
+        if options:
+            raise UserError(f"{options[0]}: unknown option; settings are written key.path=value, as in train.lr=1e-3")
+        if recipe_file is None:
+            if not arguments or "=" in arguments[0]:
+                raise UserError("no recipe given; use: deepspeed --module medusa_ds RECIPE [key.path=value ...]")
+            recipe_file = arguments.pop(0)
+        recipe = Recipe.load(recipe_file, arguments)
+        run(recipe, find_recipe(recipe_file))
+
+
+def run(recipe: Recipe, recipe_file: Path) -> None:
+    """Train a validated recipe, on every rank."""
+    from medusa_ds.training.supervisor import Supervisor, end_with_others
+
+    rank, output = int(os.environ.get("RANK", "0")), Path(recipe.output)
+    supervisor = Supervisor(rank, int(os.environ.get("LOCAL_SIZE", "0")), recipe.train.hang_timeout)
+    lock = None
+    try:
+        lock = _claim(output, recipe) if rank == 0 else None
+        with end_with_others(rank), _failures(output):
+            _run(recipe, recipe_file, rank, output, supervisor)
+    finally:
+        supervisor.close()
+        if lock is not None:
+            os.close(lock)
+
+
+def _run(recipe: Recipe, recipe_file: Path, rank: int, output: Path, supervisor: Supervisor) -> None:
+    if (output / "heads" / "heads.json").exists():
+        _say(
+            rank,
+            f"{output} holds a finished run; its heads are in {output / 'heads'}. Name another output to train anew",
+        )
+        return
+    recipe.ds_values(world_size=int(os.environ.get("WORLD_SIZE", "1")))
+
+    from medusa_ds.data.packing import load_data
+    from medusa_ds.data.vocabulary import token_map
+    from medusa_ds.model.backbone import load_config, load_tokenizer
+    from medusa_ds.training.build import build_model
+    from medusa_ds.training.engine import MedusaEngine, NonFiniteError
+    from medusa_ds.training.hidden_cache import open_hidden_cache
+    from medusa_ds.training.launch import start_process_group
+    from medusa_ds.training.loop import Loop
+    from medusa_ds.training.report import Report, quiet_libraries
+    from medusa_ds.training.step import memory_hint
+
+    quiet_libraries(rank)
+    tokenizer = load_tokenizer(recipe.model)
+    data = load_data(recipe, tokenizer)  # before any process group exists, whose timeout it could outlast
+    steps = recipe.train.steps or max(
+        1, round(recipe.train.epochs * data.train.steps_per_epoch(recipe.train.global_batch_size))
+    )
+    _say(rank, _describe_data(data.report, steps))
+    uses_cache = recipe.data.hidden_cache != "off"
+    tokens = token_map(recipe.heads.vocab, data, tokenizer, load_config(recipe.model).get_text_config())
+
+    try:
+        with memory_hint(recipe):
+            lm_head = open_hidden_cache(recipe, data, start_process_group(recipe)) if uses_cache else None
+            engine = MedusaEngine(recipe, steps, partial(build_model, token_map=tokens, lm_head=lm_head))
+        del lm_head
+        state = engine.resume_newest(data.fingerprint)
+        report = Report(output, rank, steps, engine.steps_taken)
+        if rank == 0:
+            _keep_launch(output, recipe, engine, recipe_file)
+        if engine.steps_taken:
+            report.say(f"resuming after step {engine.steps_taken} of {steps}")
+        loop = Loop(recipe, engine, data, report, supervisor, steps)
+        loop.run(state)
+        if rank == 0:
+            tokenizer.save_pretrained(output / "heads")
+        engine.export(output)  # heads.json last: it is what makes a run a finished one
+        if rank == 0:
+            report.say(loop.summary(output))
+        report.close()
+        engine.close()  # waits for all ranks
+    except NonFiniteError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(NON_FINITE_STATUS)
+
+
+@contextmanager
+def _failures(output: Path) -> Iterator[None]:
+    """One line for a disk that is full or cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _STORAGE:
+            raise
+        problem = UserError(
+            f"{error.filename or output}: cannot be written ({error.strerror}); make room, or make it writable; "
+            "checkpoints are whole"
+        )
+        problem.one_rank = True
+        raise problem from None
+
+
+def _adopt_slurm() -> None:
+    """Name rank and master as torch expects them; `deepspeed --launcher slurm` leaves that to the job's variables."""
+    slurm = os.environ
+    nodes = slurm.get("SLURM_STEP_NODELIST") or slurm["SLURM_JOB_NODELIST"]
+    call = ["scontrol", "show", "hostnames", nodes]
+    first = subprocess.run(call, capture_output=True, text=True, check=True).stdout.split()[0]
+    os.environ.update(RANK=slurm["SLURM_PROCID"], LOCAL_RANK=slurm["SLURM_LOCALID"], WORLD_SIZE=slurm["SLURM_NTASKS"])
+    os.environ.setdefault("MASTER_ADDR", first)
+    os.environ.setdefault("MASTER_PORT", str(20000 + int(slurm.get("SLURM_JOB_ID", "0")) % 20000))
+
+
+def _claim(output: Path, recipe: Recipe) -> int:
+    """Lock the output directory for this run and refuse one that belongs to another recipe; rank 0 only.
+
+    Returns:
+        The open lock file, released when the process ends.
+    """
+    kept = output / "recipe.yaml"
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        lock = os.open(output / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(
+            f"{output}: cannot be written ({error.strerror}); name a writable directory in output"
+        ) from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        holder = os.read(lock, 200).decode(errors="replace").strip() or "another process"
+        raise UserError(f"{output}: in use by {holder}; wait for that run or name another output") from None
+    os.ftruncate(lock, 0)
+    os.write(lock, f"host {socket.gethostname()} pid {os.getpid()}".encode())
+    if kept.exists():
+        before, now = _flat(parse_yaml(read_text(kept), str(kept))[0]), _flat(recipe.model_dump(mode="json"))
+        changed = [key for key in {*before, *now} if before.get(key) != now.get(key) and key not in FREE_TO_CHANGE]
+        if changed:
+            raise UserError(
+                *(
+                    f"{output}: {key}: this output was made with {before.get(key)!r}; the recipe says {now.get(key)!r}"
+                    for key in sorted(changed)
+                ),
+                f"{output}: belongs to another recipe; name another output, or go back to the values above",
+            )
+    elif recipe.heads.init_from and list((output / "checkpoints").glob("step-*")):
+        raise UserError(
+            f"{output}: heads.init_from is a warm start, but checkpoints to resume from are here; name another output"
+        )
+    return lock
+
+
+def _keep_launch(output: Path, recipe: Recipe, engine: MedusaEngine, recipe_file: Path) -> None:
+    """Keep what a run was made of: the resolved recipe, and one line a launch with versions, git state and command."""
+    temporary = output / ".tmp-recipe.yaml"
+    temporary.write_text(recipe.to_yaml(), encoding="utf-8")
+    os.replace(temporary, output / "recipe.yaml")
+    from medusa_ds.training.report import library_versions
+
+    launch = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        "recipe_file": str(recipe_file),
+        "directory": str(Path.cwd()),
+        "host": socket.gethostname(),
+        "device": engine.device_name,
+        "ranks": engine.world_size,
+        "python": platform.python_version(),
+        "versions": library_versions(),
+        "git": _git_state(recipe_file.parent),
+        "deepspeed": engine.ds_config,
+    }
+    with open(output / "launches.jsonl", "a", encoding="utf-8") as stream:
+        stream.write(json.dumps(launch) + "\n")
+
+
+def _git_state(directory: Path) -> dict[str, Any] | None:
+    """Commit of the recipe's repository and whether its tracked files were changed; None outside a repository."""
+    call = ("git", "-C", str(directory))
+    try:
+        commit = subprocess.run([*call, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        status = subprocess.run([*call, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return {"commit": commit.stdout.strip(), "changed": bool(status.stdout)} if commit.returncode == 0 else None
+
+
+def _describe_data(report: dict[str, Any], steps: int) -> str:
+    rejected = "".join(
+        f"\n  left out: {count} x {reason} (first: {first})" for reason, (count, first) in report["rejected"].items()
+    )
+    return (
+        f"data: {report['train_rows']} conversations to train on, {report['validation_rows']} held out, "
+        f"{report['supervised_tokens']:,} of {report['tokens']:,} tokens supervised; {steps} steps{rejected}"
+    )
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    return {
+        key: item
+        for name, child in value.items()
+        for key, item in _flat(child, f"{prefix}.{name}" if prefix else name).items()
+    }
+
+
+def _say(rank: int, text: str) -> None:
+    if rank == 0:
+        print(text, flush=True)

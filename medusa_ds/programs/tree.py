@@ -1,0 +1,95 @@
+"""The tree program: the candidate tree that suits a run's heads and this hardware best.
+
+Ranks come from teacher-forced passes over plain greedy answers. Trees are found on joint counts; what they promise is
+what decoding would accept of answers that they were not found on, since a tree of 64 nodes fits the noise of some
+hundred positions.
+"""
+
+from typing import Any
+
+from medusa_ds.data.prompts import read_prompts
+from medusa_ds.decoding.answers import Settings, all_ranks, answer_prompts, device_name, write_report
+from medusa_ds.decoding.decoder import Decoder
+from medusa_ds.decoding.measure import step_ms
+from medusa_ds.decoding.pictures import draw_tree
+from medusa_ds.decoding.trees import RankCounts, Tree, best_tree, chain
+from medusa_ds.errors import UserError
+from medusa_ds.runs import save_tree
+
+WIDTH = 10  # guesses of a head that are told apart
+SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+Report = dict[str, Any]
+
+
+def search_tree(settings: Settings, nodes: int | None = None) -> Report:
+    """Find the best tree for a run, print what was found and write it into the run's `heads.json`.
+
+    Args:
+        settings: as for `evaluate`.
+        nodes: size with the root; None picks the size with the most expected tokens a second by measured step times.
+    """
+    prompts, run = read_prompts("--prompts", settings.prompts, settings.limit), settings.load()
+    if run.config_file is None:
+        raise UserError(
+            f"{settings.run}: checkpoints and shipped heads are sealed; name a finished run's output or heads"
+        )
+    answers, _ = answer_prompts(run, prompts, Decoder(run.backbone, [], chain(0)), None, settings.max_new_tokens)
+    per_answer = all_ranks(run, answers)
+    if min(sum(map(len, half)) for half in (per_answer[::2], per_answer[1::2])) == 0:
+        raise UserError("prompts: too few answers to find a tree; give more prompts or more new tokens")
+    width = min(WIDTH, run.backbone.config.vocab_size)
+    counts, *halves = (RankCounts(part, width) for part in (per_answer, per_answer[::2], per_answer[1::2]))
+    context = max(len(answer.prompt) + len(answer.plain.tokens) for answer in answers)
+    sizes: list[Report] = []
+    for size in sorted({*SIZES, nodes or 1}):
+        tree = counts.find_tree(size)
+        decoder = Decoder(run.backbone, run.heads, tree, compile_step=settings.compile_step)
+        joint, independent = _held_out(halves, size)
+        milliseconds = step_ms(decoder, context)
+        sizes.append(
+            {
+                "nodes": tree.nodes,
+                "depth": tree.depth,
+                "step_ms": milliseconds,
+                "paths": tree.paths,
+                "expected": counts.tokens_per_step(tree),
+                "held_out": joint,
+                "held_out_independent": independent,
+                "tokens_per_s": 1000 * joint / milliseconds,
+            }
+        )
+    chosen = (
+        max(sizes, key=lambda row: row["tokens_per_s"])
+        if nodes is None
+        else next(row for row in sizes if row["nodes"] >= nodes or row is sizes[-1])
+    )
+    report = {
+        "run": str(settings.run),
+        "device": device_name(run),
+        "positions": counts.total,
+        "context": context,
+        "sizes": sizes,
+        "chosen": chosen["nodes"],
+    }
+    save_tree(run.config_file, chosen["paths"])
+    print(f"{counts.total} positions; step times at {context} tokens of text on {report['device']}")
+    print("nodes  step ms  tokens/step  (independence)  tokens/s")
+    for row in sizes:
+        mark = "*" if row is chosen else " "
+        figures = row["step_ms"], row["held_out"], row["held_out_independent"], row["tokens_per_s"]
+        print(f"{row['nodes']:5}{mark} {figures[0]:8.2f} {figures[1]:12.3f} {figures[2]:15.3f} {figures[3]:9.1f}")
+    print("tokens/step: of trees found on one half of the answers, decoding the other")
+    print(f"wrote the tree of {chosen['nodes']} nodes to {run.config_file}")
+    write_report(settings, report)
+    if settings.picture:
+        draw_tree(Tree(chosen["paths"]), counts, settings.picture)
+    return report
+
+
+def _held_out(halves: list[RankCounts], size: int) -> tuple[float, float]:
+    """Tokens per step on half of the answers with joint and independent trees of the other half; mean of both ways."""
+    joint = independent = 0.0
+    for own, other in (halves, halves[::-1]):
+        joint += other.tokens_per_step(own.find_tree(size)) / 2
+        independent += other.tokens_per_step(best_tree(own.independent_probability, own.num, own.width, size)) / 2
+    return joint, independent

@@ -1,0 +1,366 @@
+"""Last hidden states of the frozen backbone on disk: computed once, read in every epoch, by this run and by others.
+
+    DIR/manifest.json              what they were computed from
+        shard-00000.safetensors    `states` [rows, H]; with fp8 also `scales` [rows], fp32
+        shard-00000.json           its size and checksum, written last: a shard without it counts as missing
+
+Kept by conversation, since every epoch packs conversations anew and a hidden state does not depend on what else is in
+its sequence. A conversation has a row for every position that some head learns from, in order, so that a micro-batch
+is the rows of its conversations one after another. Which conversations a shard holds follows from the data alone:
+any number of ranks fills the cache, and any other number reads it, memory-mapped. Every start reads it through once for
+the checksums, each rank its share.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import mmap
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from ctypes import CDLL, c_size_t, c_void_p
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from medusa_ds.config.recipe import Recipe
+from medusa_ds.data.packing import CachedRows, Data, Sequences, best_fit
+from medusa_ds.errors import UserError
+from medusa_ds.model.backbone import cache_directory, hidden_states, load_config, model_path
+from medusa_ds.model.lm_head import read_lm_head
+from medusa_ds.model.rows import any_head_rows
+from medusa_ds.training.build import free_models, load_frozen
+from medusa_ds.training.manifest import check_file, sync_directory, write_file, write_tensors
+
+SHARD_BYTES, MIN_SHARDS = 1 << 29, 16  # the latter so that ranks share a small cache evenly
+STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+_FORMAT = 1
+_SAMPLE_BYTES = 1 << 20
+_BATCH = 1000  # conversations whose rows are counted at once
+_SAY_EVERY_S = 15.0
+_LIBC = CDLL(None)
+
+
+def stored_as(recipe: Recipe, on_gpu: bool) -> tuple[str, str]:
+    """Precision in which the backbone computes, and in which its hidden states are stored."""
+    computed = "bf16" if recipe.ds_values(on_gpu=on_gpu)["bf16.enabled"] else "fp32"
+    return computed, computed if recipe.data.hidden_cache_dtype == "auto" else recipe.data.hidden_cache_dtype
+
+
+def row_bytes(stored: str, hidden_size: int) -> int:
+    """Bytes of a row."""
+    return hidden_size * STORED[stored].itemsize + (4 if stored == "fp8" else 0)
+
+
+def count_rows(sequences: Sequences, num: int) -> np.ndarray:
+    """Positions of each conversation from which heads 1..num learn, int64."""
+    counts = [np.zeros(0, dtype=np.int64)]
+    for start in range(0, len(sequences.rows), _BATCH):
+        numbers = np.arange(start, min(start + _BATCH, len(sequences.rows)))
+        lengths = sequences.lengths[numbers]
+        batch = sequences.collate([numbers], int(lengths.sum()))
+        mask = any_head_rows(batch.labels, batch.position_ids, num)[0].numpy()
+        counts.append(np.add.reduceat(mask.astype(np.int64), np.cumsum(lengths) - lengths))
+    return np.concatenate(counts)
+
+
+def key_of(recipe: Recipe, data: Data, computed: str, stored: str) -> dict[str, Any]:
+    """What the hidden states follow from."""
+    model, weights = recipe.model, hashlib.sha256()
+    path = Path(model_path(model) if model.init == "pretrained" else model.name)
+    for file in sorted(path.glob("*.safetensors")) if path.is_dir() else []:
+        with open(file, "rb") as stream:  # a sample: enough to tell a retrained model from its forerunner
+            weights.update(f"{file.name} {file.stat().st_size}".encode() + stream.read(_SAMPLE_BYTES))
+            stream.seek(-min(_SAMPLE_BYTES, file.stat().st_size), os.SEEK_END)
+            weights.update(stream.read())
+    return {
+        "format": _FORMAT,
+        "model": model.name,
+        "init": model.init,
+        "config": model.config,
+        "revision": getattr(load_config(model), "_commit_hash", None) or model.revision,
+        "weights": weights.hexdigest()[:32],
+        "precision": computed,
+        "stored": stored,
+        "frozen precision": model.frozen_precision,
+        "heads": recipe.heads.num,
+        "template": data.report["template"],
+        "training data": data.fingerprint,
+        "held-out data": data.report["held_out_fingerprint"],
+    }
+
+
+class HiddenCache:
+    """A directory of hidden states.
+
+    Args:
+        directory: of the cache; need not exist.
+        data: whose conversations, first the training ones, then those held out.
+        num: heads.
+        hidden_size: H.
+        stored: one of `STORED`.
+    """
+
+    def __init__(self, directory: Path, data: Data, num: int, hidden_size: int, stored: str) -> None:
+        self.directory, self.num, self.hidden_size, self.stored = directory, num, hidden_size, stored
+        self.splits = (data.train, data.validation)
+        counts = np.concatenate([count_rows(split, num) for split in self.splits])
+        self.starts = np.concatenate([[0], np.cumsum(counts)])  # first row of each conversation, and the end
+        self.bytes = int(self.starts[-1]) * row_bytes(stored, hidden_size)
+        shards = min(max(MIN_SHARDS, -(-self.bytes // SHARD_BYTES)), max(len(counts), 1))
+        cuts = np.searchsorted(self.starts, np.linspace(0, self.starts[-1], shards + 1)[1:-1])
+        self.borders = np.unique(np.concatenate([[0], cuts, [len(counts)]]))  # first conversation of each shard
+        self.open = lru_cache(maxsize=None)(self._open)
+
+    def __len__(self) -> int:
+        """Shards."""
+        return len(self.borders) - 1
+
+    def has(self, shard: int) -> bool:
+        """Whether a shard is there, finished."""
+        return self._file(shard).with_suffix(".json").exists()
+
+    def problem(self, shard: int) -> str | None:
+        """What is wrong with a shard, read through; "" where it is merely not there yet."""
+        file = self._file(shard)
+        try:
+            check_file(file, json.loads(file.with_suffix(".json").read_bytes()))
+        except FileNotFoundError:
+            return ""
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            return f"{file}: {error}"
+        return None
+
+    def write(self, shard: int, states_MH: Tensor, scales_M: Tensor | None) -> None:
+        """Write a shard whole or not at all."""
+        file = self._file(shard)
+        temporary = file.with_name(f".tmp-{file.name}")
+        tensors = {"states": states_MH} | ({} if scales_M is None else {"scales": scales_M})
+        entry = write_tensors(temporary, tensors)[temporary.name]
+        os.replace(temporary, file)
+        write_file(temporary, json.dumps(entry).encode())
+        os.replace(temporary, file.with_suffix(".json"))
+        sync_directory(self.directory)
+
+    def reader(self, split: int) -> CacheReader:
+        """Reads the conversations of a split (0 training, 1 held out)."""
+        return CacheReader(self, split * len(self.splits[0].rows))
+
+    def fill(self, shard: int, backbone: Any, micro_batch_size: int) -> tuple[Tensor, Tensor | None]:
+        """Compute a shard: one pass over its conversations, packed as the recipe packs them."""
+        low, high = int(self.borders[shard]), int(self.borders[shard + 1])
+        device, first = next(backbone.parameters()).device, self.starts[low]
+        states_MH = torch.empty(int(self.starts[high] - first), self.hidden_size, dtype=STORED[self.stored])
+        scales_M = torch.empty(len(states_MH)) if self.stored == "fp8" else None
+        base = 0
+        for split in self.splits:
+            numbers = np.arange(max(low - base, 0), min(high - base, len(split.rows)))
+            bins = best_fit(numbers, split.lengths, split.max_length) if split.packing else list(numbers[:, None])
+            for start in range(0, len(bins), micro_batch_size):
+                group = bins[start : start + micro_batch_size]
+                batch = split.collate(group)
+                with torch.no_grad():
+                    hidden_RH = hidden_states(backbone, batch.input_ids.to(device), batch.position_ids)
+                mask_R = any_head_rows(batch.labels, batch.position_ids, self.num).flatten()
+                found_NH, scale_N = self._store(hidden_RH[mask_R.to(device)])
+                conversations = np.concatenate(group) + base
+                counts = np.diff(self.starts)[conversations]
+                rows = np.repeat(self.starts[conversations] - first - np.cumsum(counts) + counts, counts)
+                rows_N = torch.from_numpy(rows + np.arange(counts.sum()))
+                states_MH[rows_N] = found_NH.cpu()
+                if scales_M is not None and scale_N is not None:
+                    scales_M[rows_N] = scale_N.cpu()
+            base += len(split.rows)
+        return states_MH, scales_M
+
+    def _store(self, hidden_NH: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.stored != "fp8":
+            return hidden_NH.to(STORED[self.stored]), None
+        scale_N = hidden_NH.float().abs().amax(-1).clamp(min=1e-12) / torch.finfo(STORED["fp8"]).max
+        return (hidden_NH.float() / scale_N[:, None]).to(STORED["fp8"]), scale_N
+
+    def _file(self, shard: int) -> Path:
+        return self.directory / f"shard-{shard:05d}.safetensors"
+
+    def _open(self, shard: int) -> dict[str, Tensor]:
+        return load_file(self._file(shard))  # memory-mapped
+
+
+class CacheReader:
+    """Gives micro-batches their hidden states."""
+
+    def __init__(self, cache: HiddenCache, base: int) -> None:
+        self.cache, self.base, self.pin = cache, base, torch.cuda.is_available()
+
+    def __call__(self, numbers: np.ndarray, labels_BS: Tensor, position_ids_BS: Tensor) -> CachedRows:
+        """Rows of conversations `numbers`, which fill the micro-batch in this order."""
+        cache, conversations = self.cache, numbers + self.base
+        shards = np.searchsorted(cache.borders, conversations, side="right") - 1
+        begins, ends = cache.starts[conversations], cache.starts[conversations + 1]
+        total, dtype = int((ends - begins).sum()), STORED[cache.stored]
+        states_MH = torch.empty(total, cache.hidden_size, dtype=dtype, pin_memory=self.pin)
+        scales_M = torch.empty(total, pin_memory=self.pin) if cache.stored == "fp8" else None
+        parts, at = [], 0
+        for shard, begin, end in zip(shards.tolist(), begins.tolist(), ends.tolist(), strict=True):
+            first = int(cache.starts[cache.borders[shard]])
+            parts.append({name: tensor[begin - first : end - first] for name, tensor in cache.open(shard).items()})
+            _expect(parts[-1]["states"])
+        for part in parts:
+            rows = slice(at, at := at + len(part["states"]))
+            states_MH[rows] = part["states"]
+            if scales_M is not None:
+                scales_M[rows] = part["scales"]
+        mask_R = any_head_rows(labels_BS, position_ids_BS, cache.num).flatten()
+        assert int(mask_R.sum()) == total, "the cache and the micro-batch disagree about rows"
+        return CachedRows(states_MH, mask_R.cumsum(0) - 1, scales_M)
+
+
+def _expect(mapped: Tensor) -> None:
+    """Tell the kernel that a memory-mapped tensor will be read: the disk reads all of a batch at once."""
+    before = mapped.data_ptr() % mmap.PAGESIZE
+    _LIBC.madvise(c_void_p(mapped.data_ptr() - before), c_size_t(before + mapped.nbytes), mmap.MADV_WILLNEED)
+
+
+def open_hidden_cache(recipe: Recipe, data: Data, device: torch.device) -> Tensor:
+    """Let both splits give the hidden states of the recipe's cache, after filling what the cache lacks.
+
+    Every rank calls it, in a process group. The backbone is on this rank's device while there is something to fill.
+
+    Returns:
+        The LM head's weight [V, H] on the CPU, which is all that training still needs of the backbone.
+
+    Raises:
+        UserError: the cache is of something else, another run fills it, or the disk has no room for it.
+    """
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    computed, stored = stored_as(recipe, device.type == "cuda")
+    key = key_of(recipe, data, computed, stored)
+    directory = Path(recipe.data.hidden_cache)
+    if recipe.data.hidden_cache == "auto":
+        directory = cache_directory() / "hidden" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+    config = load_config(recipe.model).get_text_config()
+    cache = HiddenCache(directory, data, recipe.heads.num, config.hidden_size, stored)
+    _agree(_claim(directory, key) if rank == 0 else None)
+    found = {shard: cache.problem(shard) for shard in range(rank, len(cache), ranks)}
+    answers: list[Any] = [None] * ranks
+    dist.all_gather_object(answers, {shard: text for shard, text in found.items() if text is not None})
+    missing = {shard: text for answer in answers for shard, text in answer.items()}
+    if missing:
+        with _locked(directory, rank == 0, cache.bytes * len(missing) // len(cache)):
+            if rank == 0:
+                print(*(f"warning: {text}; computed again" for text in missing.values() if text), sep="\n", end="")
+                print(
+                    f"hidden cache: filling {len(missing)} of {len(cache)} shards in {directory}, "
+                    f"{cache.bytes / 2**30:.2f} GiB in all",
+                    flush=True,
+                )
+            _fill(cache, sorted(missing)[rank::ranks], recipe, device)
+            dist.barrier()
+    elif rank == 0:
+        print(f"hidden cache: {directory}, {cache.bytes / 2**30:.2f} GiB, complete", flush=True)
+    unseen = [shard for shard in range(len(cache)) if not cache.has(shard)]
+    _agree(
+        f"{directory}: rank {rank} does not see what other ranks wrote; name a directory that all nodes share"
+        if unseen
+        else None
+    )
+    data.train.hidden, data.validation.hidden = cache.reader(0), cache.reader(1)
+    lm_head = read_lm_head(recipe.model, STORED[computed], device).cpu()
+    free_models(device)
+    return lm_head
+
+
+def _fill(cache: HiddenCache, shards: list[int], recipe: Recipe, device: torch.device) -> None:
+    if not shards:
+        return
+    dtype = STORED[stored_as(recipe, device.type == "cuda")[0]]
+    backbone = load_frozen(recipe, dtype, device).eval()
+    started = said = time.monotonic()
+    for done, shard in enumerate(shards):
+        now = time.monotonic()
+        if done and now - said > _SAY_EVERY_S and dist.get_rank() == 0:
+            said, left_s = now, (now - started) / done * (len(shards) - done)
+            print(f"hidden cache: {done} of {len(shards)} shards of rank 0, {left_s:.0f} s left", flush=True)
+        content = cache.fill(shard, backbone, recipe.train.micro_batch_size)
+        try:
+            cache.write(shard, *content)
+        except OSError as error:
+            problem = UserError(_no_room(cache.directory, error, cache.bytes))
+            problem.one_rank = True
+            raise problem from None
+    del backbone
+    free_models(device)
+
+
+def _claim(directory: Path, key: dict[str, Any]) -> str | None:
+    """Write the manifest of a new cache, or compare that of an old one; what is wrong."""
+    file = directory / "manifest.json"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            if any(directory.iterdir()):
+                return f"{directory}: holds other files and no manifest.json; name another directory"
+            temporary = directory / ".tmp-manifest.json"
+            write_file(temporary, json.dumps(key, indent=2).encode())
+            os.replace(temporary, file)
+            return None
+        found = json.loads(file.read_bytes())
+        differ = [
+            f"{name}: made with {found.get(name)!r}, the recipe has {value!r}"
+            for name, value in key.items()
+            if found.get(name) != value
+        ]
+    except OSError as error:
+        return _no_room(directory, error, 0)
+    except (ValueError, AttributeError):
+        return f"{file}: damaged; remove the directory"
+    if differ:
+        return f"data.hidden_cache: {directory}: {'; '.join(differ)}; name another directory, or auto"
+    return None
+
+
+def _no_room(directory: Path, error: OSError, size: int) -> str:
+    return (
+        f"{directory}: the hidden cache cannot be written ({error.strerror or error}); it needs {size} bytes in a "
+        "writable directory; what is finished stays, the same command goes on"
+    )
+
+
+def _agree(problem: str | None) -> None:
+    """Raise on all ranks what went wrong on one."""
+    answers: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(answers, problem)
+    if found := next((answer for answer in answers if answer), None):
+        raise UserError(found)
+
+
+@contextmanager
+def _locked(directory: Path, is_first: bool, size: int) -> Iterator[None]:
+    """One run fills at a time, and only onto a disk with room; the first rank looks, all ranks hear."""
+    problem = None
+    lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o644) if is_first else None
+    try:
+        if lock is not None:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                problem = f"{directory}: another run is filling this hidden cache; wait for it"
+            free = shutil.disk_usage(directory).free
+            if problem is None and free < size:
+                problem = _no_room(directory, OSError(f"{free} bytes are free"), size)
+        _agree(problem)
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)

@@ -1,0 +1,192 @@
+"""DeepSpeed JSON: configs of other trainers, what the recipe fills in, and agreement with DeepSpeed's own schema."""
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from medusa_ds.config import deepspeed as ds_config
+from medusa_ds.config.recipe import Recipe, shipped
+from medusa_ds.errors import UserError
+
+# transformers' documentation, deepspeed.md: ZeRO-3 with offload, everything left to the trainer
+TRANSFORMERS_EXAMPLE = {
+    "fp16": {
+        "enabled": "auto",
+        "loss_scale": 0,
+        "loss_scale_window": 1000,
+        "initial_scale_power": 16,
+        "hysteresis": 2,
+        "min_loss_scale": 1,
+    },
+    "bf16": {"enabled": "auto"},
+    "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}},
+    "scheduler": {
+        "type": "WarmupLR",
+        "params": {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto"},
+    },
+    "zero_optimization": {
+        "stage": 3,
+        "offload_optimizer": {"device": "cpu", "pin_memory": True},
+        "offload_param": {"device": "cpu", "pin_memory": True},
+        "overlap_comm": True,
+        "contiguous_gradients": True,
+        "sub_group_size": 1e9,
+        "reduce_bucket_size": "auto",
+        "stage3_prefetch_bucket_size": "auto",
+        "stage3_param_persistence_threshold": "auto",
+        "stage3_max_live_parameters": 1e9,
+        "stage3_max_reuse_distance": 1e9,
+        "stage3_gather_16bit_weights_on_model_save": True,
+    },
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "steps_per_print": 2000,
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "wall_clock_breakdown": False,
+}
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory for a DeepSpeed JSON."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def load(place: Path, settings: Any, *overrides: str) -> Recipe:
+    (place / "ds.json").write_text(json.dumps(settings))
+    return Recipe.load("smollm2_135m_stage1", ["deepspeed=ds.json", "train.global_batch_size=8", *overrides])
+
+
+def test_config_of_another_trainer_works_as_it_is(place: Path) -> None:
+    config = load(place, TRANSFORMERS_EXAMPLE).ds_config(world_size=2, on_gpu=True)
+    assert config["train_batch_size"] == 8
+    assert config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"] * 2 == 8
+    assert config["gradient_clipping"] == 1.0
+    assert config["bf16"]["enabled"] is True
+    assert config["fp16"]["enabled"] is False
+    assert "optimizer" not in config and "scheduler" not in config
+    filled = ds_config.fill_sizes(config, hidden_size=64)
+    assert "auto" not in json.dumps(filled)
+    assert filled["zero_optimization"]["reduce_bucket_size"] == 64 * 64
+    assert filled["zero_optimization"]["stage3_param_persistence_threshold"] == 640
+
+
+@pytest.mark.parametrize("section", ["optimizer", "scheduler", "bf16", "fp16", "tensorboard", "wandb"])
+def test_auto_stands_for_a_whole_section(section: str, place: Path) -> None:
+    config = load(place, {section: "auto"}).ds_config(world_size=1, on_gpu=False)
+    assert "auto" not in json.dumps(config)
+    config = load(place, {"optimizer": {"params": "auto"}, "scheduler": {"params": "auto"}}).ds_config(1, False)
+    assert "auto" not in json.dumps(config)
+
+
+def test_precision_follows_the_device(place: Path) -> None:
+    recipe = load(place, {"bfloat16": {"enabled": "auto"}})
+    assert recipe.ds_config(1, on_gpu=True)["bf16"]["enabled"] is True
+    assert recipe.ds_config(1, on_gpu=False)["bf16"]["enabled"] is False
+    assert load(place, {}, "train.precision=fp32").ds_config(1, on_gpu=True)["bf16"]["enabled"] is False
+
+
+def test_clipping_is_always_written(place: Path) -> None:
+    """DeepSpeed clips at 1.0 when the key is missing. Mutation: leave `gradient_clipping` out of `ds_values`."""
+    assert load(place, {}, "train.max_grad_norm=0").ds_config(1, True)["gradient_clipping"] == 0.0
+
+
+def test_equal_values_in_both_are_no_conflict(place: Path) -> None:
+    settings = {"train_batch_size": 8, "gradient_clipping": 1, "optimizer": {"params": {"lr": 0.002}}}
+    load(place, settings, "train.lr=2e-3")
+
+
+def test_values_of_the_file_are_left_alone(place: Path) -> None:
+    settings = ds_config.load(Path(load(place, TRANSFORMERS_EXAMPLE).deepspeed))
+    before = json.dumps(settings)
+    owned = load(place, TRANSFORMERS_EXAMPLE).ds_values(1, True)
+    ds_config.resolve(settings, Path("ds.json"), owned, None)
+    assert json.dumps(settings) == before
+
+
+def test_ranks_that_do_not_divide_are_refused(place: Path) -> None:
+    with pytest.raises(UserError, match=r"found 8, which 3 ranks x train.micro_batch_size 2 do not divide"):
+        load(place, {}).ds_config(world_size=3, on_gpu=True)
+    with pytest.raises(UserError, match="gradient_accumulation_steps: found 4, but"):
+        load(place, {"gradient_accumulation_steps": 4}).ds_config(world_size=2, on_gpu=True)
+
+
+@pytest.mark.parametrize("file", sorted(shipped("ds_configs").glob("*.json")), ids=lambda file: file.stem)
+def test_shipped_config_is_accepted_by_deepspeed(file: Path) -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    config = Recipe.load("smollm2_135m_stage1", [f"deepspeed={file}"]).ds_config(1, True)
+    zero = DeepSpeedZeroConfig(**ds_config.fill_sizes(config, 64)["zero_optimization"])
+    assert f"zero{zero.stage}" in file.stem
+    assert (zero.offload_optimizer is not None) == ("offload" in file.stem)
+
+
+def test_known_keys_are_those_of_deepspeed() -> None:
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.offload_config import (
+        DeepSpeedZeroOffloadOptimizerConfig,
+        DeepSpeedZeroOffloadParamConfig,
+    )
+
+    def names(model: Any) -> set[str]:
+        return {name for key, field in model.model_fields.items() for name in (key, field.alias) if name}
+
+    assert names(DeepSpeedZeroConfig) - {"zenflow"} == ds_config.SECTIONS["zero_optimization"]
+    assert names(DeepSpeedZeroOffloadParamConfig) == ds_config.SECTIONS["zero_optimization.offload_param"]
+    assert names(DeepSpeedZeroOffloadOptimizerConfig) == ds_config.SECTIONS["zero_optimization.offload_optimizer"]
+    assert names(DeepSpeedBF16Config) == ds_config.SECTIONS["bf16"]
+    assert names(DeepSpeedFP16Config) == ds_config.SECTIONS["fp16"]
+    fields = DeepSpeedZeroConfig.model_fields.values()
+    whole = {n for f in fields for n in (f.alias,) if n and f.annotation is int}
+    assert whole <= ds_config.ZERO_SIZES
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.sampled_from(["auto", "cpu", "é\n"]),
+    lambda inner: (
+        st.lists(inner, max_size=2)
+        | st.dictionaries(
+            st.sampled_from(
+                ["stage", "enabled", "params", "lr", "type", "device", "overlap_comm", "offload_param", "x"]
+            ),
+            inner,
+            max_size=4,
+        )
+    ),
+)
+KEYS = st.sampled_from([*sorted(ds_config.TOP_LEVEL), "elasticity", "amp", "unknown"])
+
+
+@settings(
+    derandomize=True,
+    deadline=None,
+    database=None,
+    max_examples=200,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(st.dictionaries(KEYS, VALUES, max_size=6))
+def test_any_json_is_a_config_or_refused(place: Path, data: dict[str, Any]) -> None:
+    with contextlib.suppress(UserError):
+        ds_config.fill_sizes(load(place, data).ds_config(1, True), 64)
+
+
+@settings(
+    derandomize=True,
+    deadline=None,
+    database=None,
+    max_examples=300,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(st.binary(max_size=40) | st.text(alphabet='{}[]",:\\ue0 truefalsn1-.', max_size=60).map(str.encode))
+def test_any_bytes_are_json_or_refused(place: Path, data: bytes) -> None:
+    (place / "ds.json").write_bytes(data)
+    with contextlib.suppress(UserError):
+        ds_config.load(Path("ds.json"))

@@ -1,0 +1,306 @@
+"""Recipes: what is refused and in which words, overrides, paths, and fuzzed input."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bad_recipes import BAD, GOOD, SECRET, edit
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from medusa_ds.cli import main
+from medusa_ds.config.loading import STUB_FIRST, STUB_LAST
+from medusa_ds.config.recipe import Recipe, find_recipe, shipped
+from medusa_ds.errors import UserError
+
+SHIPPED = sorted(shipped("recipes").glob("*.yaml"))
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with a good recipe and the files that it names, as working directory."""
+    (tmp_path / "r.yaml").write_text(GOOD)
+    (tmp_path / "chat.jsonl").write_text("{}\n")
+    (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 2}}')
+    (tmp_path / "empty").mkdir()
+    heads = tmp_path / "old" / "heads"
+    heads.mkdir(parents=True)
+    saved = {"num": 5, "layers": 1, "lm_head": "own", "hidden_size": 32, "vocab_size": 99}
+    (heads / "heads.json").write_text(json.dumps(saved))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def messages(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """What `medusa-ds` prints to standard error when it refuses."""
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2
+    assert out == ""
+    assert err and all(line.startswith("error: ") for line in err.splitlines()), err
+    assert "Traceback" not in err
+    return err
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_named_with_its_mend(name: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, overrides, settings_json, fragments = BAD[name]
+    (place / "r.yaml").write_text(recipe)
+    if settings_json is not None:
+        (place / "zero.json").write_text(settings_json)
+    err = messages(capsys, "validate", "r.yaml", *overrides)
+    for fragment in fragments:
+        assert fragment in err
+    assert not any(secret in err for secret in (SECRET, "abcd1234", "pa55word", "0123456789abcdef"))
+
+
+@pytest.mark.parametrize(
+    ("content", "fragment"),
+    [
+        (None, "no such recipe file"),
+        (b"\xff\xfe\x00", "not UTF-8"),
+        (b"#" * (2 << 20), "more than 1048576 bytes"),
+        (b"\x00", "not valid YAML"),
+    ],
+)
+def test_unreadable_file_is_named(
+    content: bytes | None, fragment: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if content is not None:
+        (place / "x.yaml").write_bytes(content)
+    err = messages(capsys, "validate", "x.yaml")
+    assert "x.yaml" in err
+    assert fragment in err
+
+
+def test_directory_and_device_are_no_recipes(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no such recipe file" in messages(capsys, "validate", str(place))
+    assert "no such recipe file" in messages(capsys, "validate", "/dev/zero")
+    assert "did you mean the shipped smollm2_135m_stage1?" in messages(capsys, "validate", "smollm_135m_stage1")
+    assert "not a plain file" in messages(capsys, "validate", "r.yaml", f"deepspeed={place}")
+
+
+def test_all_mistakes_are_reported_at_once(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Types, ranges, contradictions, paths and the DeepSpeed file in one report.
+
+    Mutation: raise at the first ValidationError without looking at contradictions and the DeepSpeed file.
+    """
+    text = (
+        edit("num: 3", "num: 99\n  layer: 2")
+        .replace("1e-3", "fast")
+        .replace("micro_batch_size: 2", "micro_batch_size: 3")
+    )
+    (place / "r.yaml").write_text(text.replace("chat.jsonl", "none.jsonl") + "loss: {coefficient: 0.1}\n")
+    (place / "zero.json").write_text('{"zero_optimization": {"stage": 7}, "nonsense": 1}')
+    err = messages(capsys, "validate", "r.yaml", "model.frozen=false")
+    keys = (
+        "heads.num",
+        "heads.layer:",
+        "train.lr",
+        "train.global_batch_size",
+        "data.path",
+        "loss.coefficient",
+        "model.frozen",
+        "zero_optimization.stage",
+        "nonsense",
+    )
+    for key in keys:
+        assert err.count(key) == 1, key
+    assert len(err.splitlines()) == len(keys)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["r.yaml", "heads.num=99", "stage=9"],
+        ["r.yaml", "deepspeed=missing.json"],
+        ["r.yaml", "data.path=/none.jsonl"],
+        ["r.yaml", "--world-size", "3"],
+        ["nothing.yaml"],
+    ],
+)
+def test_real_command_exits_with_2_and_no_traceback(argv: list[str], place: Path) -> None:
+    command = [sys.executable, "-m", "medusa_ds.cli", "validate", *argv]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_good_recipe_is_ok(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["validate", "r.yaml", "--world-size", "4", "train.steps=3"])
+    assert capsys.readouterr().out == "ok\n"
+
+
+def test_numbers_are_read_as_yaml_1_2(place: Path) -> None:
+    recipe = Recipe.load("r.yaml", ["heads.num=010", "train.lr=2e-05", "train.eps=.5", "model.name=no", "train.steps="])
+    assert (recipe.heads.num, recipe.train.lr, recipe.train.eps) == (10, 2e-5, 0.5)
+    assert recipe.model.name == "no"
+    assert recipe.train.steps is None
+
+
+def test_overrides_replace_nested_and_listed_values(place: Path) -> None:
+    sources = "data.path=[{path: chat.jsonl}, {path: owner/chat, split: 'test[:5%]'}]"
+    recipe = Recipe.load("r.yaml", [sources, "data.path.1.weight=0.5", "loss.decay=0.7", "model.revision=" + "a" * 40])
+    assert not isinstance(recipe.data.path, str)
+    assert [(source.path, source.weight) for source in recipe.data.path] == [
+        (str(place / "chat.jsonl"), 1.0),
+        ("owner/chat", 0.5),
+    ]
+    assert recipe.loss.decay == 0.7
+
+
+def test_defaults_follow_the_stage(place: Path) -> None:
+    first = Recipe.load("r.yaml")
+    assert (first.model.frozen, first.loss.coefficient, first.train.lr_multiplier) == (True, None, None)
+    second = Recipe.load("r.yaml", ["stage=2", "heads.init_from=old", "heads.num=5"])
+    assert (second.model.frozen, second.loss.coefficient, second.train.lr_multiplier) == (False, 0.2, 4.0)
+
+
+def test_works_from_any_directory(place: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: Any) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    monkeypatch.chdir(elsewhere)
+    (elsewhere / "mine.json").write_text("{}")
+    recipe = Recipe.load(place / "r.yaml", ["deepspeed=mine.json"])
+    assert recipe.data.path == str(place / "chat.jsonl")
+    assert recipe.deepspeed == str(elsewhere / "mine.json")
+    assert recipe.output == str(elsewhere / "out")
+    (elsewhere / "runs" / "one").mkdir(parents=True)
+    (elsewhere / "runs" / "one" / "heads.json").write_text('{"num": 3, "layers": 1, "lm_head": "own"}')
+    second = Recipe.load(place / "r.yaml", ["stage=2", "heads.init_from=runs/one", "deepspeed=ds_configs/zero3.json"])
+    assert second.heads.init_from == str(elsewhere / "runs" / "one")
+    assert Path(second.deepspeed) == shipped("ds_configs") / "zero3.json"
+
+
+def test_resolved_recipe_loads_to_the_same(place: Path) -> None:
+    recipe = Recipe.load("r.yaml", ["data.template_args={note: 'é 😀 \"q\": #x'}", "data.path=[{path: chat.jsonl}]"])
+    (place / "resolved.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    assert Recipe.load("resolved.yaml") == recipe
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_shipped_recipe_has_the_stub_and_validates(file: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    rows = file.read_text().splitlines()
+    assert rows[0] == (
+        '_: r"""  # this line and the last one let the launcher run this file: deepspeed recipes/' + file.name
+    )
+    assert STUB_FIRST.match(rows[0])
+    assert rows[-1] == STUB_LAST == '# """; from medusa_ds.train import main; main(__file__)'
+    compile(file.read_text(), str(file), "exec")
+    assert "Expect: " in file.read_text()
+    monkeypatch.chdir(tmp_path)
+    recipe = Recipe.load(file, planning=True)
+    if recipe.heads.init_from is not None:
+        with pytest.raises(UserError, match="run stage 1 first"):
+            Recipe.load(file)
+        first = Recipe.load(file.stem.replace("stage2", "stage1"))
+        assert recipe.heads.init_from == first.output
+        assert recipe.model == first.model.model_copy(update={"frozen": False})
+        heads = Path(first.output) / "heads"
+        heads.mkdir(parents=True)
+        (heads / "heads.json").write_text(first.heads.model_dump_json())
+    assert Recipe.load(file) == recipe
+    assert Path(recipe.deepspeed).name == f"zero{recipe.stage + 1}.json"
+    assert Path(recipe.output).name == file.stem
+    for ranks in (1, 2, 4, 8) if recipe.train.global_batch_size >= 8 else (1,):
+        recipe.ds_config(ranks, on_gpu=True)
+
+
+def test_both_stages_of_six_models_are_shipped() -> None:
+    models = "llama3_8b llama31_8b qwen3_8b mistral_7b_v03 vicuna_7b_v15 smollm2_135m".split()
+    assert {file.stem for file in SHIPPED} == {f"{model}_stage{stage}" for model in models for stage in (1, 2)}
+    assert find_recipe("smollm2_135m_stage1") in SHIPPED
+
+
+def test_unstubbed_recipe_equals_stubbed(place: Path) -> None:
+    (place / "s.yaml").write_text('_: r"""  # any comment\n' + GOOD + STUB_LAST + "\n")
+    assert Recipe.load("s.yaml") == Recipe.load("r.yaml")
+    (place / "s.yaml").write_bytes(b"\xef\xbb\xbf" + (place / "s.yaml").read_bytes().replace(b"\n", b"\r\n"))
+    assert Recipe.load("s.yaml") == Recipe.load("r.yaml")
+
+
+KEYS = [
+    "model.name",
+    "model.revision",
+    "model.config",
+    "model.frozen",
+    "model.init",
+    "heads.num",
+    "heads.init_from",
+    "data.path",
+    "data.split",
+    "data.seed",
+    "data.template_args",
+    "train.lr",
+    "train.steps",
+    "train.betas",
+]
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=20)
+    | st.sampled_from(["1e400", "~", "~nobody/x", "\0", "a" * 5000, "../..", "sample", "!!x", "*a", "train[", SECRET])
+)
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+)
+FUZZ = settings(
+    derandomize=True,
+    deadline=None,
+    database=None,
+    max_examples=200,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+def loads_or_is_refused(*overrides: str) -> None:
+    problems: tuple[str, ...] = ("none",)
+    try:
+        Recipe.load("r.yaml", overrides)
+    except UserError as error:
+        problems = error.problems
+    assert problems
+    assert all(problem.strip() and SECRET not in problem for problem in problems)
+
+
+@FUZZ
+@given(
+    st.dictionaries(
+        st.sampled_from(["model", "heads", "stage", "data", "train", "deepspeed", "output", "_", "x"]), VALUES
+    )
+)
+def test_any_structure_is_a_recipe_or_refused(place: Path, data: dict[str, Any]) -> None:
+    (place / "r.yaml").write_text(json.dumps(data))
+    loads_or_is_refused()
+
+
+@FUZZ
+@given(st.sampled_from(KEYS), VALUES)
+def test_any_value_is_a_recipe_or_refused(place: Path, key: str, value: Any) -> None:
+    loads_or_is_refused(f"{key}={json.dumps(value)}")
+
+
+@FUZZ
+@given(
+    st.text()
+    | st.lists(st.sampled_from([*GOOD.split("\n"), "- x", "  - &a *a", "? [k]: v", '"', "%TAG", "\t", "#"])).map(
+        "\n".join
+    )
+)
+def test_any_text_is_a_recipe_or_refused(place: Path, text: str) -> None:
+    (place / "r.yaml").write_text(text, encoding="utf-8", errors="replace")
+    loads_or_is_refused("train.lr=1")
+
+
+@FUZZ
+@given(st.binary(max_size=64))
+def test_any_bytes_are_a_recipe_or_refused(place: Path, data: bytes) -> None:
+    (place / "r.yaml").write_bytes(GOOD.encode() + data)
+    loads_or_is_refused()

@@ -1,0 +1,256 @@
+import pytest
+import torch
+from decoding_models import LIMIT, NUM, VOCAB, build, oracles, random_heads, reference
+from transformers import DynamicCache
+
+from medusa_ds.decoding import session as cache
+from medusa_ds.decoding.acceptance import Acceptance
+from medusa_ds.decoding.decoder import Decoder, StopStrings
+from medusa_ds.decoding.trees import Tree, chain, default_tree
+from medusa_ds.errors import UserError
+from medusa_ds.heads.medusa import MedusaHeads
+
+TREES = {
+    "chain": chain(3),
+    "wide": Tree([(rank,) for rank in range(12)]),
+    "bushy": default_tree(3, 40),
+    "full": Tree([path for i in range(3) for path in ((i,), *(((i, j)) for j in range(3)))]),
+    "lopsided": Tree([(7,), (7, 0), (7, 0, 5), (0,)]),
+}
+
+
+def test_greedy_with_random_heads_equals_transformers(case):
+    """Mutation: positions without the node's depth."""
+    decoder = Decoder(case.model, random_heads(), TREES["bushy"])
+    for prompt, text in zip(case.prompts, case.texts, strict=True):
+        assert decoder.generate([prompt], 20)[0].tokens == text
+
+
+def test_truncated_heads_decode_greedily_and_guess_tokens_of_their_map(case):
+    """Mutation: leave out `tokens` in `_propose`, which proposes rows in place of tokens."""
+    known = torch.arange(VOCAB - 1, 40, -2)
+    heads = random_heads(token_map=known)
+    decoder = Decoder(case.model, heads, TREES["bushy"])
+    for prompt, text in list(zip(case.prompts, case.texts, strict=True))[:8]:
+        assert decoder.generate([prompt], 20)[0].tokens == text
+    session = decoder.prepare(1, 20)
+    hidden = torch.randn(1, 32)
+    decoder._propose(session, decoder._guess(hidden), torch.tensor([9]))
+    guesses = session.candidates_BC[0, 1:].reshape(NUM, -1).tolist()
+    for head, found in zip(heads, guesses, strict=True):
+        logits = head.logits(hidden)[0]
+        assert found == [int(known[i]) for i in logits.argsort(descending=True)[: decoder.tree.width]]
+
+
+def test_plain_decoding_equals_transformers(case):
+    decoder = Decoder(case.model, [], chain(0))
+    for prompt, text in zip(case.prompts[::5], case.texts[::5], strict=True):
+        row = decoder.generate([prompt], 20)[0]
+        assert row.tokens == text
+        assert row.accepted == [1] * (len(text) - 1)
+
+
+def test_perfect_heads_are_accepted_whole_at_every_step(case):
+    """Mutation: copy the tree's first slots instead of the accepted path's."""
+    for prompt, text, longer in zip(case.prompts, case.texts, case.longer, strict=True):
+        row = Decoder(case.model, oracles(case.model, prompt + longer), TREES["bushy"]).generate([prompt], 20)[0]
+        assert row.tokens == text
+        assert row.accepted[:-1] == [NUM + 1] * (len(row.accepted) - 1)
+        assert sum(row.accepted) == len(text) - 1
+
+
+def test_trained_like_heads_of_a_permutation_model_are_perfect():
+    """Real `MedusaHeads`: in a model that maps token i to f(i), head k's projection is the LM head's, permuted."""
+    model = build("llama", vocab=32)
+    shift = torch.randperm(32, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.model.embed_tokens.weight.copy_(torch.eye(32))
+        model.lm_head.weight.copy_(torch.eye(32)[shift.argsort()])
+        heads = MedusaHeads(NUM, 1, 32, 32)
+        rows = model.lm_head.weight
+        for head in heads:
+            rows = rows[shift.argsort()]
+            head.projection.weight.copy_(rows)
+    row = Decoder(model, heads, chain(3)).generate([[int(shift.argsort()[3])] * 3], 9)[0]
+    model.generation_config.eos_token_id = 33
+    row = Decoder(model, heads, chain(3)).generate([[7]], 21)[0]
+    assert row.tokens == reference(model, [7], 21, eos_token_id=33)
+    assert row.accepted == [4, 4, 4, 4, 4]
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_trees_of_every_shape_give_the_same_text(case, name):
+    """Mutation: a mask that lets nodes see their siblings."""
+    tree = TREES[name]
+    for prompt, text, longer in list(zip(case.prompts, case.texts, case.longer, strict=True))[:8]:
+        some_right = oracles(case.model, prompt + longer, lambda k, position: (position * 7 + k) % 4)
+        assert Decoder(case.model, some_right[: tree.depth], tree).generate([prompt], 20)[0].tokens == text
+
+
+def test_cache_is_that_of_a_fresh_forward_after_every_acceptance_length(case):
+    """Mutation: forget the last accepted node when the path is copied."""
+    prompt = case.prompts[17]
+    text = prompt + reference(case.model, prompt, 60, eos_token_id=VOCAB)
+    case.model.generation_config.eos_token_id, before = VOCAB, case.model.generation_config.eos_token_id
+    decoder = Decoder(case.model, oracles(case.model, text, lambda k, t: 0 if k <= t // 4 % 4 else 30), TREES["bushy"])
+    case.model.generation_config.eos_token_id = before
+    seen = set()
+    for (row,) in decoder.stream([prompt], 40):
+        session = decoder._session
+        length = int(session.length_B)
+        assert length == len(prompt) + len(row.tokens) - 1 or row.finish
+        fresh, cache_name = DynamicCache(), next(iter(session.cache_arguments))
+        with torch.no_grad():
+            case.model(input_ids=torch.tensor([text[:length]]), **{**session.cache_arguments, cache_name: fresh})
+        begin = decoder.tree.nodes
+        for index, layer in enumerate(fresh.layers):
+            kept = layer.keys.shape[2]  # a sliding layer keeps its window only
+            ours = session.kv[2 * index : 2 * index + 2, 0, :, begin + length - kept : begin + length]
+            torch.testing.assert_close(ours, torch.stack([layer.keys[0], layer.values[0]]), rtol=1e-4, atol=1e-5)
+        seen |= set(row.accepted)
+    assert seen == {1, 2, 3, 4}
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_transformers_announces_no_end_of_what_decoding_calls(llama):
+    """Mutation: hand the cache over as `past_key_values`, whatever it is called."""
+    for heads, tree in ((random_heads(), TREES["bushy"]), ([], chain(0))):
+        assert len(Decoder(llama, heads, tree).generate([[5, 9, 12]], 8)[0].tokens) > 1
+
+
+@pytest.mark.parametrize("short", [0, 1, 2, 5])
+def test_prompts_up_to_the_models_limit(llama, short):
+    prompt = [6 + i % 90 for i in range(LIMIT - short)]
+    row = Decoder(llama, random_heads(), TREES["bushy"]).generate([prompt], 50)[0]
+    assert row.tokens == reference(llama, prompt, short + 1)[: len(row.tokens)]
+    assert len(row.tokens) == short + 1 or row.finish == "end"
+
+
+def test_a_prompt_over_the_limit_or_empty_is_refused(llama):
+    for prompt in ([], [7] * (LIMIT + 1)):
+        with pytest.raises(UserError, match=f"1 to {LIMIT}"):
+            Decoder(llama, [], chain(0)).generate([prompt], 5)
+
+
+def test_ends_inside_an_accepted_path_end_the_text_there(llama):
+    """Mutation: look for the end token among the last emitted token only."""
+    prompt = [9, 40, 77]
+    longer = reference(llama, prompt, 40, eos_token_id=VOCAB)
+    places = set()
+    for end in dict.fromkeys(longer[1:13]):
+        decoder = Decoder(llama, oracles(llama, prompt + longer), chain(3))
+        decoder.ends = {end}
+        row = decoder.generate([prompt], 30)[0]
+        assert row.tokens == longer[: longer.index(end) + 1]
+        assert row.finish == "end"
+        places.add(row.accepted[-1] if row.accepted else 0)
+    assert len(places) > 2
+    decoder = Decoder(llama, oracles(llama, prompt + longer), chain(3))
+    for budget in range(1, 10):
+        row = decoder.generate([prompt], budget)[0]
+        assert row.tokens == reference(llama, prompt, budget)
+
+
+def test_stop_strings_end_the_text_with_the_token_that_completes_one(llama):
+    class Letters:
+        def decode(self, tokens):
+            return "".join(chr(1000 + token) for token in tokens)
+
+    prompt = [9, 40, 77]
+    longer = reference(llama, prompt, 40, eos_token_id=VOCAB)
+    text = Letters().decode(longer)
+    decoder = Decoder(llama, oracles(llama, prompt + longer), chain(3))
+    for start in range(1, 9):
+        string = text[start : start + 3]
+        row = decoder.generate([prompt], 30, StopStrings(Letters(), ["", string]))[0]
+        assert Letters().decode(row.tokens) == text[: text.index(string) + 3]
+        assert row.finish == "stop"
+
+
+def test_batches_of_unequal_prompts_equal_single_rows(case):
+    """Mutation: let all rows grow by what the first row accepted."""
+    prompts = case.prompts[1:13]
+    for decoder in (Decoder(case.model, random_heads(), TREES["bushy"]), Decoder(case.model, [], chain(0))):
+        rows = decoder.generate(prompts, 20)
+        assert [row.tokens for row in rows] == case.texts[1:13]
+        for prompt, row in zip(prompts, rows, strict=True):
+            assert decoder.generate([prompt], 20)[0].accepted == row.accepted
+
+
+def test_blocks_of_slots_are_skipped_only_where_no_node_looks(llama, monkeypatch):
+    """What batches on a GPU attend through, compiled for a CPU; red when the tree's own slots do not count as used."""
+    generator = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(6, VOCAB, (length,), generator=generator).tolist() for length in (1, 15, 16, 40)]
+    trees = [(random_heads(), default_tree(3, 24)), ([], chain(0))]
+    wanted = [Decoder(llama, heads, tree).generate(prompts, 30) for heads, tree in trees]
+    monkeypatch.setattr(cache, "_BLOCK", 16)
+    monkeypatch.setattr(cache.Session, "masks", lambda session, _: {"attention_mask": session.block_mask()})
+    found = [Decoder(llama, heads, tree).generate(prompts, 30) for heads, tree in trees]
+    for rows, others in zip(found, wanted, strict=True):
+        assert [(row.tokens, row.accepted) for row in rows] == [(row.tokens, row.accepted) for row in others]
+
+
+def test_shared_projection_and_own_copies_of_it_guess_the_same(llama):
+    shared, own = MedusaHeads(NUM, 1, 32, VOCAB, own_projection=False), MedusaHeads(NUM, 1, 32, VOCAB)
+    own.initialize(llama.lm_head.weight)
+    for a, b in zip(shared, own, strict=True):
+        torch.nn.init.normal_(a.blocks[0].weight, std=0.2)
+        b.blocks.load_state_dict(a.blocks.state_dict())
+    rows = [Decoder(llama, heads, TREES["bushy"]).generate([[9, 40, 77]], 20)[0] for heads in (shared, own)]
+    assert (rows[0].tokens, rows[0].accepted) == (rows[1].tokens, rows[1].accepted)
+
+
+def test_a_session_serves_longer_and_shorter_texts_one_after_the_other(llama):
+    """What an earlier text left in the cache must not show."""
+    decoder = Decoder(llama, random_heads(), TREES["bushy"])
+    for prompt in ([9] * 60, [8], [70, 9, 11] * 9):
+        assert decoder.generate([prompt], 12)[0].tokens == reference(llama, prompt, 12)
+    assert decoder._session is decoder.prepare(1, 90)
+    assert llama.config._attn_implementation == "sdpa"
+
+
+def _chi_square_p(counts, probabilities, draws):
+    """Survival function of Pearson's statistic; cells expected less than 5 times are put together."""
+    cells = sorted(zip(probabilities, counts, strict=True))
+    statistic, freedom, rare_p, rare_count = 0.0, -1, 0.0, 0
+    for p, count in cells:
+        if p * draws < 5:
+            rare_p, rare_count = rare_p + p, rare_count + count
+        else:
+            statistic, freedom = statistic + (count - p * draws) ** 2 / (p * draws), freedom + 1
+    if rare_p * draws > 1:
+        statistic, freedom = statistic + (rare_count - rare_p * draws) ** 2 / (rare_p * draws), freedom + 1
+    return float(torch.special.gammaincc(torch.tensor(freedom / 2.0), torch.tensor(statistic / 2)))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_exact_sampling_has_the_base_models_distribution(temperature):
+    """All texts of four tokens over a vocabulary of six. Mutations: argmax in place of the draw at the path's end;
+    accept a node whose probability is above the draw; one draw for all nodes of a step."""
+    vocab, draws = 6, 6000
+    model = build("llama", vocab=vocab)
+    model.generation_config.eos_token_id = vocab
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.25)  # distributions that are neither flat nor one-sided
+    heads = random_heads(vocab)
+    tree = Tree([(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0)])
+    decoder = Decoder(model, heads, tree, Acceptance("exact", temperature))
+    rows = decoder.generate([[2, 4, 1]] * draws, 4, seed=5)
+    assert sum(sum(row.accepted) for row in rows) > 1.15 * sum(len(row.accepted) for row in rows)  # guesses matter
+    texts = torch.cartesian_prod(*[torch.arange(vocab)] * 4)
+    with torch.no_grad():
+        logits = model(input_ids=torch.cat([torch.tensor([2, 4, 1]).expand(len(texts), -1), texts], 1)).logits
+    steps = (logits[:, 2:6] / temperature).log_softmax(-1).gather(-1, texts[..., None])[..., 0]
+    expected = steps.sum(-1).exp().double()
+    place = vocab ** torch.arange(3, -1, -1)
+    counts = torch.bincount(torch.tensor([row.tokens for row in rows]) @ place, minlength=vocab**4)
+    assert _chi_square_p(counts.tolist(), expected.tolist(), draws) > 1e-3
+
+
+def test_sampling_repeats_with_its_seed(llama):
+    decoder = Decoder(llama, random_heads(), TREES["bushy"], Acceptance("exact", 3.0))
+    texts = [decoder.generate([[9, 40, 77]], 20, seed=seed)[0].tokens for seed in (0, 0, 1)]
+    assert texts[0] == texts[1] != texts[2]

@@ -1,0 +1,209 @@
+"""Exported directories, as transformers alone decodes with them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from exporting import MakeRun, export_
+from transformers import AutoModelForCausalLM
+
+from medusa_ds.heads.medusa import MedusaHeads, load_heads, save_heads
+from medusa_ds.programs import export
+from medusa_ds.runs import load_run
+
+
+def test_transformers_alone_maps_the_guesses(make_run: MakeRun, tmp_path: Path, monkeypatch: Any) -> None:
+    """Turns red when rows are taken for tokens."""
+    tokens = torch.arange(299, 40, -3)
+    path = export_(make_run("run", tokens=tokens), "out", "--for", "transformers")
+    model = AutoModelForCausalLM.from_pretrained(
+        json.loads((path / "config.json").read_text())["base_model_name_or_path"]
+    )
+    heads, hidden = export.custom_generate.Heads(model, str(path), {}), torch.randn(5, 32)
+    loaded = load_run(path, torch.device("cpu"), torch.float32)
+    with torch.no_grad():
+        wanted = torch.stack([tokens[head.logits(hidden).argmax(-1)] for head in loaded.heads], 1)
+        assert heads.guess(hidden).equal(wanted)
+
+
+ALONE = """
+import json, sys
+class Refuse:
+    def find_spec(self, name, *_):
+        if name.split(".")[0] == "medusa_ds":
+            raise ImportError("refused")
+sys.meta_path.insert(0, Refuse())
+import torch, transformers
+try:
+    import medusa_ds
+    raise SystemExit("medusa_ds could be imported")
+except ImportError:
+    pass
+base, path = sys.argv[1:]
+model = transformers.AutoModelForCausalLM.from_pretrained(base)
+passes, same = {"plain": 0, "heads": 0}, 0
+current = None
+def count(*_):
+    passes[current] += 1
+model.register_forward_hook(count)
+draw = torch.Generator().manual_seed(5)
+for i in range(50):
+    ids = torch.randint(3, 300, (1, 2 + i % 9), generator=draw)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0}
+    current = "plain"
+    plain = model.generate(**inputs, max_new_tokens=40)
+    current = "heads"
+    same += model.generate(**inputs, max_new_tokens=40, custom_generate=path, trust_remote_code=True).equal(plain)
+print(json.dumps({"same": same, **passes}))
+"""
+
+
+def distil(run: Path) -> None:
+    """Teach a run's heads the greedy text of its backbone."""
+    loaded = load_run(run, torch.device("cpu"), torch.float32)
+    draw = torch.Generator().manual_seed(4)
+    texts = loaded.backbone.generate(
+        torch.randint(3, 300, (96, 4), generator=draw),
+        max_new_tokens=40,
+        min_new_tokens=40,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    with torch.no_grad():
+        hidden = loaded.backbone.base_model(input_ids=texts).last_hidden_state
+    heads = torch.nn.ModuleList(loaded.heads)
+    optimizer = torch.optim.Adam(heads.parameters(), lr=1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = torch.zeros(())
+        for k, head in enumerate(heads, 1):
+            logits = head.logits(hidden[:, 3 : -k - 1])
+            loss = loss + torch.nn.functional.cross_entropy(logits.flatten(0, 1), texts[:, 4 + k :].flatten())
+        loss.backward()
+        optimizer.step()
+    config, _ = load_heads(run)
+    save_heads(run / "heads", heads.state_dict(), {key: config[key] for key in export.META})
+
+
+def test_transformers_alone_decodes_greedily_with_fewer_passes(make_run: MakeRun, tmp_path: Path) -> None:
+    """Turns red when `decode` accepts one guess more than agrees, or leaves the cache uncropped."""
+    run = make_run()
+    distil(run)
+    path = export_(run, "out", "--for", "transformers")
+    base = json.loads((path / "config.json").read_text())["base_model_name_or_path"]
+    env = {**os.environ, "PYTHONPATH": "", "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", ALONE, base, str(path)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    counts = json.loads(done.stdout.splitlines()[-1])
+    assert counts["same"] == 50
+    assert counts["heads"] < 0.8 * counts["plain"], counts
+
+
+def decode_with(path: Path, model: Any, ids: torch.Tensor, **options: Any) -> Any:
+    mask = options.pop("attention_mask", torch.ones_like(ids))
+    settings = {"attention_mask": mask, "pad_token_id": 0, "trust_remote_code": True, **options}
+    return model.generate(ids, custom_generate=str(path), **settings)
+
+
+def test_custom_generate_handles_batches_processors_streams_and_refusals(
+    make_run: MakeRun, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    run = make_run()
+    distil(run)
+    path = export_(run, "out", "--for", "transformers")
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    ids = torch.randint(3, 300, (4, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    settings = {"attention_mask": mask, "max_new_tokens": 30, "do_sample": False}
+    plain = model.generate(ids, pad_token_id=0, **settings)
+    ends = [int(plain[0, 13]), int(plain[1, 25])]  # rows end at different steps
+    for options in ({}, {"repetition_penalty": 1.3}, {"eos_token_id": ends}):
+        plain = model.generate(ids, pad_token_id=0, **settings, **options)
+        assert decode_with(path, model, ids, **settings, **options).equal(plain), options
+
+    class Stream:
+        tokens: list[int] = []
+        ended = False
+
+        def put(self, tokens: torch.Tensor) -> None:
+            self.tokens += tokens.flatten().tolist()
+
+        def end(self) -> None:
+            self.ended = True
+
+    stream = Stream()
+    out = decode_with(
+        path, model, ids[:1], max_new_tokens=9, do_sample=False, streamer=stream, return_dict_in_generate=True
+    )
+    assert stream.ended and stream.tokens == out.sequences[0].tolist()
+    for options in (
+        {"num_beams": 2},
+        {"cache_implementation": "static"},
+        {"use_cache": False},
+        {"output_scores": True, "return_dict_in_generate": True},
+    ):
+        with pytest.raises(ValueError, match="Medusa heads"):
+            decode_with(path, model, ids[:1], max_new_tokens=4, do_sample=False, **options)
+
+
+def test_sampling_with_heads_has_the_models_distribution(
+    make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chi-square over all texts of three tokens. Turns red when a wrong guess, not the drawn token, is kept."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=4,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        initializer_range=0.4,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    model = LlamaForCausalLM(config).eval()
+    heads = MedusaHeads(2, 1, 16, 4)
+    heads.initialize(model.lm_head.weight)
+    meta = {
+        "base_model": "x",
+        "revision": None,
+        "num": 2,
+        "layers": 1,
+        "lm_head": "own",
+        "hidden_size": 16,
+        "vocab_size": 4,
+        "recipe": "",
+    }
+    save_heads(tmp_path / "out" / "heads", heads.state_dict(), meta)
+    (tmp_path / "out" / "custom_generate").mkdir()
+    source = Path(export.custom_generate.__file__).read_text()
+    (tmp_path / "out" / "custom_generate" / "generate.py").write_text(source)
+
+    prompt = torch.tensor([[1, 3]])
+    texts = torch.cartesian_prod(*[torch.arange(4)] * 3)
+    with torch.no_grad():
+        logits = model(torch.cat([prompt.expand(64, -1), texts], 1)).logits[:, 1:-1]
+    expected = logits.log_softmax(-1).gather(-1, texts[..., None])[..., 0].sum(-1).exp()
+    passes = []
+    hook = model.register_forward_hook(lambda *_: passes.append(1))
+    torch.manual_seed(0)
+    draws, rows = 250, 4
+    seen = torch.zeros(64)
+    for _ in range(draws):
+        out = decode_with(tmp_path / "out", model, prompt.expand(rows, -1), max_new_tokens=3, do_sample=True, top_k=0)
+        seen += torch.bincount((out[:, 2:] * torch.tensor([16, 4, 1])).sum(-1), minlength=64)
+    hook.remove()
+    assert len(passes) < 2.97 * draws  # guesses were kept
+    wanted = expected * draws * rows
+    assert float(((seen - wanted) ** 2 / wanted).sum()) < 63 + 4 * (2 * 63) ** 0.5

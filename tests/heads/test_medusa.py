@@ -1,0 +1,239 @@
+"""Heads at the start, after a step, and in their files."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from medusa_ds.errors import UserError
+from medusa_ds.heads.medusa import MedusaHeads, VocabularyProjection, different_maps, load_heads, save_heads
+from medusa_ds.model.projection import project
+
+H, V = 8, 23
+
+
+def make(layers=2, own=True, num=3):
+    heads = MedusaHeads(num, layers, H, V, own_projection=own)
+    heads.initialize(torch.randn(V, H, generator=torch.Generator().manual_seed(1)))
+    return heads
+
+
+@pytest.mark.parametrize("layers", [0, 1, 3])
+def test_a_new_head_gives_the_lm_heads_logits(layers):
+    lm_head = VocabularyProjection(H, V)
+    torch.nn.init.normal_(lm_head.weight)
+    heads = MedusaHeads(2, layers, H, V)
+    heads.initialize(lm_head.weight)
+    hidden = torch.randn(2, 5, H)
+    for head in heads:
+        assert torch.equal(head.logits(hidden), hidden @ lm_head.weight.T)
+        assert head.projection.weight.data_ptr() != lm_head.weight.data_ptr()
+    shared = MedusaHeads(2, layers, H, V, own_projection=False)
+    assert torch.equal(shared[1].logits(hidden, lm_head), hidden @ lm_head.weight.T)
+    assert not [name for name in shared.state_dict() if "projection" in name]
+
+
+def test_logits_follow_the_papers_formula():
+    """Mutation: share the residual blocks (`[block] * layers`)."""
+    heads = make()
+    with torch.no_grad():
+        for parameter in heads.parameters():
+            parameter.copy_(torch.randn(parameter.shape))
+    state, hidden = heads.state_dict(), torch.randn(4, H)
+    for k in range(3):
+        x = hidden
+        for i in range(2):
+            y = x @ state[f"{k}.blocks.{i}.weight"].T + state[f"{k}.blocks.{i}.bias"]
+            x = x + y * torch.sigmoid(y)
+        torch.testing.assert_close(heads[k].logits(hidden), x @ state[f"{k}.projection.weight"].T)
+
+
+@pytest.mark.parametrize("layers", [0, 1, 2])
+@pytest.mark.parametrize("impl", ["torch", "eager"])
+def test_every_parameter_learns_from_hidden_states_without_graph(layers, impl):
+    """Mutation: share the residual blocks between heads or layers (the parameters become fewer)."""
+    heads = make(layers)
+    hidden, targets = torch.randn(6, H), torch.randint(0, V, (6,))
+    sum(head(hidden, targets, impl)[0] for head in heads).backward()
+    assert len(list(heads.parameters())) == 3 * (2 * layers + 1)
+    assert all(parameter.grad.norm() > 0 for parameter in heads.parameters())
+
+
+def test_a_head_without_rows_gives_every_parameter_a_zero_gradient():
+    heads = make()
+    loss, predicted = heads[0](torch.randn(0, H), torch.zeros(0, dtype=torch.long))
+    loss.backward()
+    assert loss == 0
+    assert predicted.shape == (0,)
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in heads[0].parameters())
+
+
+META = {
+    "base_model": "owner/model",
+    "revision": None,
+    "num": 3,
+    "layers": 2,
+    "lm_head": "own",
+    "hidden_size": H,
+    "vocab_size": V,
+    "recipe": "stage: 1\n",
+}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    save_heads(tmp_path / "run" / "heads", make().state_dict(), META)
+    return tmp_path / "run" / "heads"
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_saved_heads_come_back(tmp_path, own):
+    heads = make(own=own).to(torch.bfloat16)
+    save_heads(tmp_path, heads.state_dict(), {**META, "lm_head": "own" if own else "shared"})
+    config, tensors = load_heads(tmp_path)
+    assert {key: config[key] for key in META} == {**META, "lm_head": "own" if own else "shared"}
+    assert (config["format_version"], config["dtype"]) == (1, "bfloat16")
+    assert tensors.keys() == heads.state_dict().keys()
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in heads.state_dict().items())
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["heads.json", "heads.safetensors"]
+
+
+def test_the_output_directory_of_a_run_names_its_heads(saved):
+    assert load_heads(saved.parent)[0]["num"] == 3
+    with pytest.raises(UserError, match=r"heads\.json: no such file"):
+        load_heads(saved.parent.parent)
+
+
+def edit(folder, **changes):
+    config = {**json.loads((folder / "heads.json").read_text()), **changes}
+    (folder / "heads.json").write_text(json.dumps(config))
+
+
+def rewrite(folder, change):
+    """Save other tensors with a checksum that fits them."""
+    tensors = load_file(folder / "heads.safetensors")
+    change(tensors)
+    save_heads(folder, tensors, META)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "heads.safetensors").unlink(), r"heads.safetensors: cannot be read \(No such file"),
+        (lambda f: (f / "heads.safetensors").write_bytes((f / "heads.safetensors").read_bytes()[:-1]), "damaged"),
+        (lambda f: save_file({"x": torch.ones(1)}, f / "heads.safetensors"), "damaged, its SHA-256"),
+        (lambda f: (f / "heads.json").write_text("{"), "heads.json:1: not valid JSON"),
+        (lambda f: (f / "heads.json").write_text("[]"), "found format_version None; this version reads 1"),
+        (lambda f: edit(f, format_version=2), "found format_version 2; this version reads 1"),
+        (lambda f: edit(f, num=0), "num: found 0; save"),
+        (lambda f: edit(f, layers=True), "layers: found True"),
+        (lambda f: edit(f, vocab_size="many"), "vocab_size: found 'many'"),
+        (lambda f: edit(f, lm_head="borrowed"), "lm_head: found 'borrowed'; save"),
+        (lambda f: edit(f, num=4), r"missing 3.blocks.0.bias"),
+        (lambda f: edit(f, layers=1), r"unknown 0.blocks.1.bias"),
+        (lambda f: edit(f, hidden_size=9), r"0.blocks.0.weight is \[8, 8\] of torch.float32; .* says \[9, 9\]"),
+        (lambda f: edit(f, dtype="bfloat16"), "says .* of bfloat16"),
+        (lambda f: rewrite(f, lambda t: t.pop("1.projection.weight")), "missing 1.projection.weight"),
+        (lambda f: rewrite(f, lambda t: t.update(extra=torch.ones(2))), "unknown extra"),
+    ],
+)
+def test_damaged_heads_are_refused_by_name(saved, damage, message):
+    damage(saved)
+    with pytest.raises(UserError, match=message):
+        load_heads(saved)
+
+
+def test_a_flipped_bit_is_found(saved):
+    data = bytearray((saved / "heads.safetensors").read_bytes())
+    data[-3] ^= 4
+    (saved / "heads.safetensors").write_bytes(data)
+    with pytest.raises(UserError, match="damaged"):
+        load_heads(saved)
+
+
+def test_a_file_that_is_no_safetensors_file_is_refused(saved):
+    (saved / "heads.safetensors").write_bytes(b"PK\x03\x04 not tensors")
+    from medusa_ds.heads.medusa import _sha256
+
+    edit(saved, sha256=_sha256(saved / "heads.safetensors"))
+    with pytest.raises(UserError, match="not a safetensors file"):
+        load_heads(saved)
+
+
+def test_a_write_that_dies_leaves_the_old_heads(saved, monkeypatch):
+    def die(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("medusa_ds.heads.medusa.os.fsync", die)
+    with pytest.raises(KeyboardInterrupt):
+        save_heads(saved, make(layers=1).state_dict(), {**META, "layers": 1})
+    assert load_heads(saved)[0]["layers"] == 2
+
+
+def truncated(tokens):
+    heads = MedusaHeads(2, 1, H, V, token_map=torch.tensor(tokens))
+    lm_head = torch.randn(V, H)
+    heads.initialize(lm_head)
+    assert torch.equal(heads[1].projection.weight, lm_head[tokens])
+    return heads
+
+
+def test_token_map_is_saved_beside_the_heads(tmp_path):
+    heads = truncated([2, 3, 11, 22])
+    save_heads(tmp_path, heads.state_dict(), META | {"num": 2, "layers": 1})
+    config, tensors = load_heads(tmp_path)
+    assert config["vocab_size"] == V and config["dtype"] == "float32"
+    assert tensors["token_map"].tolist() == [2, 3, 11, 22]
+    again = MedusaHeads(2, 1, H, V, token_map=tensors["token_map"])
+    again.load_state_dict(tensors)
+    hidden = torch.randn(3, H)
+    assert torch.equal(again[0].logits(hidden), heads[0].logits(hidden))
+    assert again[0].tokens(torch.tensor([3])).tolist() == [22]
+    assert again[0].rows(torch.tensor([11, 4])).tolist() == [2, -1]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "says"),
+    [
+        (torch.tensor([2, 3, 11, V]), f"names token {V}, outside"),
+        (torch.tensor([-1, 3, 11, 4]), "names token -1"),
+        (torch.tensor([2, 3, 11, 3]), "names a token twice"),
+        (torch.tensor([2, 3, 11]), "projection.weight is"),
+        (torch.tensor([2.0, 3, 11, 4]), "not a list of int64"),
+        (torch.zeros(0, dtype=torch.int64), "has 0 tokens"),
+        (torch.tensor([[2, 3, 11, 4]]), "not a list of int64"),
+    ],
+)
+def test_bad_token_maps_are_refused(tokens, says, tmp_path):
+    state = truncated([2, 3, 11, 22]).state_dict() | {"token_map": tokens}
+    save_heads(tmp_path, state, META | {"num": 2, "layers": 1})
+    with pytest.raises(UserError, match=says):
+        load_heads(tmp_path)
+
+
+def test_token_map_beside_a_shared_projection_is_refused(tmp_path):
+    state = make(1, own=False).state_dict() | {"token_map": torch.tensor([1, 2])}
+    save_heads(tmp_path, state, META | {"num": 3, "layers": 1, "lm_head": "shared"})
+    with pytest.raises(UserError, match="shared, which has no rows"):
+        load_heads(tmp_path)
+
+
+def test_token_maps_that_differ_are_told_apart():
+    assert different_maps(None, None) is None
+    assert different_maps([1, 2], [1, 2]) is None
+    assert different_maps(None, [1, 2]) == "found projections onto all tokens; this recipe has 2 tokens"
+    assert different_maps([1, 2, 3], [1, 2, 9]) == "found 1 other tokens among its 3, as 3"
+
+
+@pytest.mark.parametrize("shape", [(16,), (1, 16), (2, 7, 16)])
+def test_products_without_gradients_are_those_with_them(shape):
+    """They are another library's on a CPU. Mutation: leave the bias out."""
+    torch.manual_seed(0)
+    hidden, weight, bias = torch.randn(shape), torch.randn(40, 32)[:, :16].requires_grad_(), torch.randn(40)
+    with torch.no_grad():
+        without = project(hidden, weight, bias)
+    torch.testing.assert_close(without, nn.functional.linear(hidden, weight, bias).detach())
+    project(hidden, weight, bias).sum().backward()
+    assert weight.grad is not None

@@ -1,0 +1,313 @@
+"""`medusa-ds bench` on a tiny model and a CPU: what it refuses, what it writes, and how a trace becomes a table."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from medusa_ds.benchmarks import trace, worker
+from medusa_ds.benchmarks.batches import load_conversations, make_feed
+from medusa_ds.benchmarks.cases import IMPLS, Case, matrix
+from medusa_ds.benchmarks.head import measure_head
+from medusa_ds.cli import main
+from medusa_ds.errors import UserError
+from medusa_ds.model.rows import count_targets
+from medusa_ds.programs import bench
+
+TINY = """\
+model:
+  name: tiny
+  init: random
+  config: {model_type: llama, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, vocab_size: 307,
+           num_attention_heads: 4, num_key_value_heads: 2, max_position_embeddings: 256, initializer_range: 0.2}
+stage: 1
+data: {path: sample}
+train: {global_batch_size: 2, lr: 1e-3}
+output: out
+"""
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    return tmp_path
+
+
+def case(**changes):
+    values = {
+        "recipe": "tiny.yaml",
+        "overrides": (),
+        "part": "step",
+        "stage": 1,
+        "heads": 2,
+        "sequence": 24,
+        "batch": 2,
+        "impl": "original",
+        "zero": "zero2",
+        "warmup": 1,
+        "steps": 2,
+    }
+    return Case(**values | changes)
+
+
+@pytest.mark.parametrize(
+    ("argv", "fragment"),
+    [
+        (["--part", "stpe"], "--part: found 'stpe'; allowed are step, head, chat, epochs"),
+        (["--impl", "ours,theirs"], "--impl: found 'theirs'; allowed are ours, ours_fp8"),
+        (["--stage", "3"], "--stage: found 3; allowed are 1 and 2"),
+        (["--heads", "3,many"], "--heads: found 'many'; allowed is a whole number"),
+        (["--sequence", "8", "--heads", "5"], "data.max_length"),
+        (["--heads", "17"], "heads.num"),
+        (["--zero", "zero7"], "zero7.json"),
+        (["tiny.yml"], "tiny.yml: no such recipe file"),
+        (["tiny.yaml", "train.lrr=1"], "did you mean lr?"),
+        (["tiny.yaml", "--json", "no/where.json"], "--json: no/where.json: cannot be written"),
+    ],
+)
+def test_misuse_is_a_line(argv, fragment, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", *argv])
+    assert stop.value.code == 2
+    assert fragment in capsys.readouterr().err
+
+
+def test_the_default_is_the_originals_matrix():
+    cases = matrix("tiny.yaml", (), ["step"], [1, 2], [3, 5], [1024, 8192], 6, [*IMPLS], None, 1, 1, [1])
+    assert len(cases) == 2 * 2 * (5 + 4)
+    assert {(one.stage, one.zero) for one in cases} == {(1, "zero2"), (2, "zero3")}
+    assert {one.impl for one in cases if one.stage == 2} == {"ours", "eager", "original", "torch_linear_ce"}
+    second = next(one for one in cases if one.stage == 2).load_recipe()
+    assert second.heads.init_from is None and second.train.activation_checkpointing
+
+
+def test_a_run_measures_ours_beside_the_original(place, capsys):
+    """Mutation: leave the residual blocks or a head out of the original, or weigh its heads otherwise."""
+    options = "--heads 2 --sequence 24 --batch 2 --warmup 1 --steps 2 --impl ours,original,ours_fp8"
+    main(["bench", "tiny.yaml", "train.warmup_ratio=0", *options.split()])
+    out = capsys.readouterr().out
+    assert "left out, as this machine or its PyTorch cannot: step: stage 1, 2 heads, 2 x 24, ours_fp8" in out
+    report = json.loads((place / "bench.json").read_text())
+    assert report["machine"]["matmul_tflops"] > 0 and report["machine"]["versions"]["torch"]
+    ours, original = report["results"]
+    assert (ours["impl"], original["impl"]) == ("ours", "original")
+    for number in range(3):  # three steps of the same mathematics, learning included
+        assert ours["losses"][number] == pytest.approx(original["losses"][number], rel=1e-5)
+    assert ours["losses"][2] != ours["losses"][1]
+    for result in (ours, original):
+        assert len(result["seconds"]) == 2
+        assert result["min_s"] <= result["median_s"] <= result["max_s"]
+        assert result["supervised"] == 2 * (24 - 2) and result["tokens"] == 48
+    assert original["times_original"] == 1
+    assert ours["times_original"] == pytest.approx(original["median_s"] / ours["median_s"])
+
+
+def test_stage_2_and_the_loss_of_one_head_in_this_process(place):
+    result = worker.measure_step(case(stage=2, zero="zero0"), None, place)
+    assert result["supervised"] == 44 and result["tflops"] > 0
+    head = measure_head(case(part="head"))
+    assert head["rows"] == 48 and head["ways"]["ours"]["median_ms"] > 0
+
+
+def test_two_ranks_take_a_step_together(place):
+    """The batch is each rank's, tokens are of both. Mutation: leave the other rank's out."""
+    options = "--heads 2 --sequence 24 --batch 2 --warmup 1 --steps 2 --impl ours,original --gpus 2 --profile traces"
+    main(["bench", "tiny.yaml", *options.split()])
+    (two,) = json.loads((place / "bench.json").read_text())["results"]  # the original knows one GPU
+    assert (two["gpus"], two["tokens"], two["supervised"]) == (2, 96, 88)
+    assert two["profile"]["step_ms"] > 0 and (place / "traces" / "step_stage1_heads2_2x24_ours_2gpus.json").exists()
+
+
+def test_several_gpus_are_compared_with_one_and_with_the_original():
+    """Mutation: forget to divide by the number of GPUs."""
+    results = [
+        case(impl=impl, gpus=gpus).to_json() | {"median_s": 1.0, "supervised_tokens_per_s": speed, "tflops": tflops}
+        for impl, gpus, speed, tflops in (("ours", 1, 30.0, 6.0), ("ours", 2, 57.0, 12.0), ("original", 1, 20.0, 4.0))
+    ]
+    bench.compare({"machine": {"matmul_tflops": 10.0}, "results": results})
+    assert [result.get("times_original") for result in results] == [1.5, 57 / 40, 1.0]
+    assert [result.get("times_one_gpu") for result in results] == [None, 1.9, None]
+    assert [result["of_ceiling"] for result in results] == [0.6, 0.6, 0.4]
+
+
+def test_figures_of_ranks_are_the_slowest_ones_and_sums():
+    ranks = [
+        {
+            "seconds": [1.0, 4.0],
+            "startup_s": 2.0,
+            "rows": [5, 3],
+            "tokens": 8.0,
+            "peak_allocated_gib": 1.0,
+            "peak_reserved_gib": None,
+        },
+        {
+            "seconds": [2.0, 3.0],
+            "startup_s": 1.0,
+            "rows": [6, 1],
+            "tokens": 8.0,
+            "peak_allocated_gib": 0.5,
+            "peak_reserved_gib": None,
+        },
+    ]
+    assert worker._of_all(ranks) == {
+        "seconds": [2.0, 4.0],
+        "startup_s": 2.0,
+        "rows": [11, 4],
+        "tokens": 16.0,
+        "peak_allocated_gib": 1.0,
+        "peak_reserved_gib": None,
+    }
+
+
+def test_a_rank_that_fails_ends_the_others(place):
+    """Mutation: wait for every rank."""
+    started = time.monotonic()
+    command = [sys.executable, "-c", "import os, time; os.environ['RANK'] == '1' and exit(3); time.sleep(60)"]
+    assert bench._end(bench._start(command, 2, place / "log.txt"), 30) == 3
+    assert bench._end(bench._start(command, 1, place / "log.txt"), 1) is None
+    assert time.monotonic() - started < 20
+
+
+def test_epochs_from_the_cache_beside_the_originals(place, tiny_model, conversations):
+    """Whole epochs, with the filling; the original's are computed. Mutation: leave `startup_s` out of the whole."""
+    overrides = (
+        f"model.name={tiny_model}",
+        "model.init=pretrained",
+        "model.config={}",
+        "heads.vocab=128",
+        f"data.path={conversations}",
+        "train.warmup_ratio=0",
+        "train.lr=1e-2",
+    )
+    given = {"overrides": overrides, "part": "epochs", "sequence": 64}
+    found = {impl: worker.measure_step(case(**given, impl=impl), None, place) for impl in ("original", "cached_vocab")}
+    data, _ = load_conversations(case(**given).load_recipe())
+    original, cached = found["original"], found["cached_vocab"]
+    assert (place / "hidden" / "manifest.json").exists()
+    assert cached["num_steps"] == len(cached["losses"]) == 3 * data.train.steps_per_epoch(2)
+    assert original["num_steps"] == 3 * -(-len(data.train.rows) // 2) > cached["num_steps"]
+    assert cached["total_s"] == pytest.approx(cached["startup_s"] + sum(cached["seconds"]))
+    assert original["total_s"] == pytest.approx(original["startup_s"] + original["num_steps"] * original["median_s"])
+    counts = count_targets(*(torch.tensor(part)[None] for part in every_conversation(data)), 1)
+    for result in found.values():
+        whole = result["supervised_tokens_per_s"] * result["total_s"]
+        assert whole == pytest.approx(3 * int(counts[1])) == pytest.approx(result["supervised"] * result["num_steps"])
+    assert cached["losses"][-1] < cached["losses"][0]
+
+
+def every_conversation(data):
+    """Labels and positions of the training split, one conversation after another."""
+    examples = [data.train.example(number).labels for number in range(len(data.train.rows))]
+    return [label for labels in examples for label in labels], [at for labels in examples for at in range(len(labels))]
+
+
+def test_conversations_are_padded_for_the_original(monkeypatch, tiny_model, conversations):
+    """One a sequence, labels where the assistant speaks."""
+    recipe = case(
+        overrides=(
+            f"model.name={tiny_model}",
+            "model.init=pretrained",
+            "model.config={}",
+            f"data.path={conversations}",
+        ),
+        part="chat",
+        sequence=64,
+    )
+    data, _ = load_conversations(recipe.load_recipe())
+    padded, packed = (
+        [make_feed(one, data, 300, 0)(step) for step in range(4)]
+        for one in (recipe, Case(**recipe.to_json() | {"impl": "ours"}))
+    )
+    assert padded[0].input_ids.shape == packed[0].input_ids.shape == (2, 64)
+    share = [sum(int((b.labels >= 0).sum()) for b in batches) for batches in (padded, packed)]
+    assert 0 < share[0] < share[1], "packing holds more supervised tokens"
+    assert all((b.position_ids == torch.arange(64)).all() for b in padded)
+
+
+def test_out_of_memory_is_a_result_and_other_errors_are_not(place, monkeypatch):
+    def fail(error):
+        def measure(*_):
+            raise error
+
+        return measure
+
+    (place / "case.json").write_text(json.dumps(case().to_json()))
+    out = UserError("out of memory; lower train.micro_batch_size")
+    out.__cause__ = torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(worker, "measure_step", fail(out))
+    with pytest.raises(SystemExit):
+        worker.main("case.json", "result.json")
+    result = json.loads((place / "result.json").read_text())
+    assert list(result) == ["out_of_memory"]
+    assert "out of memory" in bench.describe(
+        {"machine": {"device": "x", "matmul_tflops": 1.0, "copy_gb_per_s": 1.0}, "results": [case().to_json() | result]}
+    )
+    monkeypatch.setattr(worker, "measure_step", fail(UserError("no such model")))
+    with pytest.raises(UserError, match="no such model"):
+        worker.main("case.json", "result.json")
+
+
+def test_a_kernel_belongs_to_the_innermost_range_that_launched_it():
+    def event(cat, name, ts, dur, correlation=None):
+        args = {} if correlation is None else {"correlation": correlation}
+        return {"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur, "args": args}
+
+    events = [
+        event("user_annotation", "whole step", 0, 10_000),
+        event("user_annotation", "backbone", 0, 100),
+        event("user_annotation", "head 1", 100, 100),
+        event("user_annotation", "head 1 projection", 150, 50),
+        event("cpu_op", "autograd::engine::evaluate_function: X", 300, 100),
+        event("user_annotation", "Optimizer.step#AdamW.step", 500, 100),
+        *(
+            event("cuda_runtime", "cudaLaunchKernel", ts, 1, n)
+            for n, ts in enumerate((50, 120, 160, 350, 450, 550, 560))
+        ),
+        *(
+            event("kernel", name, 1000 + 1000 * n, 500, n)
+            for n, name in enumerate(("gemm", "gemm", "gemm", "add", "copy", "adam", "ncclDevKernel"))
+        ),
+        event("gpu_memcpy", "Memcpy", 7400, 200, 4),  # beside the last 100 of communication
+    ]
+    found = trace.summarize(events, ["backbone", "head 1", "head 1 projection"])
+    assert found["parts"] == pytest.approx(
+        {
+            "backbone": 0.5,
+            "head 1": 0.5,
+            "head 1 projection": 0.5,
+            "backward": 0.5,
+            "bookkeeping": 0.7,
+            "optimizer": 0.5,
+            "communication, alone": 0.4,
+            "communication, beside others": 0.1,
+            "idle": 10 - 3.6,
+        }
+    )
+    assert found["kernels"]["gemm"] == 1.5
+    assert found["gaps"]["start to backbone"] == 1.0
+    assert found["gaps"]["backbone to head 1"] == 0.5
+    assert found["gaps"]["bookkeeping to end"] == pytest.approx(10 - 7.6)
+
+
+def test_pictures_show_every_stage_and_number_of_heads(place):
+    pytest.importorskip("matplotlib")
+    from medusa_ds.benchmarks.pictures import draw
+
+    good = {"tokens": 10, "flops": 1e9, "tokens_per_s": 5.0, "peak_reserved_gib": 3.0}
+    results = [
+        case(heads=heads, sequence=sequence, impl=impl).to_json()
+        | (good if sequence == 24 else {"out_of_memory": "yes"})
+        for heads in (3, 5)
+        for sequence in (24, 48)
+        for impl in ("ours", "eager")
+    ]
+    files = draw({"machine": {"device": "x", "matmul_tflops": 700.0}, "results": results}, "pictures")
+    assert [file.name for file in files] == [
+        f"{kind}_stage1_heads{heads}.svg" for heads in (3, 5) for kind in ("memory", "throughput")
+    ]
+    text = Path("pictures/throughput_stage1_heads3.svg").read_text()
+    assert "<svg" in text

@@ -1,0 +1,285 @@
+"""`medusa-ds generate`, `evaluate` and `tree` on a tiny run: finished, as a heads folder and as a checkpoint."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from medusa_ds.cli import main
+from medusa_ds.data.prompts import Prompt, read_prompts
+from medusa_ds.decoding.answers import Settings
+from medusa_ds.errors import UserError
+from medusa_ds.heads.medusa import MedusaHeads, save_heads
+from medusa_ds.programs.evaluate import evaluate
+from medusa_ds.programs.tree import search_tree
+from medusa_ds.training import checkpoint
+from medusa_ds.training.tensors import KEYS
+
+NUM, VOCAB, HIDDEN = 2, 258, 32
+RECIPE = "model: {model}\nheads: {heads}\nstage: {stage}\ndata: {{template_args: {{}}}}\n"
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+)
+
+
+def _tokenizer():
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE({**{letter: i for i, letter in enumerate(letters)}, "<e>": 256, "<p>": 257}, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<e>", pad_token="<p>", chat_template=TEMPLATE)
+
+
+def _save_checkpoint(monkeypatch, output, named_tensors, step):
+    alone = SimpleNamespace(
+        get_rank=lambda: 0, get_world_size=lambda: 1, all_gather_object=lambda out, own: out.__setitem__(0, own)
+    )
+    monkeypatch.setattr(checkpoint, "dist", alone)
+    tensors = [
+        (f"{name}/{key}", tensor if key == KEYS[0] else tensor + 1) for name, tensor in named_tensors for key in KEYS
+    ]
+    checkpoint.save(output / "checkpoints", step, tensors, {"engine": {}}, 1)
+    checkpoint.mark_best(output / "checkpoints", step)
+
+
+@pytest.fixture
+def output(tmp_path, monkeypatch):
+    """A finished stage-1 run of a model that is sure of itself, with heads that are right now and then."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "llama",
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=160,
+        initializer_range=0.25,
+        eos_token_id=256,
+        pad_token_id=257,
+        bos_token_id=None,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "model")
+    _tokenizer().save_pretrained(tmp_path / "model")
+    heads = MedusaHeads(NUM, 1, HIDDEN, VOCAB)
+    heads.initialize(model.lm_head.weight)
+    spec = {"num": NUM, "layers": 1, "lm_head": "own"}
+    recipe = RECIPE.format(model=json.dumps({"name": str(tmp_path / "model")}), heads=json.dumps(spec), stage=1)
+    meta = {
+        **spec,
+        "base_model": "tiny",
+        "revision": None,
+        "hidden_size": HIDDEN,
+        "vocab_size": VOCAB,
+        "recipe": recipe,
+    }
+    save_heads(tmp_path / "run" / "heads", heads.state_dict(), meta)
+    (tmp_path / "run" / "recipe.yaml").write_text(recipe)
+    _save_checkpoint(monkeypatch, tmp_path / "run", [(f"heads.{name}", t) for name, t in heads.named_parameters()], 40)
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    rows = [{"turns": ["Hi", "And?"], "category": "talk"}, {"turns": ["12+3"], "category": "maths"}, {"turns": ["ok"]}]
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    return file
+
+
+def _settings(run, prompts, **more):
+    return Settings(str(run), str(prompts), max_new_tokens=24, device="cpu", **more)
+
+
+def test_run_heads_folder_and_checkpoint_give_the_same_figures(output, prompts, capsys):
+    """Mutation: read an Adam moment in place of the master weights."""
+    reports = [
+        evaluate(_settings(run, prompts))
+        for run in (output, output / "heads", output / "checkpoints" / "step-000040", output / "checkpoints" / "best")
+    ]
+    for report in reports:
+        report.pop("run")
+        assert report.pop("speed")["speed_up"] > 0
+    assert reports[0] == reports[1] == reports[2] == reports[3]
+    report = reports[0]
+    assert report["texts"] == {"compared": 4, "differ": 0, "differ_by_a_tie": 0, "differences": []}
+    assert set(report["accepted"]["by_category"]) == {"talk", "maths", ""}
+    assert 1 <= report["accepted"]["mean_tokens_per_step"] <= NUM + 1
+    assert "tokens per step, decoding" in capsys.readouterr().out
+
+
+def test_figures_agree_with_each_other(output, prompts):
+    report = evaluate(_settings(output, prompts))
+    heads, accepted = report["heads"], report["accepted"]
+    for k in (1, 2):
+        shares = list(heads[f"head{k}"].values())
+        assert shares == sorted(shares)
+    assert heads["full_acc_1"] == heads["cond_acc_1"] == heads["head1"]["top1"]
+    assert heads["full_acc_2"] == pytest.approx(heads["full_acc_1"] * heads["cond_acc_2"])
+    assert heads["chain_acceptance_teacher_forced"] == pytest.approx(1 + heads["full_acc_1"] + heads["full_acc_2"])
+    total = sum(int(count) * steps for count, steps in accepted["distribution"].items())
+    assert accepted["mean_tokens_per_step"] == pytest.approx(total / accepted["steps"])
+
+
+def test_tree_is_written_into_the_run_and_used_from_then_on(output, prompts, tmp_path, capsys):
+    found = search_tree(_settings(output, prompts, json_file=str(tmp_path / "tree.json")), nodes=8)
+    kept = json.loads((output / "heads" / "heads.json").read_text())
+    assert found["chosen"] == 8 == len(kept["tree"]) + 1
+    assert json.loads((tmp_path / "tree.json").read_text())["chosen"] == 8
+    assert evaluate(_settings(output, prompts))["tree"] == {"nodes": 8, "depth": 2, "measured": True}
+    assert sorted(file.name for file in (output / "heads").iterdir()) == ["heads.json", "heads.safetensors"]
+    rows = search_tree(_settings(output, prompts))["sizes"]
+    assert [row["nodes"] for row in rows][:4] == [1, 2, 4, 8]
+    assert [row["expected"] for row in rows] == sorted(row["expected"] for row in rows)
+    assert rows[0]["expected"] == rows[0]["held_out"] == 1
+    assert "tokens/step" in capsys.readouterr().out
+
+
+def test_tree_refuses_a_checkpoint(output, prompts):
+    with pytest.raises(UserError, match="sealed"):
+        search_tree(_settings(output / "checkpoints" / "best", prompts))
+
+
+def test_a_damaged_tree_or_a_folder_that_is_no_run_is_named(output, prompts, tmp_path):
+    with pytest.raises(UserError, match=r"prompts.jsonl: found no run; name"):
+        evaluate(_settings(prompts, prompts))
+    file = output / "heads" / "heads.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tree": [[0, 0]]}))
+    with pytest.raises(UserError, match=r"heads.json: path \[0, 0\] hangs"):
+        evaluate(_settings(output, prompts))
+
+
+def test_stage_two_takes_the_tuned_backbone(output, prompts, monkeypatch):
+    """Mutation: load the base model whatever the stage."""
+    before = evaluate(_settings(output, prompts))["accepted"]
+    tuned = AutoModelForCausalLM.from_pretrained(output.parent / "model")
+    torch.manual_seed(7)
+    for parameter in tuned.parameters():
+        torch.nn.init.normal_(parameter, std=0.25)
+    config = json.loads((output / "heads" / "heads.json").read_text())
+    config["recipe"] = config["recipe"].replace("stage: 1", "stage: 2")
+    (output / "heads" / "heads.json").write_text(json.dumps(config))
+    (output / "recipe.yaml").write_text(config["recipe"])
+    with pytest.raises(UserError, match=r"backbone: missing"):
+        evaluate(_settings(output, prompts))
+    tuned.save_pretrained(output / "backbone")
+    shutil.copytree(output.parent / "model", output / "heads", dirs_exist_ok=True, ignore=lambda *_: {"config.json"})
+    weights = load_file(output / "heads" / "heads.safetensors")
+    heads = [(f"heads.{name}", tensor) for name, tensor in weights.items()]
+    named = [(f"backbone.{name}", tensor.detach()) for name, tensor in tuned.named_parameters()]
+    _save_checkpoint(monkeypatch, output, named + heads, 41)
+    finished, sealed = (
+        evaluate(_settings(run, prompts))["accepted"] for run in (output, output / "checkpoints" / "best")
+    )
+    assert finished == sealed != before
+
+
+def test_every_bad_row_of_prompts_is_named(tmp_path):
+    file = tmp_path / "bad.jsonl"
+    lines = ['{"turns": ["a"]}', "{", "[]", '{"turns": []}', '{"turns": ["a", 3]}', '{"turns": ["a"], "category": 1}']
+    lines.append('{"turns": ["a", " "]}')
+    file.write_text("\n".join(lines))
+    with pytest.raises(UserError) as caught:
+        read_prompts("--prompts", str(file))
+    assert [problem.split(": ")[0] for problem in caught.value.problems] == [f"{file}:{n}" for n in range(2, 8)]
+    with pytest.raises(UserError):
+        read_prompts("--prompts", str(file), 1)
+    file.write_text("\n".join([lines[0]] * 2))
+    assert read_prompts("--prompts", str(file), 1) == [Prompt([{"role": "user", "content": "a"}], "")]
+    file.write_text("\n")
+    with pytest.raises(UserError, match="found no prompt"):
+        read_prompts("--prompts", str(file))
+    with pytest.raises(UserError, match=r"--prompts: .*none.jsonl: found no such file"):
+        read_prompts("--prompts", str(tmp_path / "none.jsonl"))
+
+
+def test_prompts_may_be_conversations_whose_answers_are_made_anew(output, tmp_path):
+    """What `distill` writes, and a system turn. Mutation: leave system turns out."""
+    turns, system = ["hello", "more"], {"role": "system", "content": "be brief"}
+    rows = {
+        "turns": {"turns": turns},
+        "messages": {
+            "messages": [
+                {"role": role, "content": text} for turn in turns for role, text in (("user", turn), ("assistant", "x"))
+            ]
+        },
+    }
+    rows["system"] = {"messages": [system, *rows["messages"]["messages"]]}
+    reports = {}
+    for name, row in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
+        reports[name] = evaluate(_settings(output, tmp_path / f"{name}.jsonl"))
+    assert {report["prompts"]["answers"] for report in reports.values()} == {2}
+    figures = [{key: reports[name][key] for key in ("heads", "accepted", "texts")} for name in rows]
+    assert figures[0] == figures[1] != figures[2]
+
+
+def test_prompts_over_the_models_limit_are_counted(output, tmp_path):
+    file = tmp_path / "long.jsonl"
+    file.write_text(json.dumps({"turns": ["x" * 500]}) + "\n" + json.dumps({"turns": ["hello"]}))
+    assert evaluate(_settings(output, file))["prompts"] == {"file": str(file), "answers": 1, "left_out_too_long": 1}
+
+
+def test_a_picture_without_matplotlib_says_what_to_install(output, prompts, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    with pytest.raises(UserError, match=r"pip install 'medusa-ds\[plots\]'"):
+        search_tree(_settings(output, prompts, picture="tree.png"), nodes=4)
+
+
+def test_pictures_are_drawn(output, prompts, tmp_path):
+    pytest.importorskip("matplotlib")
+    search_tree(_settings(output, prompts, picture=str(tmp_path / "tree.png")), nodes=8)
+    evaluate(_settings(output, prompts, picture=str(tmp_path / "heads.svg")))
+    assert (tmp_path / "tree.png").stat().st_size > 1000
+    assert (tmp_path / "heads.svg").stat().st_size > 1000
+
+
+def _greedy(output, text, max_new_tokens):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(output.parent / "model"), _tokenizer()
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False)
+    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_generate_streams_the_base_models_own_text(output, capsys):
+    main(["generate", str(output), "--prompt", "Hi", "--max-new-tokens", "20", "--device", "cpu"])
+    printed = capsys.readouterr()
+    assert printed.out == _greedy(output, "u:Hi;a:", 20) + "\n"
+    assert "20 tokens, " in printed.err
+    assert "tokens per step" in printed.err
+
+
+def test_generate_chats_and_keeps_the_conversation(output, capsys, monkeypatch):
+    lines = iter(["Hi", "And?", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    main(["generate", str(output), "--max-new-tokens", "8", "--device", "cpu"])
+    first = _greedy(output, "u:Hi;a:", 8)
+    assert capsys.readouterr().out == first + "\n" + _greedy(output, f"u:Hi;a:{first};u:And?;a:", 8) + "\n"
+
+
+@pytest.mark.parametrize("rule", ["typical", "exact"])
+def test_other_rules_evaluate_without_comparing_texts(output, prompts, capsys, rule):
+    main(
+        [
+            "evaluate",
+            str(output),
+            "--prompts",
+            str(prompts),
+            "--max-new-tokens",
+            "12",
+            "--acceptance",
+            rule,
+            "--temperature",
+            "0.8",
+            "--device",
+            "cpu",
+        ]
+    )
+    assert "differ" not in capsys.readouterr().out

@@ -1,0 +1,362 @@
+"""Exported directories, as each engine reads them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import engines
+import pytest
+import torch
+from exporting import MakeRun, assert_same, export_, tensors_of
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from support import train
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from medusa_ds.cli import main
+from medusa_ds.decoding.answers import Settings
+from medusa_ds.heads.medusa import load_heads, save_heads
+from medusa_ds.programs import export
+from medusa_ds.programs.evaluate import evaluate
+from medusa_ds.runs import load_run, save_tree
+
+ENGINES = {
+    "fasterdecoding": engines.fasterdecoding,
+    "tgi": engines.tgi,
+    "tensorrt-llm": engines.tensorrt_llm,
+    "vllm": engines.vllm,
+}
+SHAPES = [
+    ("own", 1, torch.float32),
+    ("own", 2, torch.bfloat16),
+    ("own", 0, torch.float32),
+    ("shared", 1, torch.bfloat16),
+    ("shared", 2, torch.float32),
+]
+
+
+@pytest.mark.parametrize(("lm_head", "layers", "dtype"), SHAPES)
+def test_every_engine_gets_the_heads_bit_for_bit(
+    make_run: MakeRun, tiny_model: Path, lm_head: str, layers: int, dtype: torch.dtype
+) -> None:
+    """Turns red when biases are left out, heads are numbered from 1, or shared heads get no projection in the .pt."""
+    run = make_run("run", f"heads.lm_head={lm_head}", f"heads.layers={layers}", dtype=dtype)
+    loaded = load_run(run, torch.device("cpu"), dtype)
+    lm_head_module = loaded.backbone.get_output_embeddings()
+    hidden = torch.randn(7, 32, generator=torch.Generator().manual_seed(2)).to(dtype)
+    with torch.no_grad():
+        expected = torch.stack([head.logits(hidden, lm_head_module) for head in loaded.heads])
+        both = export_(run, "all")
+        for name, load in ENGINES.items():
+            alone = export_(run, name, "--for", name)
+            for path in (both, alone):
+                assert load(path, hidden, lm_head_module.weight).equal(expected), (name, path)
+        assert engines.vllm(both, hidden, lm_head_module.weight, remaps=False).equal(expected)
+    index = json.loads((both / "model.safetensors.index.json").read_text())["weight_map"]
+    assert set(index.values()) == {"model.safetensors"}  # or vLLM reads the other layouts too
+    assert sum(name.startswith("lm_heads.") for name in index) == (1 if lm_head == "shared" else 3)
+    second_layout = lm_head == "shared" and layers == 1
+    assert ("0.1.weight" in load_file(both / "medusa_lm_head.safetensors")) == (layers == 1 and not second_layout)
+    assert AutoTokenizer.from_pretrained(both).chat_template == loaded.tokenizer.chat_template
+
+
+@pytest.mark.parametrize(("layers", "dtype"), [(1, torch.float32), (2, torch.bfloat16)])
+def test_engines_without_token_maps_get_rows_whose_guesses_are_those_of_the_mapped_ones(
+    make_run: MakeRun, layers: int, dtype: torch.dtype
+) -> None:
+    """Turns red with zeros in place of the mean: they win where all mapped logits are negative."""
+    tokens = torch.arange(299, 40, -3)
+    run = make_run("run", f"heads.layers={layers}", dtype=dtype, tokens=tokens)
+    config, saved = load_heads(run)
+    saved |= {name: weight - 4 for name, weight in saved.items() if "projection" in name}  # negative logits too
+    save_heads(run / "heads", saved, {key: config[key] for key in export.META})
+    loaded, path = load_run(run, torch.device("cpu"), dtype), export_(run, "all")
+    hidden = torch.randn(64, 32, generator=torch.Generator().manual_seed(2)).to(dtype)
+    with torch.no_grad():
+        logits = torch.stack([head.logits(hidden) for head in loaded.heads])
+        for name, load in ENGINES.items():
+            whole = load(path, hidden, loaded.backbone.get_output_embeddings().weight)
+            assert whole[..., tokens].equal(logits), name
+            assert whole.topk(3).values.equal(logits.topk(3).values), name
+            assert torch.isin(whole.topk(3).indices, tokens).all(), name
+    assert (logits.amax(-1) < 0).any()
+    assert "truncated_vocab_size" not in json.loads((path / "config.json").read_text())
+    again = load_run(path, torch.device("cpu"), dtype)
+    assert again.heads[0].token_map.equal(tokens)
+    main(["import", str(path), str(run.parent / "back")])
+    assert {k: v.tolist() for k, v in load_heads(run.parent / "back")[1].items()} == {
+        k: v.tolist() for k, v in load_heads(run)[1].items()
+    }
+
+
+def test_export_cuts_heads_trained_in_full_to_the_most_frequent_tokens(
+    make_run: MakeRun, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run()
+    path = export_(run, "out", "--vocab", "120")
+    (_, whole), (config, cut) = load_heads(run), load_heads(path)
+    tokens = cut["token_map"]
+    assert config["vocab_size"] == 300 and len(tokens) == 120 and {0, 1, 2} <= set(tokens.tolist())
+    assert cut["2.projection.weight"].equal(whole["2.projection.weight"][tokens])
+    assert cut["2.blocks.0.bias"].equal(whole["2.blocks.0.bias"])
+    assert "guesses among the 120 most frequent of 300 tokens" in (path / "README.md").read_text()
+    with pytest.raises(SystemExit):
+        main(["export", str(path), str(run.parent / "again"), "--vocab", "100"])
+    assert "--vocab: found 100, but the heads have 120 tokens already" in capsys.readouterr().err
+    untrained = run.parent / "untrained"
+    recipe = str(run.parent / "tiny.yaml")
+    text = Path(recipe).read_text().replace("num: 3", "num: 3\n  vocab: 120")
+    Path(recipe).write_text(text)
+    main(["export", str(untrained), "--untrained", recipe])
+    assert load_heads(untrained)[1]["token_map"].equal(tokens)
+
+
+def test_vllm_reads_a_token_map_beside_a_shared_projection(make_run: MakeRun) -> None:
+    run = make_run("run", "heads.lm_head=shared")
+    path = export_(run, "out", "--vocab", "120")
+    loaded = load_run(path, torch.device("cpu"), torch.float32)
+    lm_head, hidden = loaded.backbone.get_output_embeddings(), torch.randn(7, 32)
+    tokens = load_file(path / "model.safetensors")["token_map"]
+    assert json.loads((path / "config.json").read_text())["truncated_vocab_size"] == len(tokens) == 120
+    with torch.no_grad():
+        logits = torch.stack([head.logits(hidden, lm_head) for head in loaded.heads])
+        found = engines.vllm(path, hidden, lm_head.weight)
+    assert torch.allclose(found[..., tokens], logits[..., tokens], rtol=1e-5, atol=1e-5)
+    assert found.isinf().sum() == 3 * 7 * 180
+    assert set(load_heads(path)[1]) == set(load_heads(run)[1])
+    main(["import", str(path), str(run.parent / "back")])
+    assert load_heads(run.parent / "back")[0]["vocab_size"] == 300
+
+
+def test_config_says_what_engines_ask_for_and_nothing_of_the_base_models_counts(make_run: MakeRun) -> None:
+    path = export_(make_run("run", "heads.num=2", "heads.layers=2"), "out")
+    config = json.loads((path / "config.json").read_text())
+    assert config == {
+        "model_type": "medusa",
+        "base_model_name_or_path": config["base_model_name_or_path"],
+        "hidden_size": 32,
+        "vocab_size": 300,
+        "medusa_num_heads": 2,
+        "num_medusa_heads": 2,
+        "medusa_num_layers": 2,
+        "medusa_fc_bias": True,
+        "dtype": "float32",
+        "torch_dtype": "float32",
+    }
+    assert (engines.vllm_config(path)["num_heads"], engines.vllm_config(path)["num_hidden_layers"]) == (2, 2)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the outputs of launches lie."""
+    return tmp_path_factory.mktemp("trained")
+
+
+def test_checkpoints_of_two_zero_3_ranks_export_like_the_finished_run(tiny_recipe: Path, trained: Path) -> None:
+    """Both training stages. Turns red when a checkpoint's Adam moments are taken for its weights."""
+    first, second = trained / "first", trained / "second"
+    zero3 = "deepspeed=ds_configs/zero3.json"
+    train(tiny_recipe, zero3, f"output={first}", "train.steps=2", ranks=2, log_dir=trained)
+    finished = export_(first, "finished")
+    assert_same(finished, export_(first / "checkpoints" / "step-000002", "checkpoint"))
+    assert_same(finished, export_(first / "checkpoints" / "best", "of-best"))
+    measured = {result.metric_name for result in ModelCard.load(finished / "README.md").data.eval_results}
+    assert {"acceptance_length", "head1_acc"} <= measured
+    train(
+        tiny_recipe,
+        "stage=2",
+        f"heads.init_from={finished}",
+        f"output={second}",
+        "train.lr=1e-3",
+        "train.steps=2",
+        zero3,
+        ranks=2,
+        log_dir=trained,
+    )
+    whole, early = export_(second, "whole"), export_(second / "checkpoints" / "best", "early")
+    assert_same(whole, early)
+    tuned = [AutoModelForCausalLM.from_pretrained(path / "backbone").state_dict() for path in (second, whole, early)]
+    assert all(tuned[0][name].equal(other[name]) for other in tuned[1:] for name in tuned[0])
+
+
+AGAIN = """
+import json, sys
+from pathlib import Path
+from medusa_ds.config.recipe import Recipe
+from medusa_ds.training.engine import MedusaEngine
+recipe_file, zero, output, target = sys.argv[-4:]
+recipe = Recipe.load(recipe_file, [f"deepspeed=ds_configs/{zero}.json", f"output={output}"])
+engine = MedusaEngine(recipe, 2)
+fingerprint = json.loads((Path(output) / "checkpoints/step-000002/state.json").read_text())["loop"]["data"]
+state = engine.resume_newest(fingerprint)
+engine.recipe = recipe.model_copy(update={"output": target})
+engine.save(state)
+engine.close()
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("zero", ["zero0", "zero1", "zero2", "zero3"])
+def test_the_same_weights_saved_under_every_zero_stage_export_alike(
+    tiny_recipe: Path, trained: Path, zero: str
+) -> None:
+    """A checkpoint is resumed by two ranks of each stage and saved again: what is in it has no stage."""
+    source, target = trained / "first", trained / zero
+    if not source.exists():
+        train(tiny_recipe, f"output={source}", "train.steps=2", ranks=2, log_dir=trained)
+    script = trained / "again.py"
+    script.write_text(AGAIN)
+    train(script, str(tiny_recipe), zero, str(source), str(target), ranks=2, log_dir=trained)
+    (target / "recipe.yaml").write_text((source / "recipe.yaml").read_text())
+    state = json.loads((target / "checkpoints" / "step-000002" / "state.json").read_text())["engine"]
+    assert (state["zero_stage"], state["world_size"]) == (int(zero[-1]), 2)
+    assert_same(export_(target / "checkpoints" / "step-000002", "again"), export_(source, f"source-{zero}"))
+
+
+def test_stage_2_backbone_lies_beside_the_heads(make_run: MakeRun, tiny_model: Path, tmp_path: Path) -> None:
+    first = make_run("first")
+    run = make_run("run", "stage=2", f"heads.init_from={first}", "train.lr=1e-3")
+    path = export_(run, "out")
+    config = json.loads((path / "config.json").read_text())
+    assert config["base_model_name_or_path"] == str(path / "backbone")
+    tuned = AutoModelForCausalLM.from_pretrained(path / "backbone")
+    start = AutoModelForCausalLM.from_pretrained(tiny_model)
+    assert tuned.lm_head.weight.equal(start.lm_head.weight * 1.25)
+    assert AutoTokenizer.from_pretrained(path / "backbone").chat_template
+    assert load_run(path, torch.device("cpu"), torch.float32).backbone.lm_head.weight.equal(tuned.lm_head.weight)
+
+
+def test_evaluate_on_the_exported_directory_equals_that_on_the_run(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run()
+    save_tree(run / "heads" / "heads.json", [(0,), (1,), (0, 0), (0, 0, 0)])
+    (tmp_path / "prompts.jsonl").write_text('{"turns": ["from red"]}\n{"turns": ["from sun", "and tree"]}\n')
+
+    def report(path: Path) -> dict[str, Any]:
+        found = evaluate(Settings(str(path), str(tmp_path / "prompts.jsonl"), 24, device="cpu", dtype="fp32"))
+        return {key: found[key] for key in ("heads", "accepted", "tree", "prompts", "texts")}
+
+    assert report(export_(run, "out")) == report(run)
+
+
+def test_untrained_heads_of_a_recipe_say_what_the_lm_head_says(tiny_recipe: Path, tiny_model: Path) -> None:
+    out = tiny_recipe.parent / "untrained"
+    main(["export", "--untrained", str(tiny_recipe), str(out), "--dtype", "bfloat16"])
+    weight = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).lm_head.weight
+    hidden = torch.randn(3, 32).bfloat16()
+    assert engines.vllm(out, hidden, weight).equal((hidden @ weight.T).expand(3, -1, -1))
+    assert load_run(out, torch.device("cpu"), torch.bfloat16).tokenizer.chat_template
+
+
+def test_large_files_are_split_and_no_storage_is_shared(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "MAX_SHARD_SIZE", 50_000)
+    run = make_run("run", "heads.lm_head=shared", "heads.layers=2")
+    path = export_(run, "out")
+    assert len(list(path.glob("model-*-of-*.safetensors"))) > 1 and not (path / "model.safetensors").exists()
+    weight = load_run(run, torch.device("cpu"), torch.float32).backbone.lm_head.weight
+    hidden = torch.randn(3, 32)
+    assert engines.vllm(path, hidden, weight).equal(engines.tgi(path, hidden, weight))
+    kept = list(torch.load(path / "medusa_lm_head.pt").values())
+    assert len({tensor.untyped_storage().data_ptr() for tensor in kept}) == len(kept)
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in kept)
+
+
+def test_what_is_there_is_only_replaced_with_force_and_only_when_all_went_well(
+    make_run: MakeRun, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run("run", "heads.num=2")
+    path = export_(run, "out")
+    before = sorted(file.name for file in path.parent.iterdir())
+    for target, options, text in ((path, [], "give --force"), (run, ["--force"], "no earlier export")):
+        with pytest.raises(SystemExit):
+            main(["export", str(run), str(target), *options])
+        assert text in capsys.readouterr().err
+    kept = tensors_of(path)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "save_torch_state_dict", fail)
+        with pytest.raises(SystemExit):
+            main(["export", str(run), str(path), "--force"])
+    assert "No space left on device" in capsys.readouterr().err
+    assert sorted(file.name for file in path.parent.iterdir()) == before and tensors_of(path).keys() == kept.keys()
+    export_(run, "out", "--force", "--for", "vllm")
+    assert (path / "model.safetensors").exists() and not (path / "medusa_lm_head.pt").exists()
+    assert sorted(file.name for file in path.parent.iterdir()) == before
+    assert (path / "model.safetensors").stat().st_mode == (path / "config.json").stat().st_mode
+
+
+def test_mistakes_are_named_in_a_line(make_run: MakeRun, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for argv, text in (
+        (["export", str(tmp_path / "nothing"), str(tmp_path / "out")], "found no run"),
+        (["export", str(tmp_path / "out")], "--untrained RECIPE"),
+        (["import", str(tmp_path), str(tmp_path / "out")], "give --base-model"),
+    ):
+        with pytest.raises(SystemExit):
+            main(argv)
+        error = capsys.readouterr().err
+        assert text in error and len(error.splitlines()) == 1
+    (tmp_path / "running" / "checkpoints" / "step-000004").mkdir(parents=True)
+    with pytest.raises(SystemExit):
+        main(["export", str(tmp_path / "running"), str(tmp_path / "out")])
+    assert "not finished; name one of its checkpoints, as in" in capsys.readouterr().err
+    assert "builds 5 heads" in (export_(make_run(), "three"), capsys.readouterr().out)[1]
+
+
+def test_card_has_what_evaluate_measured_and_a_launch_line_for_each_engine(make_run: MakeRun) -> None:
+    run = make_run()
+    heads = {"head1": {"top1": 0.5}, "full_acc_1": 0.5, "positions": 9, "chain_acceptance_teacher_forced": 1.5}
+    report = {"heads": heads, "accepted": {"mean_tokens_per_step": 1.75}, "speed": {"speed_up": 1.25}}
+    (run / "evaluation.json").write_text(json.dumps(report))
+    card = ModelCard.load(export_(run, "out") / "README.md")
+    found = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert found == {
+        "head1_acc": 0.5,
+        "full_acc_1": 0.5,
+        "chain_acceptance_teacher_forced": 1.5,
+        "mean_tokens_per_step": 1.75,
+        "speed_up": 1.25,
+    }
+    for text in (
+        "custom_generate=",
+        "vllm serve",
+        "text-generation-launcher",
+        "convert_checkpoint.py",
+        "medusa.inference",
+    ):
+        assert text in card.text
+    assert "max_length: 64" in card.text and "medusa-ds 0" in card.text
+
+
+class FakeHub:
+    calls: list[tuple[str, dict[str, Any]]] = []
+
+    def create_repo(self, name: str, **_: Any) -> Any:
+        self.calls.append(("create", {"name": name}))
+        return type("Url", (), {"repo_id": f"owner/{name.split('/')[-1]}"})
+
+    def upload_folder(self, **options: Any) -> None:
+        self.calls.append(("folder", options))
+
+    def upload_file(self, **options: Any) -> None:
+        self.calls.append(("file", options))
+
+
+def test_push_sends_the_backbone_to_a_repository_of_its_own(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run("run", "stage=2", f"heads.init_from={make_run('first')}", "train.lr=1e-3")
+    monkeypatch.setattr(export, "HfApi", FakeHub)
+    path = export_(run, "out", "--push-to-hub", "heads")
+    sent = {(kind, options.get("repo_id"), options.get("path_in_repo")): options for kind, options in FakeHub.calls}
+    config = json.loads(sent["file", "owner/heads", "config.json"]["path_or_fileobj"])
+    assert config["base_model_name_or_path"] == "owner/heads-backbone"
+    assert sent["folder", "owner/heads-backbone", None]["folder_path"] == path / "backbone"
+    card = sent["file", "owner/heads", "README.md"]["path_or_fileobj"].decode()
+    assert 'custom_generate="owner/heads"' in card and "vllm serve owner/heads-backbone" in card
+    monkeypatch.undo()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SystemExit):
+        export_(run, "again", "--push-to-hub", "owner/heads")
+    assert "is complete: upload it later" in capsys.readouterr().err and (path.parent / "again").is_dir()

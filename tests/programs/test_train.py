@@ -1,0 +1,220 @@
+"""The training program as users run it: the stock launcher, real DeepSpeed, a tiny model."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from forks import free_port
+from support import launch, launched, losses_of, metrics_of, train
+
+
+def test_recipe_trains_heads_and_says_where_they_are(tiny_recipe: Path, tmp_path: Path) -> None:
+    text = launched(tiny_recipe, "train.steps=30", "train.save_every=100", log_dir=tmp_path)
+    out = tmp_path / "out"
+    first, last = metrics_of(out, "validation")
+    assert all(last[f"head{k}_loss"] < first[f"head{k}_loss"] for k in (1, 2, 3))
+    assert last["acceptance_length"] > first["acceptance_length"]
+    assert f"{first['acceptance_length']:.3f} -> {last['acceptance_length']:.3f}" in text
+    assert "heads saved in out/heads" in text.replace(f"{tmp_path}/", "")
+    assert "next: medusa-ds generate" in text
+    config = json.loads((out / "heads" / "heads.json").read_text())
+    assert (config["num"], config["layers"], config["lm_head"]) == (3, 1, "own")
+    lines = metrics_of(out)
+    assert [line["step"] for line in lines] == list(range(1, 31))
+    assert {
+        "loss",
+        "head1_loss",
+        "head3_acc",
+        "full_acc_2",
+        "cond_acc_3",
+        "lr_heads",
+        "grad_norm",
+        "tokens_per_s",
+        "supervised_tokens_per_s",
+        "mfu",
+    } <= lines[0].keys()
+    launch_line = json.loads((out / "launches.jsonl").read_text())
+    assert launch_line["versions"]["deepspeed"] and launch_line["ranks"] == 1
+    assert "train.steps=30" in launch_line["command"]
+    again = train(tiny_recipe, "train.steps=30", "train.save_every=100", log_dir=tmp_path)
+    assert "holds a finished run" in again and len(metrics_of(out)) == 30
+
+
+def test_plain_yaml_runs_as_a_module_from_any_directory(tiny_recipe: Path, tmp_path: Path) -> None:
+    train(tiny_recipe, "train.steps=2", f"output={tmp_path / 'stub'}", log_dir=tmp_path)
+    plain = tmp_path / "plain.yaml"
+    plain.write_text("\n".join(tiny_recipe.read_text().splitlines()[1:-1]) + "\n")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    launched(plain, "train.steps=2", f"output={tmp_path / 'plain'}", module=True, cwd=elsewhere, log_dir=tmp_path)
+    assert losses_of(tmp_path / "stub") == losses_of(tmp_path / "plain")
+
+
+def test_bad_recipe_ends_with_status_2_and_without_traceback(tiny_recipe: Path, tmp_path: Path) -> None:
+    run = launch(tiny_recipe, "train.lr=no", "heads.numb=4", ranks=2, log_dir=tmp_path)
+    assert run.wait() == 2
+    assert run.text.count("error: ") == 2 and "train.lr" in run.text and "did you mean num?" in run.text
+    assert "Traceback" not in run.text
+    assert not (tmp_path / "out").exists()
+
+
+def test_batch_that_ranks_do_not_divide_is_refused_before_the_model_loads(tiny_recipe: Path, tmp_path: Path) -> None:
+    text = train(tiny_recipe, "train.global_batch_size=2", ranks=2, ends=(2,), log_dir=tmp_path)
+    assert "train.global_batch_size: found 2" in text and "Traceback" not in text
+
+
+def test_another_recipe_into_the_same_output_is_refused(tiny_recipe: Path, tmp_path: Path) -> None:
+    train(tiny_recipe, "train.steps=2", log_dir=tmp_path)
+    text = train(tiny_recipe, "train.steps=2", "train.lr=1e-3", "heads.layers=2", ends=(2,), log_dir=tmp_path)
+    assert "train.lr: this output was made with 0.01; the recipe says 0.001" in text
+    assert "heads.layers: this output was made with 1; the recipe says 2" in text
+
+
+def test_warm_start_is_not_resuming(tiny_recipe: Path, tmp_path: Path) -> None:
+    train(tiny_recipe, "train.steps=4", log_dir=tmp_path)
+    warm = tmp_path / "warm"
+    train(tiny_recipe, "train.steps=2", f"output={warm}", f"heads.init_from={tmp_path / 'out'}", log_dir=tmp_path)
+    before, after = metrics_of(tmp_path / "out", "validation"), metrics_of(warm, "validation")
+    assert after[0]["head1_loss"] == pytest.approx(before[-1]["head1_loss"], rel=1e-5)
+    assert metrics_of(warm)[0]["step"] == 1
+
+
+def test_stage_2_trains_everything_from_stage_1(tiny_recipe: Path, tiny_model: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    train(tiny_recipe, "train.steps=4", log_dir=tmp_path)
+    stage2 = tmp_path / "stage2"
+    train(
+        tiny_recipe,
+        "stage=2",
+        f"heads.init_from={tmp_path / 'out'}",
+        f"output={stage2}",
+        "train.lr=1e-3",
+        "train.steps=4",
+        "deepspeed=ds_configs/zero3.json",
+        "train.activation_checkpointing=true",
+        ranks=2,
+        log_dir=tmp_path,
+    )
+    first, last = metrics_of(stage2, "validation")
+    assert last["lm_loss"] < first["lm_loss"] and last["head1_loss"] < first["head1_loss"]
+    rates = metrics_of(stage2)[0]
+    assert rates["lr_heads"] == pytest.approx(4 * rates["lr_backbone"])
+    tuned = AutoModelForCausalLM.from_pretrained(stage2 / "backbone").state_dict()
+    start = AutoModelForCausalLM.from_pretrained(tiny_model).state_dict()
+    assert all((tuned[name] != start[name]).any() for name in start)
+
+
+def test_stage_2_towards_its_start_reports_the_labels_too(tiny_recipe: Path, tmp_path: Path) -> None:
+    train(tiny_recipe, "train.steps=4", log_dir=tmp_path)
+    stage2 = tmp_path / "stage2"
+    text = train(
+        tiny_recipe,
+        "stage=2",
+        f"heads.init_from={tmp_path / 'out'}",
+        f"output={stage2}",
+        "train.lr=1e-3",
+        "train.steps=8",
+        "deepspeed=ds_configs/zero3.json",
+        "loss.target=distribution",
+        ranks=2,
+        log_dir=tmp_path,
+    )
+    first, last = metrics_of(stage2, "validation")
+    assert abs(first["lm_loss"]) < 1e-5 < last["lm_loss"]
+    assert first["lm_label_loss"] == pytest.approx(last["lm_label_loss"], rel=0.02)
+    assert last["head1_loss"] < first["head1_loss"]
+    assert f"LM, labels{first['lm_label_loss']:6.3f} -> {last['lm_label_loss']:6.3f}" in text
+    assert "lm_label_loss" not in metrics_of(stage2)[0] and "lm_loss" in metrics_of(stage2)[0]
+    assert not (stage2 / "start").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_to_the_launcher_leaves_one_whole_checkpoint_and_nothing_running(
+    number: signal.Signals, tiny_recipe: Path, tmp_path: Path
+) -> None:
+    """Turns red when the supervisor does not watch the launcher: its ranks train on as orphans."""
+    overrides = ("train.steps=3000", "train.save_every=1000", "train.eval_every=1000")
+    run = launch(tiny_recipe, *overrides, ranks=2, log_dir=tmp_path)
+    run.wait_for("step 1/3000")
+    tree = psutil.Process(run.process.pid).children(recursive=True)
+    if number == signal.SIGINT:  # as a terminal does
+        os.killpg(run.process.pid, number)
+    else:
+        run.process.send_signal(number)
+    _, alive = psutil.wait_procs(tree, timeout=60)
+    assert not alive, run.text
+    assert run.wait() != 0
+    done = len(metrics_of(tmp_path / "out"))
+    checkpoints = [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()]
+    assert checkpoints == [f"step-{done:06d}"], (checkpoints, run.text)
+
+
+def test_dead_rank_ends_the_job(tiny_recipe: Path, tmp_path: Path) -> None:
+    run = launch(tiny_recipe, "train.steps=3000", "train.save_every=1000", ranks=2, log_dir=tmp_path)
+    run.wait_for("step 1/3000")
+    launcher = psutil.Process(run.process.pid).children()[0]
+    ranks = launcher.children()
+    ranks[1].kill()
+    started = time.monotonic()
+    assert run.wait(60) != 0, run.text
+    _, alive = psutil.wait_procs(ranks, timeout=30 - (time.monotonic() - started))
+    assert not alive
+
+
+def test_second_run_into_an_output_in_use_is_refused(tiny_recipe: Path, tmp_path: Path) -> None:
+    run = launch(tiny_recipe, "train.steps=3000", log_dir=tmp_path)
+    run.wait_for("step 1/3000")
+    second = train(tiny_recipe, "train.steps=3000", ends=(2,), log_dir=tmp_path)
+    assert "in use by host" in second and "pid" in second
+    run.process.send_signal(signal.SIGTERM)
+    psutil.wait_procs(psutil.Process(run.process.pid).children(recursive=True), timeout=60)
+    run.wait()
+
+
+def test_two_nodes_of_a_hostfile_train_as_one_does(tiny_recipe: Path, tmp_path: Path) -> None:
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("first slots=1\nsecond slots=1\n")
+    train(tiny_recipe, f"output={tmp_path / 'one'}", log_dir=tmp_path)
+    port = free_port()
+    nodes = [
+        launch(
+            tiny_recipe,
+            f"output={tmp_path / 'two'}",
+            port=port,
+            log_dir=tmp_path,
+            options=("--hostfile", str(hostfile), "--no_ssh", "--node_rank", str(node), "--master_addr", "127.0.0.1"),
+        )
+        for node in (0, 1)
+    ]
+    assert [node.wait() for node in nodes] == [0, 0], nodes[0].text + nodes[1].text
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-5)
+
+
+def test_slurm_tasks_find_each_other(tiny_recipe: Path, tmp_path: Path) -> None:
+    """As `deepspeed --launcher slurm` starts them: srun runs the recipe itself, with SLURM's variables only."""
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text("#!/bin/sh\n[ \"$*\" = 'show hostnames node[1-2]' ] && echo 127.0.0.1 && echo other\n")
+    scontrol.chmod(0o755)
+    common = {
+        **os.environ,
+        "PATH": f"{scontrol.parent}:{os.environ['PATH']}",
+        "SLURM_NTASKS": "2",
+        "SLURM_LOCALID": "0",
+        "SLURM_STEP_NODELIST": "node[1-2]",
+        "SLURM_JOB_ID": str(free_port() - 20000),
+        "TORCHDYNAMO_DISABLE": "1",
+    }
+    tasks = [
+        subprocess.Popen([sys.executable, str(tiny_recipe), "train.steps=2"], env={**common, "SLURM_PROCID": str(rank)})
+        for rank in (0, 1)
+    ]
+    assert [task.wait(240) for task in tasks] == [0, 0]
+    assert json.loads((tmp_path / "out" / "launches.jsonl").read_text())["ranks"] == 2

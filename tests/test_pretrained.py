@@ -1,0 +1,69 @@
+"""Heads that the package ships."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support import tiny_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from medusa_ds import runs
+from medusa_ds.decoding.decoder import Decoder
+from medusa_ds.errors import UserError
+from medusa_ds.programs.tree import search_tree
+
+NAMES = sorted(folder.name for folder in runs.PRETRAINED.iterdir())
+
+
+def base(spec, dtype, device, liger):
+    """A model of the shapes of the one that the heads belong to, without its weights."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        eos_token_id=2,
+    )
+    return LlamaForCausalLM(config).to(dtype)
+
+
+@pytest.fixture(params=NAMES)
+def run(request, monkeypatch):
+    monkeypatch.setattr(runs, "load_backbone", base)
+    monkeypatch.setattr(runs, "load_tokenizer", lambda spec: tiny_tokenizer())
+    return request.param, runs.load_run(request.param, torch.device("cpu"), torch.float32)
+
+
+def test_they_are_found_by_name_and_decode_with_their_tree(run):
+    """Mutation: look for the name in the working directory alone."""
+    name, loaded = run
+    assert loaded.measured
+    assert loaded.tree.nodes == 4 < len(json.loads((runs.PRETRAINED / name / "heads.json").read_text())["tree"])
+    assert loaded.config_file is None
+    assert 0 < sum(file.stat().st_size for file in (runs.PRETRAINED / name).iterdir()) < 8 << 20
+    assert all(block.weight.abs().sum() > 0 for head in loaded.heads for block in head.blocks)
+    texts = [
+        Decoder(loaded.backbone, heads, tree).generate([[5, 6, 7]], 12)[0].tokens
+        for heads, tree in ((loaded.heads, loaded.tree), ([], runs.Tree([])))
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_a_tree_is_not_written_into_the_package(run, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"turns": ["Hello"]}\n')
+    settings = SimpleNamespace(run=run[0], prompts=str(tmp_path / "prompts.jsonl"), limit=1, load=lambda: run[1])
+    with pytest.raises(UserError, match="sealed"):
+        search_tree(settings)
+
+
+def test_a_directory_of_that_name_comes_first(run, tmp_path, monkeypatch):
+    (tmp_path / run[0]).mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="found no run"):
+        runs.load_run(run[0], torch.device("cpu"), torch.float32)
