@@ -1,7 +1,6 @@
-"""The processes of a launch that share the rows of a run.
+"""This process among those that the launcher started: who it is, and how it meets the others.
 
-They meet a few times in a run: when its files have been read, when all prompts are there, and at the end. Between these
-a rank may be hours behind another, so that their process group is one of its own, with more patience than training's.
+What one rank finds wrong, all of them raise: a rank that went on alone would wait for the others for good.
 """
 
 import os
@@ -18,19 +17,20 @@ _PATIENCE = timedelta(days=7)
 
 
 class Ranks:
-    """This process among those that the launcher started; alone without one.
+    """What the launcher says in the environment; alone without a launcher.
 
     Attributes:
-        rank, size: as the launcher says.
+        rank, size: of this process, and how many there are.
         local_rank: among those of this host.
+        local_size: how many of them the stock launcher started on this host; 0 without it.
     """
 
     def __init__(self) -> None:
         self.rank, self.size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        self.local_rank, self.local_size = (int(os.environ.get(f"LOCAL_{name}", "0")) for name in ("RANK", "SIZE"))
 
     def join(self) -> None:
-        """Wait until all processes are there."""
+        """Wait until all processes are there, in a group for work in which a rank may be hours behind another."""
         if self.size > 1 and not dist.is_initialized():
             dist.init_process_group("gloo", timeout=_PATIENCE)
 
@@ -46,23 +46,31 @@ class Ranks:
         dist.all_gather_object(answers, value)
         return answers
 
+    def together(self, action: Callable[[], T]) -> list[T]:
+        """Run an action on every rank; all of them get what each returns, by rank.
+
+        Raises:
+            UserError: what the action has raised on the first rank where it failed, on all ranks.
+        """
+        value: Any = None
+        problems: tuple[str, ...] = ()
+        try:
+            value = action()
+        except UserError as error:
+            problems = error.problems
+        answers = self.gather((problems, value))
+        if found := next((problems for problems, _ in answers if problems), None):
+            raise UserError(*found)
+        return [value for _, value in answers]
+
     def first(self, action: Callable[[], T]) -> T:
         """Run an action on rank 0 alone; all ranks get what it returns.
 
         Raises:
             UserError: what the action has raised, on all ranks.
         """
-        value: Any = None
-        problems: tuple[str, ...] = ()
-        if self.rank == 0:
-            try:
-                value = action()
-            except UserError as error:
-                problems = error.problems
-        problems, value = self.gather((problems, value))[0]
-        if problems:
-            raise UserError(*problems)
-        return value
+        answers: list[Any] = self.together(lambda: action() if self.rank == 0 else None)
+        return answers[0]
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """This rank's part of items that all ranks have in the same order."""

@@ -1,0 +1,151 @@
+"""Files that are there whole or not at all, locks between processes, and digests.
+
+What is written gets a temporary name beside its own, is flushed to the disk, and takes its name in one rename, which
+is flushed too: a process or a machine that dies at any moment leaves the old content or the new, and perhaps a
+`.tmp-*` that the next writer replaces.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+DATA_SUFFIXES = (".json", ".jsonl", ".parquet")
+"""Of files that hold conversations or prompts."""
+TEMPORARY = ".tmp-"
+"""How the names of unfinished and of discarded files begin."""
+
+
+class InUseError(Exception):
+    """A lock is another process's; the message says whose."""
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A path beside `target`; the file or directory that the caller makes there takes the target's place at the end.
+
+    The directory of `target` is made if missing. When the body raises, nothing of it stays and `target` is as it was.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = target.with_name(TEMPORARY + target.name)
+    remove(work)
+    try:
+        yield work
+        sync(work)
+        if target.is_dir():
+            discard(target)
+        os.replace(work, target)
+    except Exception:
+        remove(work)
+        raise
+    sync_directory(target.parent)
+
+
+def write(target: Path, *parts: Any) -> None:
+    """Write a file whole from parts: text, bytes or arrays of bytes.
+
+    Raises:
+        OSError: it cannot be written; what was there before still is.
+    """
+    with replacing(target) as work, open(work, "wb") as stream:
+        for part in parts:
+            stream.write(part.encode() if isinstance(part, str) else part)
+
+
+def write_json(target: Path, value: Any) -> None:
+    """Write a file of indented JSON whole."""
+    write(target, json.dumps(value, indent=2) + "\n")
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a directory, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def discard(path: Path) -> None:
+    """Remove a directory: first out of sight in one move, so that no half of it is ever found."""
+    hidden = path.with_name(f"{TEMPORARY}old-{path.name}")
+    remove(hidden)
+    os.rename(path, hidden)
+    remove(hidden)
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or a directory with all that is in it, to the disk."""
+    if path.is_dir():
+        for child in path.iterdir():
+            sync(child)
+        sync_directory(path)
+    else:
+        with open(path, "rb") as stream:
+            os.fsync(stream.fileno())
+
+
+def sync_directory(path: Path) -> None:
+    """Flush the names in a directory to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def digest(*parts: Any, algorithm: str = "sha256") -> str:
+    """Hex digest of parts one after another: text, bytes, arrays of bytes, and the content of files (a `Path`).
+
+    `blake2b` has 32 bytes here, as `sha256` has.
+    """
+    state = hashlib.blake2b(digest_size=32) if algorithm == "blake2b" else hashlib.new(algorithm)
+    for part in parts:
+        if isinstance(part, Path):
+            with open(part, "rb") as stream:
+                while block := stream.read(1 << 22):
+                    state.update(block)
+        else:
+            state.update(part.encode() if isinstance(part, str) else part)
+    return state.hexdigest()
+
+
+@contextmanager
+def lock(file: Path, wait: bool = False) -> Iterator[None]:
+    """Hold a file that says who holds it; the lock ends with the body or with the process.
+
+    Args:
+        file: made if missing, and left there.
+        wait: for another process to let it go.
+
+    Raises:
+        InUseError: another process holds it.
+        OSError: the file cannot be opened.
+    """
+    with open(file, "a+", encoding="utf-8", errors="replace") as stream:
+        take(stream, wait)
+        stream.truncate(0)
+        stream.write(f"host {socket.gethostname()} pid {os.getpid()}")
+        stream.flush()
+        yield
+
+
+def take(stream: IO[Any], wait: bool = False) -> None:
+    """Lock an open file until it is closed.
+
+    Raises:
+        InUseError: another process holds it.
+    """
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        stream.seek(0)
+        raise InUseError(str(stream.read(200)).strip() or "another process") from None

@@ -1,0 +1,110 @@
+"""Files that are there whole or not at all, locks and digests."""
+
+import contextlib
+import errno
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from medusa_ds import files
+
+
+class Dead(BaseException):
+    """Stands for SIGKILL: nothing after it runs."""
+
+
+CALLS = ("open", "fsync", "replace", "rename")
+
+
+def cut_off(monkeypatch: pytest.MonkeyPatch, at: int, error: BaseException) -> list[str]:
+    """Raise at the n-th file call; from there on at all of them when it stands for a kill."""
+    done: list[str] = []
+
+    def wrap(name: str, call: Any) -> Any:
+        def wrapped(*arguments: Any, **options: Any) -> Any:
+            done.append(name)
+            if len(done) == at or (len(done) > at and isinstance(error, Dead)):
+                raise error
+            return call(*arguments, **options)
+
+        return wrapped
+
+    for name in CALLS:
+        monkeypatch.setattr(os, name, wrap(name, getattr(os, name)))
+    monkeypatch.setattr("builtins.open", wrap("open", open))
+    return done
+
+
+@pytest.mark.parametrize("error", [Dead(), OSError(errno.ENOSPC, "No space left on device")], ids=["kill", "full"])
+def test_a_file_cut_off_at_any_call_is_the_old_one_or_the_new(tmp_path: Path, error: BaseException) -> None:
+    """Mutation: open `target` itself in `write`."""
+    file, seen = tmp_path / "file", set()
+    for at in range(1, 30):
+        file.write_bytes(b"old")
+        with pytest.MonkeyPatch.context() as patch:
+            done = cut_off(patch, at, error)
+            with contextlib.suppress(Dead, OSError):
+                files.write(file, "n", b"ew")
+        seen.add(file.read_bytes())
+        if len(done) < at:
+            break
+        if isinstance(error, OSError):
+            assert os.listdir(tmp_path) == ["file"]
+    assert seen == {b"old", b"new"} and at > 5
+
+
+def test_names_are_flushed_after_the_rename_and_the_content_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = cut_off(monkeypatch, 99, Dead())
+    files.write(tmp_path / "file", "text")
+    assert done == ["open", "open", "fsync", "replace", "open", "fsync"]
+
+
+def test_a_directory_is_replaced_when_its_maker_is_done(tmp_path: Path) -> None:
+    target = tmp_path / "made" / "target"
+    for text in ("first", "second"):
+        with files.replacing(target) as work:
+            (work / "inner").mkdir(parents=True)
+            (work / "inner" / "file").write_text(text)
+            assert text == "first" or (target / "inner" / "file").read_text() == "first"
+    with contextlib.suppress(ValueError), files.replacing(target) as work:
+        work.mkdir()
+        raise ValueError
+    assert (target / "inner" / "file").read_text() == "second"
+    assert os.listdir(target.parent) == ["target"]
+
+
+def test_what_a_killed_writer_has_left_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / ".tmp-file").mkdir()
+    files.write_json(tmp_path / "file", {"a": [1]})
+    assert (tmp_path / "file").read_text() == '{\n  "a": [\n    1\n  ]\n}\n' and len(os.listdir(tmp_path)) == 1
+
+
+def test_digest_is_of_the_parts_one_after_another(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x" * 5_000_000)
+    whole = "ä".encode() + b"b" + b"x" * 5_000_000
+    assert files.digest("ä", b"b", tmp_path / "file") == hashlib.sha256(whole).hexdigest()
+    wanted = hashlib.blake2b(whole, digest_size=32).hexdigest()
+    assert files.digest("ä", b"b", tmp_path / "file", algorithm="blake2b") == wanted
+
+
+def test_a_lock_names_its_holder_and_ends_with_it(tmp_path: Path) -> None:
+    text = (
+        "import sys; from pathlib import Path; from medusa_ds import files\n"
+        "with files.lock(Path(sys.argv[1])):\n    print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", text, str(tmp_path / "lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+        with pytest.raises(files.InUseError, match=f"host .* pid {holder.pid}"), files.lock(tmp_path / "lock"):
+            pass
+        holder.kill()
+    with files.lock(tmp_path / "lock", wait=True):
+        assert f"pid {os.getpid()}" in (tmp_path / "lock").read_text()
