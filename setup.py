@@ -30,10 +30,11 @@ setup(
         "pyyaml",
         "accelerate",
         "gguf",
+        "matplotlib",
+        "matplotlib",
     ],
     extras_require={
         "distill": ["openai"],
-        "plots": ["matplotlib"],
         "test": [
             "pytest",
             "pytest-xdist",

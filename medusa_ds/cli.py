@@ -254,7 +254,7 @@ PROMPTS = [
     option("--max-new-tokens", type=count, default=256, metavar="N", help="of an answer"),
     option("--compile", action="store_true", help="fuse the decoding step with torch.compile; a minute once"),
     option("--json", metavar="FILE", help="write the report"),
-    option("--picture", metavar="FILE", help="draw it; needs medusa-ds[plots]"),
+    option("--picture", metavar="FILE", help="draw it"),
 ]
 
 COMMANDS = {
@@ -374,7 +374,7 @@ COMMANDS = {
             option("--warmup", type=count, default=3, metavar="N", help="steps before the measured ones; 3"),
             option("--steps", type=count, default=10, metavar="N", help="measured steps; 10"),
             option("--json", default="bench.json", metavar="FILE", help="the report; bench.json"),
-            option("--pictures", metavar="DIR", help="draw it; needs medusa-ds[plots]"),
+            option("--pictures", metavar="DIR", help="draw it"),
             option(
                 "--profile", metavar="DIR", help="write a profiler trace of one step a case, and say where time goes"
             ),

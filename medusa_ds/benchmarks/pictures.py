@@ -26,7 +26,7 @@ def draw(report: dict[str, Any], directory: str | Path) -> list[Path]:
         The files.
 
     Raises:
-        UserError: matplotlib is not installed, or a file cannot be written.
+        UserError: a file cannot be written.
     """
     Path(directory).mkdir(parents=True, exist_ok=True)
     steps = [result for result in report["results"] if result["part"] == "step"]

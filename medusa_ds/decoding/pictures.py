@@ -1,4 +1,4 @@
-"""Pictures of an evaluation and of a tree; matplotlib comes with the extra `plots` and is imported when asked for."""
+"""Pictures of an evaluation and of a tree."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ def draw_evaluation(heads: dict[str, Any], distribution: dict[str, int], file: s
         file: where to write; the suffix says the format.
 
     Raises:
-        UserError: matplotlib is not installed, or the file cannot be written.
+        UserError: the file cannot be written.
     """
     figure = new_figure(9, 3.5)
     left, right = figure.subplots(1, 2)
@@ -35,7 +35,7 @@ def draw_tree(tree: Tree, counts: RankCounts, file: str | Path) -> None:
     """The tree, its nodes as large as they are probable; the ranks stand beside the more probable ones.
 
     Raises:
-        UserError: matplotlib is not installed, or the file cannot be written.
+        UserError: the file cannot be written.
     """
     figure = new_figure(10, 2 + 1.2 * tree.depth)
     axes = figure.subplots()
@@ -58,15 +58,9 @@ def draw_tree(tree: Tree, counts: RankCounts, file: str | Path) -> None:
 
 
 def new_figure(width: float, height: float) -> Any:
-    """A figure of so many inches.
+    """A figure of so many inches."""
+    from matplotlib.figure import Figure  # half a second that most commands do not need
 
-    Raises:
-        UserError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("matplotlib: not installed; pip install 'medusa-ds[plots]' or leave the picture out") from None
     return Figure(figsize=(width, height), layout="constrained")
 
 

@@ -11,8 +11,8 @@ from transformers.utils import cached_file
 
 from medusa_ds.config.parsing import read_json
 from medusa_ds.config.recipe import ModelSpec
-from medusa_ds.model.projection import VocabularyProjection
 from medusa_ds.model.backbone import lm_head_weight, load_backbone, load_config, model_path
+from medusa_ds.model.projection import VocabularyProjection
 
 
 class LmHeadAlone(nn.Module):

@@ -50,12 +50,8 @@ def main(cases: list[Case], json_file: str, pictures: str | None, trace: str | N
         timeout_s: of a case; one that takes longer is recorded as failed.
 
     Raises:
-        UserError: a file cannot be written, matplotlib is missing, or not one case could be measured.
+        UserError: a file cannot be written, or not one case could be measured.
     """
-    if pictures:
-        from medusa_ds.decoding.pictures import new_figure
-
-        new_figure(1, 1)  # matplotlib is there, before an hour is spent
     _write(json_file, {})
     report: dict[str, Any] = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv, "results": []}
     machine = _Workers(None)

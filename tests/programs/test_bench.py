@@ -294,7 +294,6 @@ def test_a_kernel_belongs_to_the_innermost_range_that_launched_it():
 
 
 def test_pictures_show_every_stage_and_number_of_heads(place):
-    pytest.importorskip("matplotlib")
     from medusa_ds.benchmarks.pictures import draw
 
     good = {"tokens": 10, "flops": 1e9, "tokens_per_s": 5.0, "peak_reserved_gib": 3.0}

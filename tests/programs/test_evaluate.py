@@ -227,14 +227,7 @@ def test_prompts_over_the_models_limit_are_counted(output, tmp_path):
     assert evaluate(_settings(output, file))["prompts"] == {"file": str(file), "answers": 1, "left_out_too_long": 1}
 
 
-def test_a_picture_without_matplotlib_says_what_to_install(output, prompts, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    with pytest.raises(UserError, match=r"pip install 'medusa-ds\[plots\]'"):
-        search_tree(_settings(output, prompts, picture="tree.png"), nodes=4)
-
-
 def test_pictures_are_drawn(output, prompts, tmp_path):
-    pytest.importorskip("matplotlib")
     search_tree(_settings(output, prompts, picture=str(tmp_path / "tree.png")), nodes=8)
     evaluate(_settings(output, prompts, picture=str(tmp_path / "heads.svg")))
     assert (tmp_path / "tree.png").stat().st_size > 1000
