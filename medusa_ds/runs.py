@@ -7,14 +7,16 @@ heads that the package ships. Which base model belongs to it stands in the recip
 import json
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedModel
 
 from medusa_ds.config.parsing import parse_yaml, read_json, read_text
 from medusa_ds.config.recipe import HeadsSpec, ModelSpec
+from medusa_ds.config.settings import Positional, ProgramSettings
 from medusa_ds.decoding.trees import Path as TreePath
 from medusa_ds.decoding.trees import Tree, default_tree
 from medusa_ds.errors import UserError
@@ -45,6 +47,21 @@ class Run(NamedTuple):
     measured: bool
     config_file: Path | None
     template_args: dict[str, Any]
+
+
+class RunSettings(ProgramSettings):
+    """Of programs that decode with a run's heads."""
+
+    name: Positional[str] = Field(alias="run")
+    """A finished run's output, its heads folder, OUTPUT/checkpoints/best, or smollm2_135m."""
+    device: str | None = None
+    """`cuda` or `cpu`; without it, a GPU if there is one."""
+    dtype: Literal["bf16", "fp32"] | None = None
+    """Without it, bf16 on a GPU and fp32 on a CPU."""
+
+    def load_run(self, liger: bool | None = None) -> Run:
+        """The run on its device; `liger` as for `load_backbone`."""
+        return load_run(self.name, *place(self.device, self.dtype), liger)
 
 
 def load_run(name: str | Path, device: torch.device, dtype: torch.dtype, liger: bool | None = None) -> Run:

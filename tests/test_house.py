@@ -16,7 +16,7 @@ MODULES = {
     if file.name != "__init__.py"
 }
 LAYERS = [
-    {"errors", "files", "ranks", "arguments"},
+    {"errors", "files", "ranks"},
     {"config"},
     {"data", "model"},
     {"heads"},

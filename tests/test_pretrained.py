@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from medusa_ds import runs
 from medusa_ds.decoding.decoder import Decoder
 from medusa_ds.errors import UserError
-from medusa_ds.programs.tree import search_tree
+from medusa_ds.programs import tree
 
 NAMES = sorted(folder.name for folder in runs.PRETRAINED.iterdir())
 
@@ -57,9 +57,11 @@ def test_they_are_found_by_name_and_decode_with_their_tree(run):
 
 def test_a_tree_is_not_written_into_the_package(run, tmp_path):
     (tmp_path / "prompts.jsonl").write_text('{"turns": ["Hello"]}\n')
-    settings = SimpleNamespace(run=run[0], prompts=str(tmp_path / "prompts.jsonl"), limit=1, load=lambda: run[1])
+    settings = SimpleNamespace(
+        name=run[0], prompts=str(tmp_path / "prompts.jsonl"), limit=1, nodes=None, load=lambda: run[1]
+    )
     with pytest.raises(UserError, match="sealed"):
-        search_tree(settings)
+        tree.run(settings)
 
 
 def test_a_directory_of_that_name_comes_first(run, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """What README and docs name exists, and their commands are ones that the programs understand."""
 
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -7,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from medusa_ds import cli
-from medusa_ds.arguments import Parser
 from medusa_ds.config.recipe import Recipe
+from medusa_ds.config.settings import parse
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -26,10 +27,8 @@ SUBCOMMANDS = [c.replace("deepspeed --module medusa_ds.cli ", "medusa-ds ") for 
 def test_medusa_ds_commands_parse(command: str) -> None:
     """Turns red when the README names an option that its subcommand lacks."""
     name, *rest = shlex.split(command)[1:]
-    parser = Parser(prog=name, allow_abbrev=False)
-    for names, settings in cli.COMMANDS[name].options:
-        parser.add_argument(*names, **settings)
-    found = parser.parse_intermixed_args(rest)
+    program = importlib.import_module(f"medusa_ds.programs.{cli.COMMANDS[name]}")
+    found = parse(program.Settings, rest, name)
     if getattr(found, "recipe", None):
         Recipe.load(found.recipe, found.overrides, planning=True)
 

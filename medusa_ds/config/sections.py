@@ -4,17 +4,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Split = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.-]*(\[\d*%?:\d*%?\])?$")]
+from medusa_ds.config.types import Count, Fraction, Positive, Seed, Split
 
 
 class Section(BaseModel):
     """Base of every section: unknown keys are refused and nothing is coerced."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class ModelPackage(Section):

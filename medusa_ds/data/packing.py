@@ -221,6 +221,22 @@ class Data:
         """Sha256 over the tokenised training rows."""
         return self.report["fingerprint"]
 
+    def summary(self, global_batch_size: int) -> str:
+        """What became of the rows, for people."""
+        report, train = self.report, self.train
+        left_out = "".join(
+            f"\n  left out: {count:,} x {reason} (first: {first})"
+            for reason, (count, first) in report["rejected"].items()
+        )
+        return (
+            f"{report['rows']:,} rows: {report['train_rows']:,} conversations to train on, "
+            f"{report['validation_rows']:,} held out, {report['rows'] - report['used']:,} left out{left_out}\n"
+            f"{report['tokens']:,} tokens to train on, {report['supervised_tokens']:,} of them supervised, in "
+            f"{len(train):,} sequences of up to {train.max_length} tokens: "
+            f"{train.steps_per_epoch(global_batch_size):,} steps an epoch; {report['cut']:,} conversations were cut at "
+            "the end"
+        )
+
 
 def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Data:
     """Read, tokenise and split the data of a recipe; one process works while others wait and take the cache.

@@ -26,8 +26,11 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from medusa_ds.config.settings import ProgramSettings
+from medusa_ds.config.types import Positive
 from medusa_ds.decoding.trees import Tree
 
 
@@ -122,3 +125,21 @@ class Acceptance:
         step_D = torch.arange(path_BD.shape[1], device=path_BD.device)
         emitted_BD = torch.where(step_D < count_B[:, None] - 1, guesses_BD, next_B[:, None])
         return Verdict(path_BD, count_B, emitted_BD, last_B, next_B)
+
+
+class AcceptanceSettings(ProgramSettings):
+    """Of programs that decode by one of the rules."""
+
+    rule: Literal["greedy", "typical", "exact"] = Field("greedy", alias="acceptance")
+    """Greedy: the base model's own text; exact: samples of its distribution; typical: the Medusa paper's."""
+    temperature: Positive = 1.0
+    """Of exact and typical acceptance."""
+    epsilon: Positive = 0.09
+    """Typical: hard threshold."""
+    delta: Positive = 0.3
+    """Typical: entropy-dependent threshold."""
+
+    @property
+    def acceptance(self) -> Acceptance:
+        """The rule that was chosen."""
+        return Acceptance(self.rule, self.temperature, self.epsilon, self.delta)

@@ -6,51 +6,41 @@ answer, so that both always continue the same text.
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field
 
-from medusa_ds.decoding.acceptance import Acceptance
+from medusa_ds.config.types import Count
 from medusa_ds.decoding.decoder import Decoder, Generation
 from medusa_ds.decoding.measure import head_ranks
 from medusa_ds.errors import UserError
-from medusa_ds.runs import Run, encode_chat, load_run, place
+from medusa_ds.runs import Run, RunSettings, encode_chat
 
 Message = dict[str, Any]
 
 
-@dataclass
-class Settings:
-    """What the command lines of `evaluate` and `tree` say.
+class PromptSettings(RunSettings):
+    """Of programs that let a run answer prompts."""
 
-    Attributes:
-        run: output directory, heads folder or checkpoint.
-        prompts: source of prompts, see `data.prompts.load_prompts`.
-        max_new_tokens: of an answer.
-        limit: conversations; None takes all.
-        acceptance: the rule.
-        device, dtype: None: a GPU in bf16 if there is one, else the CPU in fp32.
-        compile_step: fuse the step with torch.compile.
-        json_file, picture: where to write the report and the picture.
-    """
-
-    run: str
-    prompts: str
-    max_new_tokens: int = 256
-    limit: int | None = None
-    acceptance: Acceptance = field(default_factory=Acceptance)
-    device: str | None = None
-    dtype: str | None = None
-    compile_step: bool = False
-    json_file: str | None = None
-    picture: str | None = None
+    prompts: str = Field(title="SOURCE")
+    """JSON lines such as {"turns": ["Hello"]}, or what data.path takes; its user turns are answered."""
+    limit: Count | None = None
+    """Take the first N conversations."""
+    max_new_tokens: Count = 256
+    """Of an answer."""
+    compile_step: bool = Field(False, alias="compile")
+    """Fuse the decoding step with torch.compile; a minute once."""
+    json_file: str | None = Field(None, alias="json", title="FILE")
+    """Write the report."""
+    picture: str | None = Field(None, title="FILE")
+    """Draw it."""
 
     def load(self) -> Run:
         """The run on its device."""
-        liger = False if self.compile_step else None  # what Liger's kernels fuse, Inductor fuses with more
-        return load_run(self.run, *place(self.device, self.dtype), liger)
+        return self.load_run(False if self.compile_step else None)  # what Liger fuses, Inductor fuses with more
 
 
 @dataclass
@@ -117,7 +107,7 @@ def device_name(run: Run) -> str:
     return f"{name}, {str(run.backbone.dtype).removeprefix('torch.')}"
 
 
-def write_report(settings: Settings, report: dict[str, Any]) -> None:
+def write_report(settings: PromptSettings, report: dict[str, Any]) -> None:
     """Write a report as JSON, if asked."""
     if settings.json_file:
         try:

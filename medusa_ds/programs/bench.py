@@ -1,10 +1,11 @@
-"""Measure training steps: a matrix of settings, each in a fresh process, beside the original example's step.
+"""Measure training steps, memory and one head's loss beside the original example; without a recipe, Llama-3-8B.
 
-Read `main` from top to bottom. Every figure comes from this run: the hardware's own limits, our step, the baselines.
-Without a recipe, it is Llama-3-8B's shape with random weights; another recipe is measured as it is written.
+Every case runs in a fresh process, and every figure comes from this run: the hardware's own limits, our step, the
+baselines. Without a recipe, it is Llama-3-8B's shape with random weights; another recipe is measured as it is written.
+
+Example:
+    medusa-ds bench --heads 3 --sequence 2048 --impl ours,original
 """
-
-from __future__ import annotations
 
 import json
 import os
@@ -15,9 +16,14 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from medusa_ds.benchmarks.cases import EPOCHS, IMPLS, LLAMA3_8B, Case
+from pydantic import Field
+
+from medusa_ds.benchmarks.cases import EPOCHS, IMPLS, LLAMA3_8B, Case, Impl, matrix
+from medusa_ds.config.recipe import Recipe
+from medusa_ds.config.settings import Commas, Positional, ProgramSettings
+from medusa_ds.config.types import Count, Stage
 from medusa_ds.errors import UserError
 
 _HEADER = (
@@ -39,19 +45,53 @@ _HEADER = (
 )
 
 
-def main(cases: list[Case], json_file: str, pictures: str | None, trace: str | None, timeout_s: int) -> None:
+class Settings(ProgramSettings):
+    """What the command line says."""
+
+    recipe: Positional[str | None] = None
+    """Recipe file or name; without it, Llama-3-8B's shape with random weights."""
+    overrides: Positional[list[str]] = []
+    """Dotted overrides, as in loss.chunk_mib=512."""
+    parts: Commas[Literal["step", "head", "chat", "epochs"]] = Field(["step"], alias="part", title="A")
+    """`step`, `head` (its loss alone), `chat`, `epochs`."""
+    stages: Commas[Stage] | None = Field(None, alias="stage")
+    """Without it, the recipe's, or 1 and 2."""
+    heads: Commas[Count] = [3, 5]
+    """Numbers of heads."""
+    sequences: Commas[Count] = Field([1024, 2048, 4096, 8192], alias="sequence")
+    """Sequence lengths."""
+    batch: Count = 6
+    """Sequences of a step on each GPU."""
+    gpus: Commas[Count] = [1]
+    """Numbers of GPUs, a rank on each."""
+    impls: Commas[Impl] | None = Field(None, alias="impl", title="A")
+    """`ours`, `ours_fp8`, `eager`, `cached`, `cached_vocab`, `cached_fp8`, `original` or `torch_linear_ce`; without it,
+    all that the machine can do."""
+    zero: str | None = Field(None, title="NAME")
+    """DeepSpeed config; zero2 in stage 1, zero3 in stage 2."""
+    warmup: Count = 3
+    """Steps before the measured ones."""
+    steps: Count = 10
+    """Measured steps."""
+    json_file: str = Field("bench.json", alias="json", title="FILE")
+    """The report."""
+    pictures: str | None = Field(None, title="DIR")
+    """Draw it."""
+    profile: str | None = Field(None, title="DIR")
+    """Write a profiler trace of one step a case, and say where time goes."""
+    timeout_s: Count = Field(1800, alias="timeout", title="S")
+    """Seconds of one case; one that takes longer is recorded as failed."""
+
+
+def run(settings: Settings) -> None:
     """Measure all cases, write the report after each, print it as a table.
 
-    Args:
-        cases: see `benchmark.cases.matrix`.
-        json_file: the report.
-        pictures: directory to draw into.
-        trace: directory for a profiler trace of one step of each case.
-        timeout_s: of a case; one that takes longer is recorded as failed.
-
     Raises:
-        UserError: a file cannot be written, or not one case could be measured.
+        UserError: a case that its recipe does not allow, a file cannot be written, or not one
+            case could be measured.
     """
+    cases, json_file, pictures = _plan(settings), settings.json_file, settings.pictures
+    trace, timeout_s = settings.profile, settings.timeout_s
     _write(json_file, {})
     report: dict[str, Any] = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv, "results": []}
     machine = _Workers(None)
@@ -86,6 +126,30 @@ def main(cases: list[Case], json_file: str, pictures: str | None, trace: str | N
     failed = [result for result in report["results"] if "failed" in result]
     if failed and len(failed) == len(report["results"]):
         raise UserError(f"bench: no case could be measured; the first said: {failed[0]['failed']}")
+
+
+def _plan(settings: Settings) -> list[Case]:
+    recipe, overrides, stages = settings.recipe, settings.overrides, settings.stages
+    if recipe is not None and "=" in recipe:
+        overrides, recipe = [recipe, *overrides], None
+    if recipe is None:
+        recipe, overrides = "llama3_8b_stage1", [*LLAMA3_8B, *overrides]
+    elif not stages:
+        stages = [Recipe.load(recipe, overrides, planning=True).stage]
+    return matrix(
+        recipe,
+        tuple(overrides),
+        settings.parts,
+        stages or [1, 2],
+        settings.heads,
+        settings.sequences,
+        settings.batch,
+        settings.impls or [*IMPLS],
+        settings.zero,
+        settings.warmup,
+        settings.steps,
+        settings.gpus,
+    )
 
 
 def _trace_file(directory: str | None, case: Case) -> Path | None:
@@ -271,23 +335,3 @@ def _write(file: str, report: dict[str, Any]) -> None:
         Path(file).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"--json: {file}: cannot be written ({error.strerror}); name another file") from None
-
-
-def plan(recipe: str | None, overrides: list[str], **settings: Any) -> list[Case]:
-    """The cases of a command line: without a recipe, those of Llama-3-8B's shape in both stages.
-
-    Raises:
-        UserError: see `benchmark.cases.matrix`.
-    """
-    from medusa_ds.benchmarks.cases import matrix
-    from medusa_ds.config.recipe import Recipe
-
-    settings["impls"] = settings["impls"] or [*IMPLS]
-    if recipe is not None and "=" in recipe:
-        overrides, recipe = [recipe, *overrides], None
-    if recipe is None:
-        recipe, overrides = "llama3_8b_stage1", [*LLAMA3_8B, *overrides]
-        settings["stages"] = settings["stages"] or [1, 2]
-    elif not settings["stages"]:
-        settings["stages"] = [Recipe.load(recipe, overrides, planning=True).stage]
-    return matrix(recipe, tuple(overrides), **settings)

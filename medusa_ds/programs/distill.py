@@ -1,4 +1,10 @@
-"""The distillation program: the recipe's own model answers prompts, and its answers become training data.
+"""Let the recipe's own model answer prompts, or make them up, as training data; goes on where it was interrupted.
+
+Without a server the built-in engine decodes. Rows go to OUT in the format that `data.path` reads. Several GPUs share
+the rows under the launcher: deepspeed --module medusa_ds.cli distill RECIPE --out OUT ...
+
+Example:
+    medusa-ds distill smollm2_135m_stage1 --prompts questions.jsonl --out answers.jsonl
 
 Medusa heads guess what their own backbone will say, so its answers are the best text to train them on. Prompts come
 from a source, or the model makes them up: a chat model that is given its template's beginning of a user turn writes
@@ -11,13 +17,16 @@ import hashlib
 import json
 import os
 from collections import Counter, deque
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 
 from medusa_ds.config.recipe import Recipe
+from medusa_ds.config.settings import Bare, RecipeSettings
+from medusa_ds.config.types import Count, Positive
 from medusa_ds.data.dialogues import chat_template, check_template
 from medusa_ds.data.prompts import Prompt, load_prompts
 from medusa_ds.decoding.kernels.packed import pack_projections
@@ -35,57 +44,71 @@ from medusa_ds.runs import place
 from medusa_ds.training.supervisor import Supervisor, end_with_others
 
 MADE_PROMPT_TOKENS = 256
+OPENINGS = Path(__file__).parents[1] / "data" / "openings.txt"
 _MARK = "\U0010fff0"
 Messages = list[dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What the command line says.
+class Settings(RecipeSettings):
+    """What the command line says."""
 
-    Attributes:
-        out: JSON lines to write; `OUT.progress` beside it keeps what was removed and the prompts that were made.
-        prompts: source of prompts, or None.
-        split: of a hub dataset.
-        limit: first prompts of the source that are taken; None takes all.
-        synthesize: how many prompts to make.
-        synthesize_temperature: of these.
-        openings: text file; the prompts that are made begin with its lines in turn, so that they differ more.
-        exclude: sources of prompts that must not be answered.
-        sampling: of the answers.
-        keep_unfinished: keep answers that were cut off or repeat themselves, without labelling their end.
-        batch: rows at once, or requests in flight; None: 512 on a GPU, 8 on a CPU, 64 with a server.
-        server: URL of an OpenAI-compatible server; None: the built-in engine.
-        server_model: the model's name there; None: the recipe's.
-        timeout_s, retries: of a request to the server.
-        device, dtype: see `place`.
-    """
-
-    out: str
-    prompts: str | None = None
+    out: str = Field(title="FILE")
+    """JSON lines to write, a conversation each; FILE.progress keeps what was removed and the prompts that were made."""
+    prompts: str | None = Field(None, title="SOURCE")
+    """JSON lines such as {"turns": ["Hello"]}, or what data.path takes; its user turns are answered."""
     split: str = "train"
-    limit: int | None = None
-    synthesize: int = 0
-    synthesize_temperature: float = 1.0
-    openings: str | None = None
-    exclude: list[str] = field(default_factory=list)
-    sampling: Sampling = field(default_factory=Sampling)
+    """Of a hub dataset."""
+    limit: Count | None = None
+    """Take the first N prompts."""
+    synthesize: Count | None = None
+    """Let the model make up N prompts."""
+    synthesize_temperature: Positive = 1.0
+    """Of these."""
+    openings: Annotated[str | None, Bare(str(OPENINGS))] = Field(None, title="FILE")
+    """They begin with the lines of a text file in turn, so that they differ more; without FILE, ours."""
+    exclude: list[str] = Field([], title="SOURCE")
+    """Leave out prompts that share eight words in a row with one of these; may be repeated."""
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """Of the answers; 0 takes the most probable token."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draw from the most probable tokens up to this share."""
+    max_new_tokens: Count = 512
+    """Of an answer; longer ones are removed."""
     keep_unfinished: bool = False
-    batch: int | None = None
-    server: str | None = None
-    server_model: str | None = None
-    timeout_s: float = 300.0
-    retries: int = 5
+    """Keep answers that are cut off or repeat themselves, without a label on their end: heads that decode long texts
+    meet such text."""
+    max_prompt_tokens: Count = 1024
+    """Of a conversation before an answer."""
+    seed: int = 0
+    """Of all draws."""
+    batch: Count | None = None
+    """Rows at once, or requests in flight; without it, 512 on a GPU, 8 on a CPU, 64 with a server."""
+    server: str | None = Field(None, title="URL")
+    """An OpenAI-compatible server, as http://localhost:8000/v1."""
+    server_model: str | None = Field(None, title="NAME")
+    """The model's name there; without it, the recipe's."""
+    timeout_s: Positive = Field(300.0, alias="timeout", title="SECONDS")
+    """Of a request to the server."""
+    retries: Count = 5
+    """Of a request to the server."""
     device: str | None = None
-    dtype: str | None = None
+    """`cuda` or `cpu`; without it, a GPU if there is one."""
+    dtype: Literal["bf16", "fp32"] | None = None
+    """Without it, bf16 on a GPU and fp32 on a CPU."""
+
+    @property
+    def sampling(self) -> Sampling:
+        """How answers are drawn."""
+        return Sampling(self.temperature, self.top_p, self.max_new_tokens, self.max_prompt_tokens, self.seed)
 
 
-def distill(recipe: Recipe, settings: Settings) -> dict[str, Any]:
+def run(settings: Settings) -> dict[str, Any]:
     """Make the rows that are still missing, print a summary and return it; every rank calls it.
 
     Raises:
         UserError: nothing to do, an output of other settings, or a source, model or server that cannot be used.
     """
+    recipe = settings.load_recipe()
     if settings.prompts is None and not settings.synthesize:
         raise UserError("distill: found neither --prompts nor --synthesize; give one of them, or both")
     if settings.openings and not settings.synthesize:
@@ -189,7 +212,7 @@ def _state(
         "prompts": len(asked),
         "prompts_digest": digest(asked),
         "exclude_digest": digest(unwanted),
-        "synthesize": settings.synthesize,
+        "synthesize": settings.synthesize or 0,
         "synthesize_temperature": settings.synthesize_temperature,
         "openings_digest": digest(openings),
         "keep_unfinished": settings.keep_unfinished,
@@ -203,7 +226,7 @@ def _make_prompts(
     """The prompts that the model makes, kept in the progress file: messages, or why one cannot be used."""
     ranks = engines.ranks
     made = {row["row"]: row for row in output.before if "prompt" in row}
-    wanted = range(first, first + settings.synthesize)
+    wanted = range(first, first + (settings.synthesize or 0))
     missing, new = [row for row in wanted if row not in made], {}
     begin = chat.before_prompt()
     texts = {row: begin + openings[row % len(openings)] for row in missing}

@@ -1,4 +1,7 @@
-"""What a recipe needs, by arithmetic: parameters, memory per GPU, disk and hours. Nothing is trained or allocated.
+"""Estimate parameters, memory per GPU, disk and hours of a recipe, by arithmetic: nothing is trained or allocated.
+
+Example:
+    medusa-ds estimate llama3_8b_stage1 --world-size 8
 
 The arithmetic of memory is `training.memory`'s.
 """
@@ -8,8 +11,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from medusa_ds.config import deepspeed as ds_config
 from medusa_ds.config.recipe import Recipe, shipped
+from medusa_ds.config.settings import RecipeSettings
+from medusa_ds.config.types import Count, Positive
 from medusa_ds.training.memory import (
     CONTEXT_BYTES,
     GIB,
@@ -39,12 +46,24 @@ def total_steps(recipe: Recipe, data: Any) -> int | None:
     return data and max(1, round(data.train.steps_per_epoch(recipe.train.global_batch_size) * recipe.train.epochs))
 
 
-def main(recipe: Recipe, world_sizes: list[int], tokens_per_s: float | None, count_data: bool) -> None:
+class Settings(RecipeSettings):
+    """What the command line says."""
+
+    world_size: list[Count] = [1, 2, 4, 8]
+    """Ranks; may be given several times."""
+    tokens_per_second: Positive | None = None
+    """Speed of all GPUs together; without it, the one that a run into the recipe's output measured."""
+    count_data: bool = Field(False, alias="data")
+    """Tokenise the data, as prepare does, to count its tokens."""
+
+
+def run(settings: Settings) -> None:
     """Print the estimate."""
     from medusa_ds.data.packing import load_data
     from medusa_ds.model.backbone import load_config, load_tokenizer
 
-    data = load_data(recipe, load_tokenizer(recipe.model)) if count_data else None
+    recipe = settings.load_recipe()
+    data = load_data(recipe, load_tokenizer(recipe.model)) if settings.count_data else None
     config = load_config(recipe.model).get_text_config()
     parts = count_parameters(recipe, config)
     stage, train = recipe.stage, recipe.train
@@ -85,7 +104,7 @@ def main(recipe: Recipe, world_sizes: list[int], tokens_per_s: float | None, cou
     if own not in files.values():
         files[own.stem] = own
     print("  GPUs  " + "  ".join(f"{name:>{max(8, len(name))}}" for name in files) + f"  smallest GPU with {own.stem}")
-    for ranks in world_sizes:
+    for ranks in settings.world_size:
         cells, fits, cpu_own = [], "", 0
         for name, file in files.items():
             gpu, cpu = states_bytes(parts, stage, *ds_config.zero_settings(ds_config.load(file)), ranks, width)
@@ -105,7 +124,7 @@ def main(recipe: Recipe, world_sizes: list[int], tokens_per_s: float | None, cou
         f"\ndisk: {checkpoint / GIB:.2f} GiB a checkpoint (fp32 weights and moments of what is trained), at most "
         f"{most} at a time: {most * checkpoint / GIB:.1f} GiB; saved at the end: {final / GIB:.2f} GiB"
     )
-    print(_hours(recipe, tokens_per_s, total_steps(recipe, data)))
+    print(_hours(recipe, settings.tokens_per_second, total_steps(recipe, data)))
 
 
 def _hidden_cache(recipe: Recipe, config: Any, data: Any) -> str:

@@ -1,4 +1,7 @@
-"""The evaluation program: what a run's heads are worth on held-out prompts.
+"""Measure a run's heads on prompts: accuracies, tokens per step, speed-up. Takes a finished run or a checkpoint.
+
+Example:
+    medusa-ds evaluate smollm2_135m --prompts questions.jsonl
 
 Accuracies are teacher-forced on the plain answers: every position counts. Accepted tokens are counted while decoding:
 only the positions where a step begins count, and a tree holds more than each head's first guess. Both stand in the
@@ -12,7 +15,8 @@ from typing import Any
 import torch
 
 from medusa_ds.data.prompts import read_prompts
-from medusa_ds.decoding.answers import Answer, Settings, all_ranks, answer_prompts, device_name, write_report
+from medusa_ds.decoding.acceptance import AcceptanceSettings
+from medusa_ds.decoding.answers import Answer, PromptSettings, all_ranks, answer_prompts, device_name, write_report
 from medusa_ds.decoding.decoder import Decoder, Generation
 from medusa_ds.decoding.measure import copy_bandwidth, first_difference, plain_step_bytes, step_ms
 from medusa_ds.decoding.pictures import draw_evaluation
@@ -23,15 +27,19 @@ TOP = 5
 Report = dict[str, Any]
 
 
-def evaluate(settings: Settings) -> Report:
+class Settings(AcceptanceSettings, PromptSettings):
+    """What the command line says."""
+
+
+def run(settings: Settings) -> Report:
     """Measure a run, print a table, write JSON and picture if asked, and return the report."""
     prompts, run = read_prompts("--prompts", settings.prompts, settings.limit), settings.load()
     plain = Decoder(run.backbone, [], chain(0), settings.acceptance, compile_step=settings.compile_step)
     medusa = Decoder(run.backbone, run.heads, run.tree, settings.acceptance, compile_step=settings.compile_step)
     answers, left_out = answer_prompts(run, prompts, plain, medusa, settings.max_new_tokens)
     report: Report = {
-        "run": str(settings.run),
-        "prompts": {"file": str(settings.prompts), "answers": len(answers), "left_out_too_long": left_out},
+        "run": settings.name,
+        "prompts": {"file": settings.prompts, "answers": len(answers), "left_out_too_long": left_out},
         "acceptance": vars(settings.acceptance),
         "device": device_name(run),
         "tree": {"nodes": run.tree.nodes, "depth": run.tree.depth, "measured": run.measured},

@@ -1,4 +1,9 @@
-"""The export program: heads in the layouts that engines read, in one directory.
+"""Write heads in the layouts of vLLM, TGI, TensorRT-LLM, FasterDecoding/Medusa and plain transformers.
+
+Example:
+    medusa-ds export runs/smollm2_135m_stage1 exported
+
+One directory has them all:
 
     OUT/  config.json, tokenizer files, README.md    what every engine reads first
           heads/, backbone/ (stage 2)                our own layout: OUT is read like a run
@@ -19,18 +24,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, save_torch_state_dict
 from huggingface_hub import errors as hub_errors
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from medusa_ds.config.parsing import parse_yaml, read_json, read_text
 from medusa_ds.config.recipe import Recipe
+from medusa_ds.config.settings import Positional, ProgramSettings
+from medusa_ds.config.types import Count
 from medusa_ds.data.packing import load_data
 from medusa_ds.data.vocabulary import token_map
 from medusa_ds.errors import UserError
@@ -80,48 +87,51 @@ class Source(NamedTuple):
         return self.model
 
 
-def main(
-    run: str | None,
-    out: str,
-    engine: str = "all",
-    *,
-    untrained: str | None = None,
-    dtype: str | None = None,
-    force: bool = False,
-    push_to_hub: str | None = None,
-    vocab: int | None = None,
-) -> None:
-    """Export heads.
+class Settings(ProgramSettings):
+    """What the command line says."""
 
-    Args:
-        run: a finished run, its heads folder, or a checkpoint.
-        out: directory to make.
-        engine: one of `ENGINES`, or `all`.
-        untrained: a recipe whose heads are exported as they are before training, in place of a run.
-        dtype: one of `DTYPES`; None: the run's, or for a checkpoint and untrained heads the base model's.
-        force: replace an earlier export.
-        push_to_hub: repository to upload to.
-        vocab: tokens that heads trained onto all of them are cut to. Heads that share the LM head stay as they are, but
-            vLLM reads a map (`token_map`) and cuts the LM head for them.
+    source: Positional[str | None] = Field(None, alias="run")
+    """A finished run's output, its heads folder, or one of its checkpoints."""
+    out: Positional[str]
+    """Directory to make."""
+    engine: Literal["transformers", "vllm", "tgi", "tensorrt-llm", "fasterdecoding", "all"] = Field("all", alias="for")
+    """What it is for; all is a directory for all of them."""
+    untrained: str | None = Field(None, title="RECIPE")
+    """In place of a run: a recipe's heads before training."""
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    """Without it, the run's, or for a checkpoint and untrained heads the base model's."""
+    vocab: Count | None = None
+    """Cut heads to the N most frequent tokens of their training. Heads that share the LM head stay as they are, but
+    vLLM reads a map (`token_map`) and cuts the LM head for them."""
+    force: bool = False
+    """Replace an earlier export."""
+    push_to_hub: str | None = Field(None, title="REPO")
+    """Upload it, a tuned backbone to REPO-backbone."""
+
+
+def run(settings: Settings) -> None:
+    """Export heads.
 
     Raises:
         UserError: nothing to export, a directory that is in the way, or the hub refuses.
     """
+    run, untrained, engine = settings.source, settings.untrained, settings.engine
     if (run is None) == (untrained is None):
         raise UserError("RUN: name a run to export, or --untrained RECIPE; one of the two")
-    target = Path(out).absolute()
-    _check_free(target, force)
-    wanted = DTYPES[dtype] if dtype else None
+    target = Path(settings.out).absolute()
+    _check_free(target, settings.force)
+    wanted = DTYPES[settings.dtype] if settings.dtype else None
     source = _untrained(untrained, wanted) if untrained else _from_run(Path(str(run)), wanted)
-    if vocab is not None:
-        source = _truncate(source, _recipe(source.meta["recipe"], Path("heads.json: recipe")), vocab)
+    if settings.vocab is not None:
+        recipe = _recipe(source.meta["recipe"], Path("heads.json: recipe"))
+        source = _truncate(source, recipe, settings.vocab)
     with _directory(target) as work:
         _write(work, target, source, engine)
-    print(f"exported {source.meta['num']} heads to {out}; README.md there has the launch lines")
+    print(f"exported {source.meta['num']} heads to {settings.out}; README.md there has the launch lines")
     if engine in ("all", "fasterdecoding") and source.meta["num"] != 5:
         print(f"warning: FasterDecoding/Medusa builds 5 heads whatever the files say; these are {source.meta['num']}")
-    if push_to_hub:
-        _push(target, push_to_hub)
+    if settings.push_to_hub:
+        _push(target, settings.push_to_hub)
 
 
 def _from_run(run: Path, dtype: torch.dtype | None) -> Source:

@@ -1,44 +1,41 @@
-"""The generation program: answer one prompt, or chat on the terminal, streaming the text as it is decoded."""
+"""Answer a prompt with a run's heads, or chat on the terminal; shows tokens per step and per second.
+
+Example:
+    medusa-ds generate smollm2_135m --prompt "What is a transformer?"
+"""
 
 import sys
 import time
 from collections.abc import Sequence
 
-from medusa_ds.decoding.acceptance import Acceptance
+from medusa_ds.config.types import Count
+from medusa_ds.decoding.acceptance import AcceptanceSettings
 from medusa_ds.decoding.decoder import Decoder, Generation, StopStrings
 from medusa_ds.errors import UserError
-from medusa_ds.runs import Run, encode_chat, load_run, place
+from medusa_ds.runs import Run, RunSettings, encode_chat
 
 
-def main(
-    run_name: str,
-    prompt: str | None,
-    *,
-    acceptance: Acceptance,
-    max_new_tokens: int = 512,
-    stop: Sequence[str] = (),
-    seed: int = 0,
-    device: str | None = None,
-    dtype: str | None = None,
-) -> None:
-    """Decode with a run's heads.
+class Settings(AcceptanceSettings, RunSettings):
+    """What the command line says."""
 
-    Args:
-        run_name: output directory, heads folder or checkpoint.
-        prompt: the user's turn; None asks for turns on the terminal until an empty one.
-        acceptance: the rule.
-        max_new_tokens: of an answer.
-        stop: strings that end an answer.
-        seed: of exact sampling.
-        device: see `place`.
-        dtype: see `place`.
-    """
-    run = load_run(run_name, *place(device, dtype))
-    decoder = Decoder(run.backbone, run.heads, run.tree, acceptance)
+    prompt: str | None = None
+    """The user's turn; without it, chat until an empty turn."""
+    max_new_tokens: Count = 512
+    """Of an answer."""
+    stop: list[str] = []
+    """End at this text; may be repeated."""
+    seed: int = 0
+    """Of exact acceptance."""
+
+
+def run(settings: Settings) -> None:
+    """Decode with a run's heads."""
+    run, prompt = settings.load_run(), settings.prompt
+    decoder = Decoder(run.backbone, run.heads, run.tree, settings.acceptance)
     messages: list[dict[str, str]] = []
     while (turn := prompt if prompt is not None else _ask()) is not None:
         messages.append({"role": "user", "content": turn})
-        text = _answer(run, decoder, messages, max_new_tokens, stop, seed)
+        text = _answer(run, decoder, messages, settings.max_new_tokens, settings.stop, settings.seed)
         messages.append({"role": "assistant", "content": text})
         if prompt is not None:
             return

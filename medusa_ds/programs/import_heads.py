@@ -1,14 +1,20 @@
-"""The import program: published heads of other projects become ours, so that they are read like a run's."""
+"""Bring published heads of FasterDecoding's or vLLM's layout into ours, to be used like a run.
+
+Example:
+    medusa-ds import medusa-vicuna-7b-v1.3 runs/vicuna --base-model lmsys/vicuna-7b-v1.3
+"""
 
 import json
 from pathlib import Path
 
 import torch
+from pydantic import Field
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
 from medusa_ds.config.parsing import read_json
+from medusa_ds.config.settings import Positional, ProgramSettings
 from medusa_ds.errors import UserError
 from medusa_ds.exporting.layouts import from_other
 from medusa_ds.heads.medusa import save_heads
@@ -16,23 +22,28 @@ from medusa_ds.heads.medusa import save_heads
 _FILES = ("model.safetensors", "medusa_lm_head.safetensors", "medusa_lm_head.pt")
 
 
-def main(directory: str, out: str, base_model: str | None = None) -> None:
-    """Bring heads in FasterDecoding's or vLLM's layout into ours.
+class Settings(ProgramSettings):
+    """What the command line says."""
 
-    Args:
-        directory: holds `model.safetensors` (or shards), `medusa_lm_head.safetensors` or `medusa_lm_head.pt`.
-        out: directory to make; its `heads` folder has the heads, and `generate`, `evaluate` and `heads.init_from` take
-            it as a run.
-        base_model: hub id or directory; None: as `config.json` says.
+    directory: Positional[str]
+    """Holds model.safetensors (or shards), medusa_lm_head.safetensors or medusa_lm_head.pt."""
+    out: Positional[str]
+    """Directory to make; its `heads` folder has the heads, and other commands take it as a run."""
+    base_model: str | None = Field(None, title="NAME")
+    """Hub id or directory; without it, as config.json says."""
+
+
+def run(settings: Settings) -> None:
+    """Write the heads in our layout.
 
     Raises:
         UserError: no heads there, tensors that do not form heads, or a base model that nobody names.
     """
-    path, target = Path(directory), Path(out).absolute()
+    path, target = Path(settings.directory), Path(settings.out).absolute()
     if target.exists():
         raise UserError(f"{target}: exists already; name another directory")
     config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
-    base = base_model or config.get("base_model_name_or_path")
+    base = settings.base_model or config.get("base_model_name_or_path")
     if not isinstance(base, str):
         raise UserError(f"{path / 'config.json'}: names no base_model_name_or_path; give --base-model")
     base = str(Path(base).absolute()) if Path(base).is_dir() else base
@@ -42,7 +53,7 @@ def main(directory: str, out: str, base_model: str | None = None) -> None:
     save_heads(target / "heads", heads, {"base_model": base, "revision": None, "recipe": recipe, **shape})
     if (path / "tokenizer_config.json").is_file():
         AutoTokenizer.from_pretrained(path).save_pretrained(target / "heads")
-    print(f"imported {shape['num']} heads of {base}; next: medusa-ds generate {out} --prompt 'Hello'")
+    print(f"imported {shape['num']} heads of {base}; next: medusa-ds generate {settings.out} --prompt 'Hello'")
 
 
 def _read(path: Path) -> dict[str, Tensor]:

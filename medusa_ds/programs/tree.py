@@ -1,4 +1,7 @@
-"""The tree program: the candidate tree that suits a run's heads and this hardware best.
+"""Find the candidate tree that suits a run's heads and this machine, and write it into the run's heads.json.
+
+Example:
+    medusa-ds tree runs/smollm2_135m_stage1 --prompts questions.jsonl
 
 Ranks come from teacher-forced passes over plain greedy answers. Trees are found on joint counts; what they promise is
 what decoding would accept of answers that they were not found on, since a tree of 64 nodes fits the noise of some
@@ -7,8 +10,9 @@ hundred positions.
 
 from typing import Any
 
+from medusa_ds.config.types import Count
 from medusa_ds.data.prompts import read_prompts
-from medusa_ds.decoding.answers import Settings, all_ranks, answer_prompts, device_name, write_report
+from medusa_ds.decoding.answers import PromptSettings, all_ranks, answer_prompts, device_name, write_report
 from medusa_ds.decoding.decoder import Decoder
 from medusa_ds.decoding.measure import step_ms
 from medusa_ds.decoding.pictures import draw_tree
@@ -21,17 +25,20 @@ SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 Report = dict[str, Any]
 
 
-def search_tree(settings: Settings, nodes: int | None = None) -> Report:
-    """Find the best tree for a run, print what was found and write it into the run's `heads.json`.
+class Settings(PromptSettings):
+    """What the command line says."""
 
-    Args:
-        settings: as for `evaluate`.
-        nodes: size with the root; None picks the size with the most expected tokens a second by measured step times.
-    """
+    nodes: Count | None = None
+    """Size with the root; without it, the fastest by measured step times."""
+
+
+def run(settings: Settings) -> Report:
+    """Find the best tree for a run, print what was found and write it into the run's `heads.json`."""
+    nodes = settings.nodes
     prompts, run = read_prompts("--prompts", settings.prompts, settings.limit), settings.load()
     if run.config_file is None:
         raise UserError(
-            f"{settings.run}: checkpoints and shipped heads are sealed; name a finished run's output or heads"
+            f"{settings.name}: checkpoints and shipped heads are sealed; name a finished run's output or heads"
         )
     answers, _ = answer_prompts(run, prompts, Decoder(run.backbone, [], chain(0)), None, settings.max_new_tokens)
     per_answer = all_ranks(run, answers)
@@ -64,7 +71,7 @@ def search_tree(settings: Settings, nodes: int | None = None) -> Report:
         else next(row for row in sizes if row["nodes"] >= nodes or row is sizes[-1])
     )
     report = {
-        "run": str(settings.run),
+        "run": settings.name,
         "device": device_name(run),
         "positions": counts.total,
         "context": context,

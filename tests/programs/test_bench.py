@@ -57,9 +57,9 @@ def case(**changes):
 @pytest.mark.parametrize(
     ("argv", "fragment"),
     [
-        (["--part", "stpe"], "--part: found 'stpe'; allowed are step, head, chat, epochs"),
-        (["--impl", "ours,theirs"], "--impl: found 'theirs'; allowed are ours, ours_fp8"),
-        (["--stage", "3"], "--stage: found 3; allowed are 1 and 2"),
+        (["--part", "stpe"], "--part: found 'stpe'; allowed is step, head, chat or epochs"),
+        (["--impl", "ours,theirs"], "--impl: found 'theirs'; allowed is ours, ours_fp8"),
+        (["--stage", "3"], "--stage: found '3'; allowed is a whole number of at least 1 and at most 2"),
         (["--heads", "3,many"], "--heads: found 'many'; allowed is a whole number"),
         (["--sequence", "8", "--heads", "5"], "data.max_length"),
         (["--heads", "17"], "heads.num"),

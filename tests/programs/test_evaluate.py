@@ -12,11 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from medusa_ds.cli import main
 from medusa_ds.data.prompts import Prompt, read_prompts
-from medusa_ds.decoding.answers import Settings
 from medusa_ds.errors import UserError
 from medusa_ds.heads.medusa import MedusaHeads, save_heads
-from medusa_ds.programs.evaluate import evaluate
-from medusa_ds.programs.tree import search_tree
+from medusa_ds.programs import evaluate, tree
 from medusa_ds.training import checkpoint
 from medusa_ds.training.tensors import KEYS
 
@@ -94,14 +92,22 @@ def prompts(tmp_path):
     return file
 
 
+def _evaluate(settings):
+    return evaluate.run(evaluate.Settings(**settings))
+
+
+def _search_tree(settings):
+    return tree.run(tree.Settings(**settings))
+
+
 def _settings(run, prompts, **more):
-    return Settings(str(run), str(prompts), max_new_tokens=24, device="cpu", **more)
+    return {"run": str(run), "prompts": str(prompts), "max_new_tokens": 24, "device": "cpu", **more}
 
 
 def test_run_heads_folder_and_checkpoint_give_the_same_figures(output, prompts, capsys):
     """Mutation: read an Adam moment in place of the master weights."""
     reports = [
-        evaluate(_settings(run, prompts))
+        _evaluate(_settings(run, prompts))
         for run in (output, output / "heads", output / "checkpoints" / "step-000040", output / "checkpoints" / "best")
     ]
     for report in reports:
@@ -116,7 +122,7 @@ def test_run_heads_folder_and_checkpoint_give_the_same_figures(output, prompts, 
 
 
 def test_figures_agree_with_each_other(output, prompts):
-    report = evaluate(_settings(output, prompts))
+    report = _evaluate(_settings(output, prompts))
     heads, accepted = report["heads"], report["accepted"]
     for k in (1, 2):
         shares = list(heads[f"head{k}"].values())
@@ -129,13 +135,13 @@ def test_figures_agree_with_each_other(output, prompts):
 
 
 def test_tree_is_written_into_the_run_and_used_from_then_on(output, prompts, tmp_path, capsys):
-    found = search_tree(_settings(output, prompts, json_file=str(tmp_path / "tree.json")), nodes=8)
+    found = _search_tree(_settings(output, prompts, json_file=str(tmp_path / "tree.json"), nodes=8))
     kept = json.loads((output / "heads" / "heads.json").read_text())
     assert found["chosen"] == 8 == len(kept["tree"]) + 1
     assert json.loads((tmp_path / "tree.json").read_text())["chosen"] == 8
-    assert evaluate(_settings(output, prompts))["tree"] == {"nodes": 8, "depth": 2, "measured": True}
+    assert _evaluate(_settings(output, prompts))["tree"] == {"nodes": 8, "depth": 2, "measured": True}
     assert sorted(file.name for file in (output / "heads").iterdir()) == ["heads.json", "heads.safetensors"]
-    rows = search_tree(_settings(output, prompts))["sizes"]
+    rows = _search_tree(_settings(output, prompts))["sizes"]
     assert [row["nodes"] for row in rows][:4] == [1, 2, 4, 8]
     assert [row["expected"] for row in rows] == sorted(row["expected"] for row in rows)
     assert rows[0]["expected"] == rows[0]["held_out"] == 1
@@ -144,21 +150,21 @@ def test_tree_is_written_into_the_run_and_used_from_then_on(output, prompts, tmp
 
 def test_tree_refuses_a_checkpoint(output, prompts):
     with pytest.raises(UserError, match="sealed"):
-        search_tree(_settings(output / "checkpoints" / "best", prompts))
+        _search_tree(_settings(output / "checkpoints" / "best", prompts))
 
 
 def test_a_damaged_tree_or_a_folder_that_is_no_run_is_named(output, prompts, tmp_path):
     with pytest.raises(UserError, match=r"prompts.jsonl: found no run; name"):
-        evaluate(_settings(prompts, prompts))
+        _evaluate(_settings(prompts, prompts))
     file = output / "heads" / "heads.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"tree": [[0, 0]]}))
     with pytest.raises(UserError, match=r"heads.json: path \[0, 0\] hangs"):
-        evaluate(_settings(output, prompts))
+        _evaluate(_settings(output, prompts))
 
 
 def test_stage_two_takes_the_tuned_backbone(output, prompts, monkeypatch):
     """Mutation: load the base model whatever the stage."""
-    before = evaluate(_settings(output, prompts))["accepted"]
+    before = _evaluate(_settings(output, prompts))["accepted"]
     tuned = AutoModelForCausalLM.from_pretrained(output.parent / "model")
     torch.manual_seed(7)
     for parameter in tuned.parameters():
@@ -168,7 +174,7 @@ def test_stage_two_takes_the_tuned_backbone(output, prompts, monkeypatch):
     (output / "heads" / "heads.json").write_text(json.dumps(config))
     (output / "recipe.yaml").write_text(config["recipe"])
     with pytest.raises(UserError, match=r"backbone: missing"):
-        evaluate(_settings(output, prompts))
+        _evaluate(_settings(output, prompts))
     tuned.save_pretrained(output / "backbone")
     shutil.copytree(output.parent / "model", output / "heads", dirs_exist_ok=True, ignore=lambda *_: {"config.json"})
     weights = load_file(output / "heads" / "heads.safetensors")
@@ -176,7 +182,7 @@ def test_stage_two_takes_the_tuned_backbone(output, prompts, monkeypatch):
     named = [(f"backbone.{name}", tensor.detach()) for name, tensor in tuned.named_parameters()]
     _save_checkpoint(monkeypatch, output, named + heads, 41)
     finished, sealed = (
-        evaluate(_settings(run, prompts))["accepted"] for run in (output, output / "checkpoints" / "best")
+        _evaluate(_settings(run, prompts))["accepted"] for run in (output, output / "checkpoints" / "best")
     )
     assert finished == sealed != before
 
@@ -215,7 +221,7 @@ def test_prompts_may_be_conversations_whose_answers_are_made_anew(output, tmp_pa
     reports = {}
     for name, row in rows.items():
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
-        reports[name] = evaluate(_settings(output, tmp_path / f"{name}.jsonl"))
+        reports[name] = _evaluate(_settings(output, tmp_path / f"{name}.jsonl"))
     assert {report["prompts"]["answers"] for report in reports.values()} == {2}
     figures = [{key: reports[name][key] for key in ("heads", "accepted", "texts")} for name in rows]
     assert figures[0] == figures[1] != figures[2]
@@ -224,12 +230,12 @@ def test_prompts_may_be_conversations_whose_answers_are_made_anew(output, tmp_pa
 def test_prompts_over_the_models_limit_are_counted(output, tmp_path):
     file = tmp_path / "long.jsonl"
     file.write_text(json.dumps({"turns": ["x" * 500]}) + "\n" + json.dumps({"turns": ["hello"]}))
-    assert evaluate(_settings(output, file))["prompts"] == {"file": str(file), "answers": 1, "left_out_too_long": 1}
+    assert _evaluate(_settings(output, file))["prompts"] == {"file": str(file), "answers": 1, "left_out_too_long": 1}
 
 
 def test_pictures_are_drawn(output, prompts, tmp_path):
-    search_tree(_settings(output, prompts, picture=str(tmp_path / "tree.png")), nodes=8)
-    evaluate(_settings(output, prompts, picture=str(tmp_path / "heads.svg")))
+    _search_tree(_settings(output, prompts, picture=str(tmp_path / "tree.png"), nodes=8))
+    _evaluate(_settings(output, prompts, picture=str(tmp_path / "heads.svg")))
     assert (tmp_path / "tree.png").stat().st_size > 1000
     assert (tmp_path / "heads.svg").stat().st_size > 1000
 

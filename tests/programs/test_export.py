@@ -14,10 +14,8 @@ from support import train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from medusa_ds.cli import main
-from medusa_ds.decoding.answers import Settings
 from medusa_ds.heads.medusa import load_heads, save_heads
-from medusa_ds.programs import export
-from medusa_ds.programs.evaluate import evaluate
+from medusa_ds.programs import evaluate, export
 from medusa_ds.runs import load_run, save_tree
 
 ENGINES = {
@@ -232,7 +230,8 @@ def test_evaluate_on_the_exported_directory_equals_that_on_the_run(make_run: Mak
     (tmp_path / "prompts.jsonl").write_text('{"turns": ["from red"]}\n{"turns": ["from sun", "and tree"]}\n')
 
     def report(path: Path) -> dict[str, Any]:
-        found = evaluate(Settings(str(path), str(tmp_path / "prompts.jsonl"), 24, device="cpu", dtype="fp32"))
+        asked = {"prompts": str(tmp_path / "prompts.jsonl"), "max_new_tokens": 24, "device": "cpu", "dtype": "fp32"}
+        found = evaluate.run(evaluate.Settings(run=str(path), **asked))
         return {key: found[key] for key in ("heads", "accepted", "tree", "prompts", "texts")}
 
     assert report(export_(run, "out")) == report(run)

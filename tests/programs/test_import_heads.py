@@ -66,7 +66,7 @@ def test_hostile_damaged_and_foreign_files_are_refused(tmp_path: Path, monkeypat
 
     def refusal() -> str:
         with pytest.raises(UserError) as error:
-            import_heads.main(str(tmp_path), str(tmp_path / "out"))
+            import_heads.run(import_heads.Settings(directory=str(tmp_path), out=str(tmp_path / "out")))
         assert not (tmp_path / "out").exists()
         return str(error.value)
 

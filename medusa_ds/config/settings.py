@@ -1,0 +1,133 @@
+"""The settings of a program, and the command line made from them in one way for all programs.
+
+A program's `Settings` subclasses the one here: a field is the option of its name (or alias), the docstring under it the
+help, its type the choices and bounds; a list may be given several times, or with commas between its items. It is not
+`pydantic_settings`, whose command line takes no positional arguments between options, as overrides of a recipe are,
+and answers a mistake with several lines.
+"""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar, get_args, get_origin
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
+
+from medusa_ds.config.recipe import Recipe
+from medusa_ds.config.types import allowed
+from medusa_ds.errors import UserError
+
+_T = TypeVar("_T")
+_S = TypeVar("_S", bound="ProgramSettings")
+
+
+class Bare(NamedTuple):
+    """Marks an option that may be given without a value, and says what it means then."""
+
+    value: str
+
+
+def _split(text: Any) -> Any:
+    return text.split(",") if isinstance(text, str) else text
+
+
+_POSITIONAL = "positional"
+Positional = Annotated[_T, _POSITIONAL]
+Commas = Annotated[list[_T], BeforeValidator(_split)]
+
+
+class ProgramSettings(BaseModel):
+    """Base of the settings of every program."""
+
+    model_config = ConfigDict(
+        use_attribute_docstrings=True, extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=True
+    )
+
+
+class RecipeSettings(ProgramSettings):
+    """Of programs that take a recipe."""
+
+    recipe: Positional[str]
+    """Recipe file, or name of a shipped one."""
+    overrides: Positional[list[str]] = []
+    """Dotted overrides, as in train.lr=1e-3."""
+
+    def load_recipe(self, planning: bool = True) -> Recipe:
+        """The recipe; see `Recipe.load`."""
+        return Recipe.load(self.recipe, self.overrides, planning)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
+
+
+def parse(settings: type[_S], argv: Sequence[str], prog: str, description: str | None = None) -> _S:
+    """Settings from a command line.
+
+    Args:
+        settings: a program's.
+        argv: without the program's name.
+        prog: its name, for messages.
+        description: printed above the options by `--help`.
+
+    Raises:
+        UserError: every value that is not allowed, or an option that does not exist.
+    """
+    form = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(prog, description=description, formatter_class=form, allow_abbrev=False)
+    for name, field in settings.model_fields.items():
+        flag, options = _option(name, field)
+        parser.add_argument(flag, **options)
+    given = vars(parser.parse_intermixed_args(list(argv)))
+    try:
+        return settings.model_validate(given)
+    except ValidationError as error:
+        fields = {field.alias or name: (name, field) for name, field in settings.model_fields.items()}
+        problems = []
+        for item in error.errors():
+            name, field = fields[str(item["loc"][0])]
+            may_be = allowed(field.annotation, field.metadata).removeprefix("a list of ")
+            problems.append(f"{prog}: {_option(name, field)[0]}: found {item['input']!r}; allowed is {may_be}")
+        raise UserError(*problems) from None
+
+
+def _option(name: str, field: FieldInfo) -> tuple[str, dict[str, Any]]:
+    """Name and arguments of `add_argument`; values stay text, which the settings read."""
+    kind, markers = field.annotation, field.metadata
+    key = field.alias or name
+    bare = next((marker for marker in markers if isinstance(marker, Bare)), None)
+    parts = [*markers, *_parts(kind)]
+    choices = next((get_args(part) for part in parts if get_origin(part) is Literal), None)
+    metavar = field.title or ("N" if int in parts else "X" if float in parts else "TEXT")
+    options: dict[str, Any] = {"help": _help(field), "default": argparse.SUPPRESS}
+    if kind is bool:
+        return f"--{key.replace('_', '-')}", options | {"action": "store_true"}
+    several = any(get_origin(part) is list for part in parts)
+    if _POSITIONAL in markers:
+        more = {"nargs": "*", "metavar": "key=value"} if several else {} if field.is_required() else {"nargs": "?"}
+        return key, options | more
+    if any(isinstance(part, BeforeValidator) for part in parts):
+        options["metavar"] = f"{metavar},{metavar}"
+    else:
+        options |= {"choices": choices, "metavar": None if choices else metavar}
+        options |= {"action": "append"} if several else {}
+        options |= {"nargs": "?", "const": bare.value} if bare else {}
+    return f"--{key.replace('_', '-')}", options | {"dest": key, "required": field.is_required()}
+
+
+def _parts(kind: Any) -> Iterator[Any]:
+    """A type with all that it is made of."""
+    yield kind
+    for inner in get_args(kind):
+        yield from _parts(inner)
+
+
+def _help(field: FieldInfo) -> str:
+    text = " ".join((field.description or "").split()).removesuffix(".")
+    default = field.get_default()
+    if isinstance(default, list):
+        default = ",".join(map(str, default))
+    if not field.is_required() and default not in (None, False, ""):
+        text += f" (default: {default})"
+    return text.replace("%", "%%")

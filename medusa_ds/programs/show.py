@@ -1,0 +1,63 @@
+"""Print the resolved recipe and DeepSpeed config, or training examples; the output is a recipe again.
+
+Example:
+    medusa-ds show llama3_8b_stage2 train.lr=3e-5 --world-size 4
+"""
+
+import json
+import os
+import sys
+
+from pydantic import Field
+
+from medusa_ds.config.recipe import Recipe
+from medusa_ds.config.settings import RecipeSettings
+from medusa_ds.config.types import Count
+
+
+class Settings(RecipeSettings):
+    """What the command line says."""
+
+    world_size: Count = 1
+    """Ranks that train."""
+    examples: Count | None = Field(None, alias="data")
+    """Print N training examples, supervised tokens coloured."""
+
+
+def run(settings: Settings) -> None:
+    """Print what was asked for.
+
+    Raises:
+        UserError: a mistake of the recipe or its data.
+    """
+    recipe = settings.load_recipe()
+    if settings.examples:
+        _show_examples(recipe, settings.examples)
+        return
+    ranks = settings.world_size
+    config = json.dumps(recipe.ds_config(ranks, on_gpu=True), indent=2)
+    print(recipe.to_yaml())
+    print(f"# DeepSpeed config of {ranks} rank{'s'[: ranks > 1]} with a GPU each; without one, precision auto is fp32.")
+    print('# Sizes that say "auto" follow from the hidden size when the model is loaded.')
+    print("\n".join(f"# {line}" for line in config.splitlines()))
+
+
+def _show_examples(recipe: Recipe, number: int) -> None:
+    """The first conversations of the training split, what the heads learn from in green, and counts."""
+    from medusa_ds.data.dialogues import IGNORED, describe
+    from medusa_ds.data.packing import load_data
+    from medusa_ds.model.backbone import load_tokenizer
+    from medusa_ds.training.report import quiet_libraries
+
+    quiet_libraries(rank=0)
+    tokenizer = load_tokenizer(recipe.model)
+    data = load_data(recipe, tokenizer)
+    colour = sys.stdout.isatty() or bool(os.environ.get("FORCE_COLOR"))
+    for index in range(min(number, len(data.train.rows))):
+        example = data.train.example(index)
+        supervised = sum(label != IGNORED for label in example.labels)
+        print(f"--- example {index + 1}: {len(example.input_ids)} tokens, {supervised} supervised (green)")
+        text = describe(example, tokenizer)
+        print(text if colour else text.replace("\x1b[32m", "[[").replace("\x1b[0m", "]]"))
+    print("---" if colour else "--- not a terminal: supervised tokens stand in [[ ]]")
+    print(data.summary(recipe.train.global_batch_size))
