@@ -12,7 +12,7 @@ from support import cli
 
 from medusa_ds.cli import COMMANDS, main
 from medusa_ds.config.recipe import Recipe, shipped
-from medusa_ds.programs import estimate
+from medusa_ds.training import memory
 
 TINY = (
     "model.config={model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, vocab_size: 300, "
@@ -128,7 +128,7 @@ def test_estimate_counts_the_real_model(
     for overrides in ([], ["model.init=random", TINY], ["heads.lm_head=shared", "heads.layers=2", "heads.num=4"]):
         recipe = Recipe.load(tiny_recipe, overrides)
         config = load_config(recipe.model)
-        parts = estimate.count_parameters(recipe, config)
+        parts = memory.count_parameters(recipe, config)
         model = AutoModelForCausalLM.from_config(config)
         heads = MedusaHeads(
             recipe.heads.num, recipe.heads.layers, 32, 300, recipe.heads.lm_head == "own", torch.float32
@@ -192,7 +192,7 @@ def test_states_are_deepspeeds_own_estimate_where_all_is_trained() -> None:
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs as zero3
     from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs as zero2
 
-    parts = estimate.Parameters(
+    parts = memory.Parameters(
         backbone=7_000_000, lm_head=500_000, blocks=50_000, projections=1_500_000, largest=500_000
     )
     total = parts.trainable(stage=2)
@@ -200,22 +200,22 @@ def test_states_are_deepspeeds_own_estimate_where_all_is_trained() -> None:
     for ranks in (1, 2, 8):
         for optimizer in (False, True):
             cpu, gpu = zero2(total, ranks, 1, cpu_offload=optimizer)
-            found = estimate.states_bytes(parts, 2, 2, (optimizer, False), ranks, 2)
+            found = memory.states_bytes(parts, 2, 2, (optimizer, False), ranks, 2)
             assert found == pytest.approx((gpu, cpu if optimizer else 0), rel=1e-6)
             for parameters in (False, True) if optimizer else (False,):
                 cpu, gpu, _ = zero3(total, parts.largest, ranks, 1, optimizer, parameters)
-                found = estimate.states_bytes(parts, 2, 3, (optimizer, parameters), ranks, 2)
+                found = memory.states_bytes(parts, 2, 3, (optimizer, parameters), ranks, 2)
                 assert found == pytest.approx((gpu, cpu if optimizer else 0), rel=1e-6)
 
 
 def test_frozen_backbone_costs_its_weights_alone() -> None:
-    parts = estimate.Parameters(
+    parts = memory.Parameters(
         backbone=7_000_000, lm_head=500_000, blocks=50_000, projections=1_500_000, largest=500_000
     )
-    heads = estimate.Parameters(backbone=0, lm_head=0, blocks=50_000, projections=1_500_000, largest=500_000)
+    heads = memory.Parameters(backbone=0, lm_head=0, blocks=50_000, projections=1_500_000, largest=500_000)
     for zero, share in ((0, 1), (1, 1), (2, 1), (3, 4)):
-        whole = estimate.states_bytes(parts, 1, zero, (False, False), 4, 2)[0]
-        alone = estimate.states_bytes(heads, 1, zero, (False, False), 4, 2)[0]
+        whole = memory.states_bytes(parts, 1, zero, (False, False), 4, 2)[0]
+        alone = memory.states_bytes(heads, 1, zero, (False, False), 4, 2)[0]
         assert whole - alone == 2 * 7_500_000 // share
 
 
@@ -227,8 +227,8 @@ def test_frozen_start_costs_its_weights_alone(tiny_recipe: Path, capsys: pytest.
     found = []
     for overrides in (stage2[:2], stage2, stage2[2:]):
         recipe = Recipe.load(tiny_recipe, overrides, planning=True)
-        parts = estimate.count_parameters(recipe, load_config(recipe.model))
-        found.append([estimate.states_bytes(parts, recipe.stage, zero, (False, False), 4, 2)[0] for zero in (0, 2, 3)])
+        parts = memory.count_parameters(recipe, load_config(recipe.model))
+        found.append([memory.states_bytes(parts, recipe.stage, zero, (False, False), 4, 2)[0] for zero in (0, 2, 3)])
         assert parts.start == (parts.backbone + parts.lm_head if overrides == stage2 else 0)
     size = parts.backbone + parts.lm_head
     assert [int(a) - b for a, b in zip(found[1], found[0], strict=True)] == [2 * size, 2 * size, 2 * size // 4]
@@ -237,9 +237,9 @@ def test_frozen_start_costs_its_weights_alone(tiny_recipe: Path, capsys: pytest.
 
 
 def test_smallest_gpu_leaves_room() -> None:
-    assert estimate.smallest_gpu(10 * estimate.GIB) == "RTX 3060"
-    assert estimate.smallest_gpu(76 * estimate.GIB) == "H200"
-    assert estimate.smallest_gpu(1e15) == "none"
+    assert memory.smallest_gpu(10 * memory.GIB) == "RTX 3060"
+    assert memory.smallest_gpu(76 * memory.GIB) == "H200"
+    assert memory.smallest_gpu(1e15) == "none"
 
 
 def test_output_into_a_closed_pipe_is_quiet() -> None:
