@@ -12,8 +12,18 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=[*find_packages(include=["medusa_ds", "medusa_ds.*"]), "medusa_ds.recipes", "medusa_ds.ds_configs"],
-    package_dir={"medusa_ds": "medusa_ds", "medusa_ds.recipes": "recipes", "medusa_ds.ds_configs": "ds_configs"},
+    packages=[
+        *find_packages(include=["medusa_ds", "medusa_ds.*"]),
+        "medusa_ds.recipes",
+        "medusa_ds.ds_configs",
+        "medusa_vllm",
+    ],
+    package_dir={
+        "medusa_ds": "medusa_ds",
+        "medusa_ds.recipes": "recipes",
+        "medusa_ds.ds_configs": "ds_configs",
+        "medusa_vllm": "plugins/vllm/medusa_vllm",
+    },
     package_data={
         "medusa_ds": ["pretrained/*/*"],
         "medusa_ds.data": ["sample/*", "openings.txt"],
@@ -46,5 +56,8 @@ setup(
             "tensorboard",
         ],
     },
-    entry_points={"console_scripts": ["medusa-ds=medusa_ds.cli:main"]},
+    entry_points={
+        "console_scripts": ["medusa-ds=medusa_ds.cli:main"],
+        "vllm.general_plugins": ["medusa=medusa_vllm:register"],
+    },
 )
