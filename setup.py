@@ -41,7 +41,6 @@ setup(
         "accelerate",
         "gguf",
         "matplotlib",
-        "matplotlib",
     ],
     extras_require={
         "distill": ["openai"],

@@ -1,0 +1,58 @@
+"""The page about a run: its figures are the run's, and it asks for nothing from outside."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from medusa_ds.errors import UserError
+from medusa_ds.programs.report import Settings, run
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Path:
+    output = tmp_path / "run <1>"
+    output.mkdir()
+    lines = []
+    for step in range(4):
+        values = {
+            "step": step,
+            "head1_loss": 5.0 - step / 3,
+            "head1_acc": step / 10,
+            "acceptance_length": 1 + step / 10,
+        }
+        if step in (0, 3):
+            lines.append({"kind": "validation", **values})
+        if step:
+            lines.append({"kind": "train", "loss": 5.0, "seconds": 2.5, "tokens_per_s": 100.0, **values})
+    (output / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "tra')
+    launch = {"device": "cpu", "ranks": 2, "versions": {"torch": "2.14.1"}, "data": {"train rows": 48}}
+    (output / "launches.jsonl").write_text(json.dumps(launch) + "\n")
+    (output / "recipe.yaml").write_text("stage: 1 # a <recipe>\n")
+    return output
+
+
+def test_page_shows_the_runs_figures_and_needs_nothing_beside_it(trained: Path) -> None:
+    """Mutation: the first validation in place of the last one; no escaping of what a run is called."""
+    run(Settings(run=str(trained)))
+    page = (trained / "report.html").read_text()
+    assert re.search(r"head1, loss</td><td>5\.000</td><td>4\.000", page)
+    assert re.search(r"time in steps</td><td>8 s", page)
+    assert (
+        "2 x cpu" in page and "train rows</td><td>48" in page and "a &lt;recipe&gt;" in page and "run <1>" not in page
+    )
+    assert len(re.findall("<svg", page)) == 4  # no memory on a CPU, no gradient norm here
+    assert not re.findall(r"""(?:src|href)=["'](?!#)""", page.replace("xlink:href", "href"))
+    assert "<script" not in page
+
+
+def test_evaluation_is_shown_if_there_is_one(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "evaluation.json").write_text(json.dumps({"accepted": {"mean_tokens_per_step": 2.25, "steps": [1, 2]}}))
+    run(Settings(run=str(trained), evaluation=str(tmp_path / "evaluation.json"), out=str(tmp_path / "page.html")))
+    assert "accepted mean tokens per step</td><td>2.25" in (tmp_path / "page.html").read_text()
+
+
+def test_a_directory_without_steps_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no metrics\.jsonl; name the output directory of a run"):
+        run(Settings(run=str(tmp_path)))
