@@ -135,6 +135,7 @@ def _plot(train: list[dict[str, Any]], held_out: list[dict[str, Any]], keys: Map
         if dots:
             axes.plot(*zip(*dots, strict=True), "o", color=drawn.get_color())
     axes.set(xlabel="step" + (" (dots: held out)" if held_out else ""), ylabel=label)
+    axes.locator_params(axis="x", integer=True)
     axes.legend(loc="best", fontsize="small")
     stream = io.StringIO()
     figure.savefig(stream, format="svg")
