@@ -27,6 +27,7 @@ COMMANDS = {
     "generate": "generate",
     "evaluate": "evaluate",
     "tree": "tree",
+    "report": "report",
     "export": "export",
     "import": "import_heads",
 }

@@ -1,6 +1,10 @@
-"""The report program: one HTML page of a run, which needs nothing beside it: pictures are SVG inside the page.
+"""Write one HTML page about a run: losses, accuracies, rates, memory, data, recipe, evaluation.
 
-Training writes it at the end of each run; `medusa-ds report RUN` writes it anew, for a run that is still going on too.
+Example:
+    medusa-ds report runs/smollm2_135m_stage1
+
+The page needs nothing beside it: its pictures are SVG. Training writes it at the end of each run; this command writes
+it anew, for a run that is still going on too.
 """
 
 import html
@@ -10,9 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
 from medusa_ds.config.parsing import read_json, read_text
+from medusa_ds.config.settings import Positional, ProgramSettings
 from medusa_ds.decoding.pictures import new_figure
 from medusa_ds.errors import UserError
 from medusa_ds.files import write
@@ -25,12 +28,10 @@ td + td, th + th { text-align: right } tr { border-bottom: 1px solid #ddd } th {
 pre { background: #f6f6f6; padding: 1rem; overflow: auto; font-size: 13px }"""
 
 
-class Settings(BaseModel):
+class Settings(ProgramSettings):
     """What the command line says."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-    run: str
+    output: Positional[str]
     """A run's output directory."""
     evaluation: str | None = None
     """JSON of `medusa-ds evaluate RUN --json FILE`, to be shown too."""
@@ -40,7 +41,7 @@ class Settings(BaseModel):
 
 def run(settings: Settings) -> None:
     """Write one HTML page about a run: losses, accuracies, rates, memory, data, recipe, evaluation."""
-    output = Path(settings.run)
+    output = Path(settings.output)
     if not (output / "metrics.jsonl").is_file():
         raise UserError(f"{output}: holds no metrics.jsonl; name the output directory of a run that has taken a step")
     evaluation = read_json(Path(settings.evaluation)) if settings.evaluation else None

@@ -35,7 +35,7 @@ def trained(tmp_path: Path) -> Path:
 
 def test_page_shows_the_runs_figures_and_needs_nothing_beside_it(trained: Path) -> None:
     """Mutation: the first validation in place of the last one; no escaping of what a run is called."""
-    run(Settings(run=str(trained)))
+    run(Settings(output=str(trained)))
     page = (trained / "report.html").read_text()
     assert re.search(r"head1, loss</td><td>5\.000</td><td>4\.000", page)
     assert re.search(r"time in steps</td><td>8 s", page)
@@ -49,10 +49,10 @@ def test_page_shows_the_runs_figures_and_needs_nothing_beside_it(trained: Path) 
 
 def test_evaluation_is_shown_if_there_is_one(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "evaluation.json").write_text(json.dumps({"accepted": {"mean_tokens_per_step": 2.25, "steps": [1, 2]}}))
-    run(Settings(run=str(trained), evaluation=str(tmp_path / "evaluation.json"), out=str(tmp_path / "page.html")))
+    run(Settings(output=str(trained), evaluation=str(tmp_path / "evaluation.json"), out=str(tmp_path / "page.html")))
     assert "accepted mean tokens per step</td><td>2.25" in (tmp_path / "page.html").read_text()
 
 
 def test_a_directory_without_steps_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no metrics\.jsonl; name the output directory of a run"):
-        run(Settings(run=str(tmp_path)))
+        run(Settings(output=str(tmp_path)))
