@@ -20,7 +20,9 @@ from medusa_ds.config.settings import Positional, ProgramSettings
 from medusa_ds.decoding.trees import Path as TreePath
 from medusa_ds.decoding.trees import Tree, default_tree
 from medusa_ds.errors import UserError
-from medusa_ds.heads.medusa import MedusaHead, MedusaHeads, load_heads
+from medusa_ds.heads.base import Heads
+from medusa_ds.heads.files import load_heads
+from medusa_ds.heads.kinds import make_heads
 from medusa_ds.model.backbone import load_backbone, load_tokenizer
 
 PRETRAINED = Path(__file__).with_name("pretrained")
@@ -41,7 +43,7 @@ class Run(NamedTuple):
     """
 
     backbone: PreTrainedModel
-    heads: list[MedusaHead]
+    heads: Heads
     tokenizer: Any
     tree: Tree
     measured: bool
@@ -102,8 +104,9 @@ def load_run(name: str | Path, device: torch.device, dtype: torch.dtype, liger: 
         spec = ModelSpec(name=str(tuned), attention=spec.attention, liger_kernels=spec.liger_kernels)
     backbone = load_backbone(spec, dtype, device=device, liger=liger)
     vocab_size, hidden_size = backbone.get_output_embeddings().weight.shape
-    shape = (heads_spec.num, heads_spec.layers, hidden_size, vocab_size, heads_spec.lm_head == "own", dtype)
-    heads = MedusaHeads(*shape, weights.get("token_map"))
+    shape = {key: getattr(heads_spec, key) for key in ("kind", "num", "layers", "lm_head")}
+    shape |= {"hidden_size": hidden_size, "vocab_size": vocab_size}
+    heads = make_heads(shape, dtype=dtype, token_map=weights.get("token_map"))
     try:
         heads.load_state_dict(weights)
         if stage == 2 and checkpoint is not None:
@@ -123,7 +126,7 @@ def load_run(name: str | Path, device: torch.device, dtype: torch.dtype, liger: 
         paths = paths[: _CPU_NODES - 1]  # found for a GPU; the best come first
     tree = Tree.parse(paths, heads_spec.num, str(where)) if measured else default_tree(heads_spec.num, nodes)
     config_file = where if checkpoint is None and not shipped else None
-    return Run(backbone, [*heads.to(device)], tokenizer, tree, measured, config_file, template_args)
+    return Run(backbone, heads.to(device), tokenizer, tree, measured, config_file, template_args)
 
 
 def place(device: str | None = None, dtype: str | None = None) -> tuple[torch.device, torch.dtype]:

@@ -132,7 +132,8 @@ def make_run(tiny_recipe: Path, tiny_model: Path, tmp_path: Path) -> Callable[..
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from medusa_ds.config.recipe import Recipe
-    from medusa_ds.heads.medusa import MedusaHeads, save_heads
+    from medusa_ds.heads.files import save_heads
+    from medusa_ds.heads.kinds import make_heads
     from medusa_ds.training.build import heads_meta
 
     def make(
@@ -140,8 +141,7 @@ def make_run(tiny_recipe: Path, tiny_model: Path, tmp_path: Path) -> Callable[..
     ) -> Path:
         recipe = Recipe.load(tiny_recipe, [*overrides, f"output={tmp_path / name}"])
         model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=dtype)
-        spec, (vocab, size) = recipe.heads, model.lm_head.weight.shape
-        heads = MedusaHeads(spec.num, spec.layers, size, vocab, spec.lm_head == "own", dtype, tokens)
+        heads = make_heads(heads_meta(recipe), dtype=dtype, token_map=tokens)
         heads.initialize(model.lm_head.weight)
         torch.manual_seed(1)
         with torch.no_grad():

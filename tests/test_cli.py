@@ -119,7 +119,6 @@ def test_estimate_counts_the_real_model(
     tiny_recipe: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Parts add up to what a built model and its heads hold, tied and untied, own projections and shared."""
-    import torch
     from transformers import AutoModelForCausalLM
 
     from medusa_ds.heads.medusa import MedusaHeads
@@ -130,9 +129,8 @@ def test_estimate_counts_the_real_model(
         config = load_config(recipe.model)
         parts = memory.count_parameters(recipe, config)
         model = AutoModelForCausalLM.from_config(config)
-        heads = MedusaHeads(
-            recipe.heads.num, recipe.heads.layers, 32, 300, recipe.heads.lm_head == "own", torch.float32
-        )
+        spec = recipe.heads
+        heads = MedusaHeads(spec.num, spec.layers, 32, 300, own_projection=spec.lm_head == "own")
         count = sum(parameter.numel() for parameter in heads.parameters())
         assert parts.backbone + parts.lm_head == sum(parameter.numel() for parameter in model.parameters())
         assert parts.blocks + parts.projections == count == parts.trainable(stage=1)

@@ -14,7 +14,7 @@ from torch.profiler import record_function
 from medusa_ds.config.recipe import Recipe
 from medusa_ds.data.packing import MicroBatch
 from medusa_ds.errors import UserError
-from medusa_ds.model.joint import MedusaModel
+from medusa_ds.heads.joint import JointModel
 from medusa_ds.training.optimizer import loss_weights, lr_factor
 
 TOTAL_STEPS = 10**6
@@ -47,7 +47,7 @@ def torch_linear_ce(rows_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, reduc
 
 
 class OriginalStep:
-    """Trains a `MedusaModel`'s weights in the original's way.
+    """Trains a `JointModel`'s weights in the original's way.
 
     Args:
         recipe: learning rate, clipping, decay.
@@ -55,7 +55,7 @@ class OriginalStep:
         impl: `original` or `torch_linear_ce`.
     """
 
-    def __init__(self, recipe: Recipe, model: MedusaModel, impl: str) -> None:
+    def __init__(self, recipe: Recipe, model: JointModel, impl: str) -> None:
         self.recipe, self.model, train = recipe, model, recipe.train
         self.params = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.device = self.params[0].device

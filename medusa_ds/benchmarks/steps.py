@@ -15,8 +15,8 @@ from medusa_ds.config.recipe import Recipe
 from medusa_ds.data.packing import Data, MicroBatch
 from medusa_ds.data.vocabulary import token_map
 from medusa_ds.errors import UserError
+from medusa_ds.heads.joint import JointModel
 from medusa_ds.model.backbone import load_config
-from medusa_ds.model.joint import MedusaModel
 from medusa_ds.training.build import build_model
 from medusa_ds.training.engine import MedusaEngine
 from medusa_ds.training.hidden_cache import open_hidden_cache
@@ -29,7 +29,7 @@ class Training(NamedTuple):
     """`step` returns its loss; `model` is what it trains, `feed` gives a step's batch, `data` None: random tokens."""
 
     step: Step
-    model: MedusaModel
+    model: JointModel
     feed: Feed
     data: Data | None
 

@@ -16,14 +16,14 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from medusa_ds.model.joint import MedusaModel
+from medusa_ds.heads.joint import JointModel
 
 _BACKWARD, _OPTIMIZER = "autograd::engine::evaluate_function", "Optimizer.step#"
 _NCCL = "communication"
 _WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 
 
-def trace_step(step: Callable[[], Any], model: MedusaModel, file: Path | None) -> dict[str, Any] | None:
+def trace_step(step: Callable[[], Any], model: JointModel, file: Path | None) -> dict[str, Any] | None:
     """Run one step under the profiler, or without it on a rank that has no file.
 
     Returns:

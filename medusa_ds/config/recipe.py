@@ -172,6 +172,11 @@ class Recipe(Section):
                 "found 0 with lm_head: shared, which leaves nothing to learn; use layers >= 1 or lm_head: own",
             ),
             (
+                heads.kind == "hydra" and heads.layers == 0,
+                "heads.layers",
+                "found 0 with kind: hydra, whose first layer is the step from token to token; use 1 or more",
+            ),
+            (
                 heads.vocab != "full" and heads.lm_head == "shared",
                 "heads.vocab",
                 f"found {heads.vocab} with lm_head: shared, which projects onto all tokens; use own, or vocab: full",
@@ -291,10 +296,11 @@ class Recipe(Section):
             file, saved = saved_heads(Path(heads.init_from))
         except UserError as error:
             return [("heads.init_from", text) for text in error.problems]
+        saved.setdefault("kind", "medusa")
         return [
-            (f"heads.{key}", f"found {wanted}, but {file} has {saved.get(key)}; make them equal")
-            for key, wanted in heads.model_dump(include={"num", "layers", "lm_head"}).items()
-            if saved.get(key) != wanted
+            (f"heads.{key}", f"found {getattr(heads, key)}, but {file} has {saved.get(key)}; make them equal")
+            for key in ("kind", "num", "layers", "lm_head")
+            if saved.get(key) != getattr(heads, key)
         ]
 
     def _with_defaults(self) -> "Recipe":

@@ -52,12 +52,15 @@ class ModelSpec(Section):
 
 
 class HeadsSpec(Section):
-    """The Medusa heads (arXiv 2401.10774, section 2.1)."""
+    """The heads, guessing later tokens from the backbone's hidden states."""
 
+    kind: Annotated[Literal["medusa", "hydra"], Field(exclude_if=lambda kind: kind == "medusa")] = "medusa"
+    """`medusa` (arXiv 2401.10774): each guesses by itself. `hydra` (arXiv 2402.05109): each also sees the tokens before
+    the one that it guesses, while decoding those of the earlier heads' guesses."""
     num: Annotated[int, Field(ge=1, le=16)] = 3
     """Heads; head k = 1..num predicts token t+k+1."""
     layers: Annotated[int, Field(ge=0, le=8)] = 1
-    """Residual blocks `x + SiLU(Wx + b)` of each head."""
+    """Residual blocks `x + SiLU(Wx + b)` of each head; the first of `hydra` is the step from token to token."""
     lm_head: Literal["own", "shared"] = "own"
     """`own`: each head has a vocabulary projection, starting as a copy of the LM head. `shared`: the backbone's."""
     vocab: Literal["full"] | Annotated[int, Field(ge=64)] = "full"

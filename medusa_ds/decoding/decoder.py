@@ -27,7 +27,7 @@ from medusa_ds.decoding.kernels.top_tokens import top_tokens
 from medusa_ds.decoding.session import Session, static_attention
 from medusa_ds.decoding.trees import Tree
 from medusa_ds.errors import UserError
-from medusa_ds.heads.medusa import MedusaHead
+from medusa_ds.heads.base import Head, Heads
 from medusa_ds.model.projection import project
 
 SLOTS_MULTIPLE = 256  # sessions of about the same length share a CUDA graph
@@ -59,7 +59,7 @@ class Decoder:
         backbone: a causal language model of transformers. Its attention implementation is set to ours while the
             decoder runs, so the same model can serve `generate` of transformers in between. Its projections are
             packed in place.
-        heads: the Medusa heads, head 1 first; more than the tree is deep are not run.
+        heads: of any kind; more than the tree is deep are not run. None for the tree of one node.
         tree: the candidates; `chain(0)` decodes plainly.
         acceptance: the rule.
         graph: capture the step as a CUDA graph; None: on a GPU.
@@ -70,16 +70,17 @@ class Decoder:
     def __init__(
         self,
         backbone: PreTrainedModel,
-        heads: Sequence[MedusaHead],
+        heads: Heads | None,
         tree: Tree,
         acceptance: Acceptance | None = None,
         *,
         graph: bool | None = None,
         compile_step: bool = False,
     ) -> None:
-        assert tree.depth <= len(heads)
+        assert tree.depth <= len(heads or ())
         self.backbone, self.tree = backbone.eval(), tree.to(backbone.device)
-        self.heads = list(heads)[: tree.depth]
+        self.heads: Any = heads
+        self._asked = [*(heads or ())][: tree.depth]
         self.acceptance = acceptance or Acceptance()
         self.use_graph = backbone.device.type == "cuda" if graph is None else graph
         pack_projections(backbone)
@@ -135,7 +136,7 @@ class Decoder:
         rows = [Generation() for _ in prompts]
         started = time.perf_counter()
         self._prefill(session, prompts, generator)
-        first = session.candidates_BC[:, 0].tolist()
+        first = session.tokens_BN[:, 0].tolist()
         prefill_s = time.perf_counter() - started
         for row, token, budget in zip(rows, first, budgets, strict=True):
             row.prefill_s = prefill_s
@@ -209,36 +210,35 @@ class Decoder:
             hidden_BH = prefill(self.backbone, session, prompts)
         session.uniform_BN.uniform_(generator=generator)
         root_B = self.acceptance.choose(lm_head_logits(self.backbone, hidden_BH), session.uniform_BN[:, 0])
-        self._propose(session, self._guess(hidden_BH), root_B)
+        session.tokens_BN.copy_(self._propose(hidden_BH, root_B))
 
     def _step(self, session: Session) -> None:
-        inputs = self._begin(session)
-        hidden_BNH = self.backbone.base_model(**inputs, **session.cache_arguments).last_hidden_state
+        hidden_BNH = self.backbone.base_model(**self._begin(session), **session.cache_arguments).last_hidden_state
         # not compiled: Inductor would copy all keys and values there and back to move a path of them
-        session.keep(*self._finish(session, inputs["input_ids"], hidden_BNH))
+        session.keep(*self._finish(session, hidden_BNH))
 
     def _begin(self, session: Session) -> dict[str, Any]:
         """The tree's tokens, their positions and what they see."""
-        tokens_BN = session.candidates_BC[:, self.tree.slot_N]
         position_BN = session.length_B[:, None] + self.tree.depth_N
-        return {"input_ids": tokens_BN, "position_ids": position_BN, **session.masks(position_BN)}
+        return {"input_ids": session.tokens_BN, "position_ids": position_BN, **session.masks(position_BN)}
 
-    def _finish(self, session: Session, tokens_BN: Tensor, hidden_BNH: Tensor) -> tuple[Tensor, Tensor]:
+    def _finish(self, session: Session, hidden_BNH: Tensor) -> tuple[Tensor, Tensor]:
         """Accept a path and guess on from its end; the path and the count of its accepted nodes."""
-        tree = self.tree
+        tokens_BN = session.tokens_BN
         every_node = self._reads_lm_head_once(hidden_BNH)
         if every_node:
-            parts = [hidden_BNH, *(head.blocks(hidden_BNH) for head in self.heads)]
+            parts = [hidden_BNH, *(head.blocks(hidden_BNH) for head in self._asked)]
             logits_GBNV = lm_head_logits(self.backbone, torch.stack(parts))
         else:
             logits_GBNV = lm_head_logits(self.backbone, hidden_BNH)[None]
-        verdict = self.acceptance.judge(logits_GBNV[0], tokens_BN, tree, session.uniform_BN)
+        verdict = self.acceptance.judge(logits_GBNV[0], tokens_BN, self.tree, session.uniform_BN)
         row_B = torch.arange(len(tokens_BN), device=tokens_BN.device)
-        if every_node:
-            self._propose(session, logits_GBNV[1:, row_B, verdict.last_B], verdict.next_B)
-        else:
-            self._propose(session, self._guess(hidden_BNH[row_B, verdict.last_B]), verdict.next_B)
         session.out_BD.copy_(torch.cat([verdict.count_B[:, None], verdict.emitted_BD], 1))
+        if every_node:
+            next_BN = self._fill(logits_GBNV[1:, row_B, verdict.last_B], verdict.next_B)
+        else:
+            next_BN = self._propose(hidden_BNH[row_B, verdict.last_B], verdict.next_B)
+        session.tokens_BN.copy_(next_BN)
         return verdict.path_BD, verdict.count_B
 
     def _reads_lm_head_once(self, hidden_BNH: Tensor) -> bool:
@@ -246,24 +246,34 @@ class Decoder:
 
         That reads the LM head's weight once instead of twice, which pays while reading takes longer than multiplying.
         """
-        most = 256 if hidden_BNH.is_cuda else 16
-        rows = (1 + len(self.heads)) * hidden_BNH.shape[0] * hidden_BNH.shape[1]
-        shared = len(self.heads) > 0 and all(head.projection is None for head in self.heads)
-        return shared and rows <= most
+        if not self._asked or self.heads.sees_tokens or any(head.projection is not None for head in self._asked):
+            return False
+        rows = (1 + len(self._asked)) * hidden_BNH.shape[0] * hidden_BNH.shape[1]
+        return rows <= (256 if hidden_BNH.is_cuda else 16)
 
-    def _guess(self, hidden_BH: Tensor) -> Tensor:
-        """Logits [heads, B, V] of the heads that the tree asks."""
-        return head_logits(self.heads, hidden_BH, self.backbone) if self.heads else hidden_BH.new_empty(0)
+    def _propose(self, hidden_BH: Tensor, root_B: Tensor) -> Tensor:
+        """The next tree's tokens [B, N]: the root, and what the heads guess to come after it."""
+        if not self._asked:
+            return root_B[:, None]
+        if not self.heads.sees_tokens:
+            return self._fill(head_logits(self._asked, [hidden_BH] * self.tree.depth, self.backbone), root_B)
+        embed, states_BPH, levels = self.backbone.get_input_embeddings(), hidden_BH[:, None], [root_B[:, None]]
+        for k, (head, level) in enumerate(zip(self._asked, self.tree.levels, strict=True), 1):
+            tokens_BP = levels[-1][:, level.parents_P]
+            states_BPH = self.heads.advance(k, states_BPH[:, level.grandparents_P], embed(tokens_BP))
+            guesses_BPW = self._best(head_logits([head], [states_BPH], self.backbone)[0], level.width)
+            levels.append(guesses_BPW[:, level.parent, level.rank])
+        return torch.cat(levels, 1)
 
-    def _propose(self, session: Session, logits_KBV: Tensor, root_B: Tensor) -> None:
-        """Write the root and every head's best guesses, the next tree's candidates."""
-        parts = [root_B[:, None]]
-        if self.heads:
-            width = self.tree.width
-            best_KBW = top_tokens(logits_KBV, width) if logits_KBV.is_cuda else logits_KBV.topk(width, dim=-1).indices
-            guesses_KBW = self.heads[0].tokens(best_KBW)
-            parts.append(guesses_KBW.transpose(0, 1).flatten(1))
-        session.candidates_BC.copy_(torch.cat(parts, 1))
+    def _fill(self, logits_KBV: Tensor, root_B: Tensor) -> Tensor:
+        """The tree of guesses that do not depend on each other."""
+        guesses_KBW = self._best(logits_KBV, self.tree.width)
+        return torch.cat([root_B[:, None], guesses_KBW.transpose(0, 1).flatten(1)], 1)[:, self.tree.slot_N]
+
+    def _best(self, logits: Tensor, width: int) -> Tensor:
+        """The most probable tokens [..., width]."""
+        best = top_tokens(logits, width) if logits.is_cuda else logits.topk(width, dim=-1).indices
+        return self.heads.tokens(best)
 
 
 def end_tokens(backbone: PreTrainedModel) -> list[int]:
@@ -300,11 +310,13 @@ def capture(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def head_logits(heads: list[MedusaHead], hidden: Tensor, backbone: PreTrainedModel) -> Tensor:
-    """Logits [heads, ..., V or N] of hidden [..., H]; heads without a projection read the LM head's weight once."""
+def head_logits(heads: Sequence[Head], states: Sequence[Tensor], backbone: PreTrainedModel) -> Tensor:
+    """Logits [heads, ..., V or N] of each head's states [..., H]; a shared LM head's weight is read once."""
     if all(head.projection is None for head in heads):
-        return lm_head_logits(backbone, torch.stack([head.blocks(hidden) for head in heads]))
-    return torch.stack([head.logits(hidden, backbone.get_output_embeddings()) for head in heads])
+        rows = [head.blocks(state) for head, state in zip(heads, states, strict=True)]
+        return lm_head_logits(backbone, torch.stack(rows))
+    lm_head = backbone.get_output_embeddings()
+    return torch.stack([head.logits(state, lm_head) for head, state in zip(heads, states, strict=True)])
 
 
 def lm_head_logits(backbone: PreTrainedModel, hidden: Tensor) -> Tensor:

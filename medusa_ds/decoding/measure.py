@@ -11,19 +11,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from medusa_ds.decoding.decoder import Decoder, head_logits, lm_head_logits
-from medusa_ds.heads.medusa import MedusaHead
+from medusa_ds.heads.base import Heads
 from medusa_ds.model.backbone import lm_head_weight
 
 _ROWS = 64  # positions whose logits of all heads are held at once
 
 
 @torch.no_grad()
-def head_ranks(backbone: PreTrainedModel, heads: list[MedusaHead], prompt: list[int], answer: list[int]) -> Tensor:
+def head_ranks(backbone: PreTrainedModel, heads: Heads, prompt: list[int], answer: list[int]) -> Tensor:
     """The rank that each head gives to the token that really came, at every position from the prompt's last.
 
     Args:
         backbone: the base model.
-        heads: K heads.
+        heads: K heads; those that see tokens see the answer's own.
         prompt: tokens before the answer.
         answer: what the base model wrote.
 
@@ -39,9 +39,10 @@ def head_ranks(backbone: PreTrainedModel, heads: list[MedusaHead], prompt: list[
     ranks = []
     for begin in range(len(prompt) - 1, len(prompt) - 1 + positions, _ROWS):
         end = min(begin + _ROWS, len(prompt) - 1 + positions)
-        logits_KMV = head_logits(heads, hidden_TH[begin:end], backbone)
-        targets_KM = torch.stack([text_T[0, begin + k + 1 : end + k + 1] for k in range(1, len(heads) + 1)])
-        rows_KM = heads[0].rows(targets_KM)
+        tokens_KM = torch.stack([text_T[0, begin + k : end + k] for k in range(1, len(heads) + 2)])
+        states = heads.states(hidden_TH[begin:end], tokens_KM[:-1], backbone.get_input_embeddings())
+        logits_KMV = head_logits([*heads], states, backbone)
+        rows_KM = heads.rows(tokens_KM[1:])
         own_KM = logits_KMV.gather(-1, rows_KM.clamp(min=0)[..., None])
         number_V = torch.arange(logits_KMV.shape[-1], device=rows_KM.device)
         before_KMV = (logits_KMV > own_KM) | ((logits_KMV == own_KM) & (number_V < rows_KM[..., None]))

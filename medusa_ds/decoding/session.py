@@ -138,7 +138,7 @@ class Session:
         cache_arguments: what a call of the backbone needs to use it.
         length_B: tokens of the text whose keys and values are there; the root of the tree is not.
         active_B: 1 while the row goes on; a row that ended keeps its length.
-        candidates_BC: the root token, then the best guesses of head 1, of head 2, ...
+        tokens_BN: the tree's tokens, first the root.
         uniform_BN: draws for exact sampling.
         out_BD: what the host reads after a step: count of emitted tokens, then the tokens.
     """
@@ -160,7 +160,7 @@ class Session:
         }
         self.length_B = torch.zeros(batch, dtype=torch.long, device=device)
         self.active_B = torch.ones(batch, dtype=torch.long, device=device)
-        self.candidates_BC = torch.zeros(batch, 1 + tree.depth * tree.width, dtype=torch.long, device=device)
+        self.tokens_BN = torch.zeros(batch, tree.nodes, dtype=torch.long, device=device)
         self.uniform_BN = torch.zeros(batch, tree.nodes, device=device)
         self.out_BD = torch.zeros(batch, 2 + tree.depth, dtype=torch.long, device=device)
         self.graph: torch.cuda.CUDAGraph | None = None

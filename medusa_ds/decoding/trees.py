@@ -16,7 +16,7 @@ import heapq
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,21 @@ from medusa_ds.errors import UserError
 
 Path = tuple[int, ...]
 PRIOR = 32.0  # positions' worth of belief in independence, which orders the paths that were never counted
+
+
+class Level(NamedTuple):
+    """The nodes of one depth, by what hangs above them; each tensor has an entry a node, or one a parent (P).
+
+    `parents_P`: nodes of the depth above that have children, by their place in it. `grandparents_P`: their own parents,
+    by their place in the depth above's `parents_P`. `parent`, `rank`: of each node, into `parents_P`, and among its
+    parent's guesses. `width`: guesses that a parent is asked for.
+    """
+
+    parents_P: Tensor
+    grandparents_P: Tensor
+    parent: Tensor
+    rank: Tensor
+    width: int
 
 
 class Tree:
@@ -39,6 +54,7 @@ class Tree:
         depth_N: edges from the root.
         parent_N: the node above; 0 for the root.
         slot_N: place of the node's token among the candidates `[root, head 1 top-W, head 2 top-W, ...]`, W = `width`.
+        levels: the nodes of depth 1, 2, ...
         mask_NN: true where column is an ancestor of row, or row itself.
         ancestors_ND: the nodes from the root to the node, then the node itself again ("retrieve indices").
     """
@@ -58,6 +74,22 @@ class Tree:
         for row, chain in enumerate(chains):
             self.mask_NN[row, chain] = True
         self.mask_NN = self.mask_NN.to(device)
+        self.levels = self._levels(device)
+
+    def _levels(self, device: torch.device | str) -> list[Level]:
+        levels, above, parents_above = [], [()], [()]
+        for depth in range(1, self.depth + 1):
+            nodes = [path for path in self.paths if len(path) == depth]
+            parents = sorted({path[:-1] for path in nodes})
+            columns = (
+                [above.index(path) for path in parents],
+                [parents_above.index(path[:-1]) for path in parents],
+                [parents.index(path[:-1]) for path in nodes],
+                [path[-1] for path in nodes],
+            )
+            levels.append(Level(*(torch.tensor(column, device=device) for column in columns), max(columns[3]) + 1))
+            above, parents_above = nodes, parents
+        return levels
 
     def to(self, device: torch.device | str) -> "Tree":
         """The same tree with its tensors on another device."""

@@ -122,7 +122,7 @@ class Sampler:
     def _step(self) -> None:
         """Hand out every row's last token, and draw the next one in rows that it did not end."""
         session = self.session
-        root_B, length_B = session.candidates_BC[:, 0], session.length_B
+        root_B, length_B = session.tokens_BN[:, 0], session.length_B
         self.out_EB.index_copy_(0, self.at_1, torch.where(session.active_B > 0, root_B, -1)[None])
         self.at_1.add_(1)
         ended_B = (root_B[:, None] == self.ends).any(1) | (length_B + 1 >= self.limit_B)
@@ -132,7 +132,7 @@ class Sampler:
             input_ids=root_B[:, None], position_ids=position_B1, **session.cache_arguments, **session.masks(position_B1)
         ).last_hidden_state
         session.keep(self.path_B1, self.count_B)
-        session.candidates_BC.copy_(self._draw(hidden_B1H[:, 0], self.key_B, position_B1[:, 0] + 1)[:, None])
+        session.tokens_BN.copy_(self._draw(hidden_B1H[:, 0], self.key_B, position_B1[:, 0] + 1)[:, None])
 
     def _draw(self, hidden_BH: Tensor, key_B: Tensor, position_B: Tensor) -> Tensor:
         logits_BV = lm_head_logits(self.backbone, hidden_BH)
@@ -161,7 +161,7 @@ class Sampler:
         session.length_B[place_B], session.active_B[place_B] = length_B, 1
         self.limit_B[place_B] = length_B + self.sampling.max_new_tokens
         self.key_B[place_B] = torch.tensor([r.key(self.sampling.seed) for _, r, _ in part], device=device)
-        session.candidates_BC[place_B, 0] = self._draw(hidden_BH, self.key_B[place_B], length_B)
+        session.tokens_BN[place_B, 0] = self._draw(hidden_BH, self.key_B[place_B], length_B)
 
     def _collect(self, rows: list[_Row | None], ended: list[tuple[Request, Reply]]) -> None:
         """Read what the steps have handed out, and free the rows that have ended."""

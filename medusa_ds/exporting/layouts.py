@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from medusa_ds.errors import UserError
-from medusa_ds.heads.medusa import check_token_map
+from medusa_ds.heads.files import check_token_map
 
 _BLOCK = re.compile(r"(?:blocks\.(?=\d+\.layers))?(\d+)\.(?:layers\.(\d+)|(\d+)\.linear)\.(weight|bias)")
 _PROJECTION = re.compile(r"(?:lm_heads\.(\d+)|(\d+)\.\d+)\.weight")

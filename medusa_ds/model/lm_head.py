@@ -1,5 +1,6 @@
-"""The LM head without its model: all that training needs of a backbone whose hidden states are read from a cache."""
+"""The ends of a model without its layers: all that training needs of a backbone whose hidden states are cached."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,30 @@ from medusa_ds.model.projection import VocabularyProjection
 
 
 class LmHeadAlone(nn.Module):
-    """Stands in for a backbone whose hidden states are read from a cache: its config, and its LM head where needed."""
+    """Stands in for a backbone whose hidden states are read from a cache: its config, and its ends where needed.
+
+    Args:
+        config: the backbone's.
+        lm_head: the LM head, where heads share it.
+        embeddings: the input embeddings, where heads see tokens.
+    """
 
     hidden_size: int
 
-    def __init__(self, config: PretrainedConfig, lm_head: VocabularyProjection | None) -> None:
+    def __init__(
+        self, config: PretrainedConfig, lm_head: VocabularyProjection | None, embeddings: nn.Embedding | None = None
+    ) -> None:
         super().__init__()
         self.config, self.hidden_size = config, int(config.get_text_config().hidden_size)
-        self.lm_head, self.base_model = lm_head, nn.Module()
+        self.lm_head, self.embeddings, self.base_model = lm_head, embeddings, nn.Module()
 
     def get_output_embeddings(self) -> VocabularyProjection | None:
         """The LM head, as of a model of transformers."""
         return self.lm_head
+
+    def get_input_embeddings(self) -> nn.Embedding | None:
+        """The input embeddings, as of a model of transformers."""
+        return self.embeddings
 
 
 def read_lm_head(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -36,12 +49,36 @@ def read_lm_head(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> t
     Raises:
         UserError: see `load_backbone`.
     """
+    weight = _read_weight(spec, dtype, lm_head_weight)
+    return lm_head_weight(load_backbone(spec, dtype, device=device, liger=False)).detach() if weight is None else weight
+
+
+def read_embeddings(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """What the input embeddings give for every token [V, H], their weight where they are nothing more than that.
+
+    Raises:
+        UserError: see `load_backbone`.
+    """
+    weight = _read_weight(spec, dtype, _plain_embeddings)
+    if weight is None:
+        embed = load_backbone(spec, dtype, device=device, liger=False).get_input_embeddings()
+        weight = embed(torch.arange(embed.num_embeddings, device=device)).detach()
+    return weight
+
+
+def _plain_embeddings(model: Any) -> torch.Tensor | None:
+    embed = model.get_input_embeddings()
+    return embed.weight if type(embed) is nn.Embedding else None  # others scale what they look up
+
+
+def _read_weight(spec: ModelSpec, dtype: torch.dtype, choose: Callable[[Any], Any]) -> torch.Tensor | None:
+    """The weight that `choose` returns of a model, read from its safetensors file alone; None where that cannot be."""
     if spec.init == "pretrained":
         path = model_path(spec)
         options: dict[str, Any] = {"revision": spec.revision if path == spec.name else None}
         with torch.device("meta"):
             whole = AutoModelForCausalLM.from_config(load_config(spec), trust_remote_code=spec.trust_remote_code)
-        weight = lm_head_weight(whole)
+        weight = choose(whole)
         names = [name for name, other in whole.named_parameters(remove_duplicate=False) if other is weight]
         options["_raise_exceptions_for_missing_entries"] = False
         index = cached_file(path, "model.safetensors.index.json", **options)
@@ -52,4 +89,4 @@ def read_lm_head(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> t
                 with safe_open(file, framework="pt") as content:
                     if name in content.keys():  # noqa: SIM118 - not a mapping
                         return content.get_tensor(name).to(dtype)
-    return lm_head_weight(load_backbone(spec, dtype, device=device, liger=False)).detach()
+    return None

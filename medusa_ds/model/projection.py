@@ -1,8 +1,13 @@
-"""The linear layer onto the vocabulary, which computes losses in its own forward; `model/heads.py` says why.
+"""The linear layer onto the vocabulary, and what is read from its weight in place of logits.
+
+Under ZeRO-3 a weight is whole only while the module that owns it is called. So whatever needs the weight is handed to
+`forward`, and the methods with names say what that is.
 
 Shapes: N rows, H hidden size, V vocabulary.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,34 +39,34 @@ class VocabularyProjection(ZeroLinear):
     def __init__(self, hidden_size: int, vocab_size: int, dtype: torch.dtype | None = None, device: Any = None):
         super().__init__(hidden_size, vocab_size, bias=False, dtype=dtype, device=device)
 
-    def forward(
-        self,
-        hidden: Tensor,
-        targets_N: Tensor | None = None,
-        impl: Impl = "torch",
-        chunk_mib: int = 1024,
-        *,
-        argmax: bool = False,
-        teacher_NH: Tensor | None = None,
-        teacher_VH: Tensor | None = None,
-        temperature: float = 1.0,
-        student: nn.Module | None = None,
-        scale: Tensor | None = None,
-    ) -> Any:
-        """Logits [..., V] of hidden states [..., H], or what a loss needs of rows [N, H], without keeping logits.
+    def forward(self, hidden: Tensor, read: Callable[[Tensor, Tensor], Any] = project) -> Any:
+        """What `read` makes of hidden states [..., H] and the whole weight [V, H]: logits [..., V] by default."""
+        return read(hidden, self.weight)
 
-        With `argmax`, the first choice [N]. With targets, `(loss_sum, predicted_N)` of the cross-entropy. With
-        `teacher_NH`, the same of the divergence from the teacher, whose weight is `teacher_VH` or this one; with
-        `student`, this is the teacher, and its weight is handed on to that projection. `scale` is the losses'.
-        """
-        if argmax:
-            return linear_argmax(hidden, self.weight, chunk_mib)
-        if student is not None:
-            teacher = {"teacher_NH": teacher_NH, "teacher_VH": self.weight, "temperature": temperature, "scale": scale}
-            return student(hidden, chunk_mib=chunk_mib, **teacher)
-        if teacher_NH is not None:
-            teacher_VH = self.weight if teacher_VH is None else teacher_VH
-            return linear_kl(hidden, self.weight, teacher_NH, teacher_VH, temperature, chunk_mib, scale)
-        if targets_N is not None:
-            return linear_cross_entropy(hidden, self.weight, targets_N, impl, chunk_mib, scale)
-        return project(hidden, self.weight)
+    def first_choice(self, rows_NH: Tensor, chunk_mib: int) -> Tensor:
+        """Argmax of the logits [N], which are not kept."""
+        return self(rows_NH, partial(linear_argmax, chunk_mib=chunk_mib))
+
+    def cross_entropy(
+        self, rows_NH: Tensor, targets_N: Tensor, impl: Impl, chunk_mib: int, scale: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`(loss_sum, predicted_N)`, see `loss.linear_cross_entropy`."""
+        settings = {"targets_N": targets_N, "impl": impl, "chunk_mib": chunk_mib, "scale": scale}
+        return self(rows_NH, partial(linear_cross_entropy, **settings))
+
+    def divergence(
+        self,
+        rows_NH: Tensor,
+        teacher: "VocabularyProjection",
+        teacher_NH: Tensor,
+        temperature: float,
+        chunk_mib: int,
+        scale: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`(loss_sum, predicted_N)` of the divergence from what `teacher` predicts, see `loss.linear_kl`."""
+        settings = {"teacher_NH": teacher_NH, "temperature": temperature, "chunk_mib": chunk_mib, "scale": scale}
+        loss = partial(linear_kl, **settings)
+        if teacher is self:
+            return self(rows_NH, lambda rows_NH, weight_VH: loss(rows_NH, weight_VH, teacher_VH=weight_VH))
+        # called inside the teacher's call, where both weights are whole
+        return teacher(rows_NH, lambda rows_NH, teacher_VH: self(rows_NH, partial(loss, teacher_VH=teacher_VH)))

@@ -43,7 +43,8 @@ from medusa_ds.data.vocabulary import token_map
 from medusa_ds.errors import UserError
 from medusa_ds.exporting import custom_generate
 from medusa_ds.exporting.layouts import expand_rows, to_medusa, to_vllm
-from medusa_ds.heads.medusa import MedusaHeads, load_heads, save_heads
+from medusa_ds.heads.files import META, load_heads, save_heads
+from medusa_ds.heads.kinds import make_heads
 from medusa_ds.model.backbone import lm_head_weight, load_backbone, load_config, load_tokenizer
 from medusa_ds.runs import load_run, read_checkpoint, save_tree
 from medusa_ds.training import checkpoint
@@ -51,7 +52,6 @@ from medusa_ds.training.build import heads_meta
 
 ENGINES = ("transformers", "vllm", "tgi", "tensorrt-llm", "fasterdecoding")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-META = ("base_model", "revision", "num", "layers", "lm_head", "hidden_size", "vocab_size", "recipe")
 MAX_SHARD_SIZE = "5GB"  # transformers' and huggingface_hub's own
 
 
@@ -170,7 +170,7 @@ def _untrained(recipe_file: str, dtype: torch.dtype | None) -> Source:
     dtype = dtype or _dtype_of(recipe)
     model, meta = load_backbone(recipe.model, dtype, device="cpu", liger=False), heads_meta(recipe)
     weight = lm_head_weight(model).detach()
-    heads = MedusaHeads(meta["num"], meta["layers"], weight.shape[1], weight.shape[0], meta["lm_head"] == "own", dtype)
+    heads = make_heads(meta, dtype=dtype)
     heads.initialize(weight)
     source = Source(heads.state_dict(), meta, model, load_tokenizer(recipe.model))
     return source if recipe.heads.vocab == "full" else _truncate(source, recipe, int(recipe.heads.vocab))

@@ -17,7 +17,7 @@ from medusa_ds.config.parsing import read_json
 from medusa_ds.config.settings import Positional, ProgramSettings
 from medusa_ds.errors import UserError
 from medusa_ds.exporting.layouts import from_other
-from medusa_ds.heads.medusa import save_heads
+from medusa_ds.heads.files import save_heads
 
 _FILES = ("model.safetensors", "medusa_lm_head.safetensors", "medusa_lm_head.pt")
 

@@ -1,4 +1,4 @@
-"""A recipe becomes a `MedusaModel`: backbone, heads that start from its LM head or from a finished run.
+"""A recipe becomes a `JointModel`: backbone, heads that start from its LM head or from a finished run.
 
 Under ZeRO-3 nothing is ever whole on one rank: the caller hands over how to construct modules partitioned and how to
 gather parameters for a moment, so that this file need not know DeepSpeed.
@@ -17,11 +17,14 @@ from transformers import PreTrainedModel
 from medusa_ds.config import deepspeed as ds_config
 from medusa_ds.config.recipe import Recipe
 from medusa_ds.errors import UserError
-from medusa_ds.heads.medusa import MedusaHeads, VocabularyProjection, different_maps, load_heads
+from medusa_ds.heads.files import different_maps, load_heads
+from medusa_ds.heads.joint import JointModel
+from medusa_ds.heads.kinds import KINDS, make_heads
 from medusa_ds.model.backbone import lm_head_weight, load_backbone, load_config
 from medusa_ds.model.fp8 import check_device, quantise
-from medusa_ds.model.joint import MedusaModel
-from medusa_ds.model.lm_head import LmHeadAlone
+from medusa_ds.model.lm_head import LmHeadAlone, read_embeddings
+from medusa_ds.model.loss import resolve_impl
+from medusa_ds.model.projection import VocabularyProjection
 
 Partitioned = Callable[[], AbstractContextManager[Any]]  # zero.Init
 Gathered = Callable[[Iterable[nn.Parameter]], AbstractContextManager[Any]]  # zero.GatheredParameters
@@ -35,7 +38,7 @@ def build_model(
     gathered: Gathered,
     token_map: torch.Tensor | None = None,
     lm_head: torch.Tensor | None = None,
-) -> MedusaModel:
+) -> JointModel:
     """Build backbone and heads, and the frozen start where `loss.target` needs it: the recipe's model once more.
 
     Args:
@@ -51,20 +54,28 @@ def build_model(
         UserError: the model or the heads cannot be loaded; shapes of `heads.init_from` are refused before the
             backbone is loaded.
     """
-    start = _start(Path(recipe.heads.init_from), _shape(recipe), token_map) if recipe.heads.init_from else None
-    shape, own = _shape(recipe), recipe.heads.lm_head == "own"
-    sizes = (shape["hidden_size"], shape["vocab_size"])
+    shape = _shape(recipe)
+    start = _start(Path(recipe.heads.init_from), shape, token_map) if recipe.heads.init_from else None
+    own, sizes = recipe.heads.lm_head == "own", (shape["vocab_size"], shape["hidden_size"])
     backbone = load_frozen(recipe, dtype, None if partitioned else device) if lm_head is None else None
     tokens = None if token_map is None else token_map.to(device)
+    embeddings = None
+    if backbone is None and KINDS[recipe.heads.kind].sees_tokens:
+        embeddings = read_embeddings(recipe.model, dtype, device)
     with partitioned() if partitioned else device:
-        heads = MedusaHeads(recipe.heads.num, recipe.heads.layers, *sizes, own, dtype, tokens)
-        base = backbone or LmHeadAlone(load_config(recipe.model), None if own else VocabularyProjection(*sizes, dtype))
+        heads = make_heads(shape, dtype=dtype, token_map=tokens)
+        base: Any = backbone or LmHeadAlone(
+            load_config(recipe.model),
+            None if own else VocabularyProjection(*sizes[::-1], dtype),
+            None if embeddings is None else nn.Embedding(*sizes, dtype=dtype),
+        )
     whole = [lm_head_weight(backbone)] if backbone else [*base.parameters()]
     with gathered([*whole, *heads.parameters()]):
         if lm_head is None:
             lm_head = whole[0]
-        elif not own:
-            whole[0].data.copy_(lm_head)
+        for end, weight in ((base.get_output_embeddings(), lm_head), (base.get_input_embeddings(), embeddings)):
+            if backbone is None and end is not None:
+                end.weight.data.copy_(weight)
         if start is None:
             heads.initialize(lm_head)
         else:
@@ -74,10 +85,17 @@ def build_model(
     frozen = None
     if recipe.has_frozen_start:
         frozen = load_backbone(recipe.model, dtype, device=None if partitioned else device, packed=True)
-    on_gpu = device.type == "cuda"
-    impl = recipe.loss.impl if recipe.loss.impl != "auto" else ("liger" if on_gpu else "torch")
     loss = recipe.loss
-    return MedusaModel(base, heads, recipe.stage, impl, loss.chunk_mib, loss.target, loss.temperature, frozen)
+    return JointModel(
+        base,
+        heads,
+        recipe.stage,
+        loss_impl=resolve_impl(loss.impl, device),
+        chunk_mib=loss.chunk_mib,
+        target=loss.target,
+        temperature=loss.temperature,
+        start=frozen,
+    )
 
 
 def load_frozen(recipe: Recipe, dtype: torch.dtype, device: torch.device | None) -> PreTrainedModel:
@@ -103,14 +121,14 @@ def load_frozen(recipe: Recipe, dtype: torch.dtype, device: torch.device | None)
 
 
 def heads_meta(recipe: Recipe) -> dict[str, Any]:
-    """What saved heads say of themselves, see `model.heads.save_heads`."""
+    """What saved heads say of themselves, see `heads.files.save_heads`."""
     origin = {"base_model": recipe.model.name, "revision": recipe.model.revision, "recipe": recipe.to_yaml()}
     return origin | _shape(recipe)
 
 
 def _shape(recipe: Recipe) -> dict[str, Any]:
     config = load_config(recipe.model).get_text_config()
-    shape = {"num": recipe.heads.num, "layers": recipe.heads.layers, "lm_head": recipe.heads.lm_head}
+    shape = {key: getattr(recipe.heads, key) for key in ("kind", "num", "layers", "lm_head")}
     return shape | {"hidden_size": config.hidden_size, "vocab_size": config.vocab_size}
 
 

@@ -31,9 +31,9 @@ from transformers.integrations import HfDeepSpeedConfig
 from medusa_ds.config.deepspeed import clips_in_adam, zero_settings
 from medusa_ds.config.recipe import Recipe
 from medusa_ds.errors import UserError
-from medusa_ds.heads.medusa import different_maps, save_heads
+from medusa_ds.heads.files import different_maps, save_heads
+from medusa_ds.heads.joint import JointModel
 from medusa_ds.model.backbone import moved
-from medusa_ds.model.joint import MedusaModel
 from medusa_ds.model.lm_head import LmHeadAlone
 from medusa_ds.model.rows import count_targets
 from medusa_ds.training import checkpoint
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MedusaEngine", "NonFiniteError", "StepResult"]
 
-BuildModel = Callable[[Recipe, torch.dtype, torch.device, Partitioned | None, Gathered], MedusaModel]
+BuildModel = Callable[[Recipe, torch.dtype, torch.device, Partitioned | None, Gathered], JointModel]
 
 
 class MedusaEngine:

@@ -61,7 +61,8 @@ class StepFlops:
 def step_flops(
     config: Any,
     backbone_parameters: int,
-    layers: int,
+    *,
+    blocks: int,
     own_projection: bool,
     stage: int,
     rows: int | None = None,
@@ -72,7 +73,7 @@ def step_flops(
     Args:
         config: the backbone's transformers config.
         backbone_parameters: parameters of its matrix products, without embeddings and LM head.
-        layers: residual blocks of a head.
+        blocks: parameters of a head's matrix products before its projection.
         own_projection: whether heads have vocabulary projections that learn.
         stage: 1 or 2.
         rows: of a head's projection; None: as many as the vocabulary has tokens.
@@ -81,11 +82,11 @@ def step_flops(
     """
     hidden, vocabulary = config.hidden_size, config.vocab_size
     head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    block, projection = hidden * hidden, hidden * vocabulary
-    blocks = layers * 6 * block
-    if stage == 1 and layers:
-        blocks -= 2 * block  # nobody needs the gradient of the frozen backbone's hidden states
-    needs_input_gradient = layers > 0 or stage == 2
+    projection = hidden * vocabulary
+    needs_input_gradient = blocks > 0 or stage == 2
+    head = 6 * blocks
+    if stage == 1 and blocks:
+        head -= 2 * hidden * hidden  # nobody needs the gradient of the frozen backbone's hidden states or embeddings
     projections = (
         (2 + (2 if own_projection else 0) + (2 if needs_input_gradient else 0)) * hidden * (rows or vocabulary)
     )
@@ -94,7 +95,7 @@ def step_flops(
     return StepFlops(
         backbone=2.0 * backbone_parameters,
         attention=4.0 * config.num_hidden_layers * config.num_attention_heads * head_dim,
-        head_row=blocks + projections + (teacher if target == "distribution" else 0.0),
+        head_row=head + projections + (teacher if target == "distribution" else 0.0),
         lm_row=(6.0 * projection if stage == 2 else 0.0) + (teacher if frozen_start else 0.0),
         passes=(1 if stage == 1 else 3) + frozen_start,
     )

@@ -12,7 +12,7 @@ import torch
 
 from medusa_ds.config.recipe import Recipe
 from medusa_ds.data.packing import Data, MicroBatch
-from medusa_ds.model.joint import COUNTERS, metrics
+from medusa_ds.heads.joint import Counters, metrics
 from medusa_ds.training.engine import MedusaEngine
 from medusa_ds.training.report import Meter, Report, heads_table, shorten
 from medusa_ds.training.supervisor import Supervisor
@@ -99,7 +99,7 @@ class Loop:
             return {}
         engine, micro = self.engine, self.recipe.train.micro_batch_size
         size = micro * engine.world_size
-        counters = torch.zeros(self.recipe.heads.num + 1, len(COUNTERS), dtype=torch.float64)
+        counters = torch.zeros(self.recipe.heads.num + 1, len(Counters._fields), dtype=torch.float64)
         for index in range(sequences.steps_per_epoch(size)):
             counters += engine.eval_batch(sequences.micro_batches(index, size, micro, engine.rank, engine.world_size))
             self.supervisor.beat()

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from medusa_ds.config.recipe import Recipe
 from medusa_ds.data.packing import MicroBatch
-from medusa_ds.model.joint import MedusaModel, metrics
+from medusa_ds.heads.joint import Counters, JointModel, metrics
 from medusa_ds.training.engine import StepResult
 from medusa_ds.training.flops import peak_tflops, step_flops
 
@@ -174,17 +174,23 @@ class Meter:
     """
 
     def __init__(
-        self, recipe: Recipe, model: MedusaModel, device: torch.device, world_size: int, mean_context: float
+        self, recipe: Recipe, model: JointModel, device: torch.device, world_size: int, mean_context: float
     ) -> None:
         matrices = sum(
             getattr(p, "ds_numel", p.numel())
             for name, p in model.backbone.base_model.named_parameters()
             if "embed" not in name
         )
-        own = recipe.heads.lm_head == "own"
-        config = model.backbone.config.get_text_config()
-        outputs = recipe.heads.rows(config.vocab_size)
-        flops = step_flops(config, matrices, recipe.heads.layers, own, recipe.stage, outputs, recipe.loss.target)
+        config, heads = model.backbone.config.get_text_config(), recipe.heads
+        flops = step_flops(
+            config,
+            matrices,
+            blocks=model.heads.count_parameters(least_dimensions=2)[0] // heads.num,
+            own_projection=heads.lm_head == "own",
+            stage=recipe.stage,
+            rows=heads.rows(config.vocab_size),
+            target=recipe.loss.target,
+        )
         self.flops = flops if matrices else replace(flops, passes=0)  # hidden states from a cache
         self.device, self.world_size, self.mean_context = device, world_size, mean_context
         self.peak = peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
@@ -197,7 +203,7 @@ class Meter:
             micro_batches: this rank's; every rank has as many tokens.
             seconds: time of the step.
         """
-        rows = result.counters[:, 1].tolist()
+        rows = Counters(*result.counters.T).count.tolist()
         tokens = sum(batch.input_ids.numel() for batch in micro_batches) * self.world_size
         flops = self.flops.total(tokens, self.mean_context, sum(rows[1:]), rows[0])
         tflops = flops / seconds / self.world_size / 1e12

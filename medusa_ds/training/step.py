@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from medusa_ds.config.recipe import Recipe
 from medusa_ds.errors import UserError
-from medusa_ds.model.joint import COUNTERS
+from medusa_ds.heads.joint import Counters
 
 _MAX_SOURCES = 16  # rows named per rank in an error
 
@@ -20,7 +20,7 @@ _MAX_SOURCES = 16  # rows named per rank in an error
 class StepResult:
     """What a step measured, over all ranks.
 
-    `counters`: float64 on the CPU, see `model.medusa.metrics`. `loss`: the weighted sum of mean losses that was
+    `counters`: float64 on the CPU, see `heads.joint.Counters`. `loss`: the weighted sum of mean losses that was
     minimised. `learning_rates`: by group name. `grad_norm`: before clipping. `coefficient`: of the heads' loss.
     `stop`: whether any rank asked to stop.
     """
@@ -44,14 +44,14 @@ def sum_over_ranks(
 
     Args:
         loss: this rank's share of the loss, float64 scalar.
-        counters: of each micro-batch; column 0 holds loss sums.
+        counters: of each micro-batch, see `heads.joint.Counters`.
         stop: above 0 where this rank was asked to stop.
 
     Returns:
         Sums, float64: micro-batches whose loss is not finite, ranks asked to stop, loss, counters; and which
         micro-batches of this rank are finite.
     """
-    finite = torch.stack([part[:, 0].isfinite().all() for part in counters])
+    finite = torch.stack([Counters(*part.T).loss_sum.isfinite().all() for part in counters])
     sums = torch.cat([(~finite).sum()[None], stop[None], loss[None], torch.stack(list(counters)).sum(0).flatten()])
     dist.all_reduce(sums)
     return sums, finite
@@ -85,7 +85,7 @@ def checked(
     if values[0]:
         rows = [found for found, fine in zip(sources, finite.tolist(), strict=True) if not fine]
         raise non_finite("the loss", step, rows)
-    return float(values[2]), values[3:].reshape(-1, len(COUNTERS)), bool(values[1])
+    return float(values[2]), values[3:].reshape(-1, len(Counters._fields)), bool(values[1])
 
 
 def non_finite(what: str, step: int, rows: Sequence[list[list[str]]]) -> NonFiniteError:

@@ -6,7 +6,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from medusa_ds.heads.medusa import MedusaHead, MedusaHeads
+from medusa_ds.heads.base import Head, Heads
+from medusa_ds.heads.medusa import MedusaHeads
+from medusa_ds.model.projection import VocabularyProjection
 
 VOCAB, LIMIT, NUM = 120, 96, 3
 FAMILIES = {
@@ -62,17 +64,17 @@ def random_heads(vocab: int = VOCAB, token_map: torch.Tensor | None = None) -> M
     return heads
 
 
-class Oracle(MedusaHead):
+class Oracle(Head):
     """A head that knows a text: it finds the position whose hidden state it is given and reads what comes later.
 
     `rank(position)` says where among its guesses the right token stands; others, close to it, stand before.
     """
 
     def __init__(self, k, known_TH, text, rank):
-        super().__init__(0, 1, 1, True)
+        super().__init__(nn.Identity(), VocabularyProjection(1, 1))
         self.k, self.known_TH, self.text, self.rank = k, known_TH, text, rank
 
-    def logits(self, hidden, shared_projection=None):
+    def logits(self, hidden, lm_head=None):
         logits = torch.zeros(*hidden.shape[:-1], VOCAB)
         for row, state in enumerate(hidden):
             position = int((self.known_TH - state).norm(dim=-1).argmin())
@@ -82,7 +84,10 @@ class Oracle(MedusaHead):
         return logits
 
 
-def oracles(model: PreTrainedModel, text: list[int], rank=lambda k, position: 0) -> list[Oracle]:
+def oracles(model: PreTrainedModel, text: list[int], rank=lambda k, position: 0) -> Heads:
     with torch.no_grad():
         known_TH = model.base_model(input_ids=torch.tensor([text])).last_hidden_state[0]
-    return [Oracle(k, known_TH, text, lambda position, k=k: rank(k, position)) for k in range(1, NUM + 1)]
+    heads = MedusaHeads(NUM, 0, 1, VOCAB)
+    for k in range(1, NUM + 1):
+        heads[k - 1] = Oracle(k, known_TH, text, lambda position, k=k: rank(k, position))
+    return heads

@@ -27,19 +27,17 @@ def test_greedy_with_random_heads_equals_transformers(case):
 
 
 def test_truncated_heads_decode_greedily_and_guess_tokens_of_their_map(case):
-    """Mutation: leave out `tokens` in `_propose`, which proposes rows in place of tokens."""
+    """Mutation: leave out `tokens` in `_best`, which proposes rows in place of tokens."""
     known = torch.arange(VOCAB - 1, 40, -2)
     heads = random_heads(token_map=known)
     decoder = Decoder(case.model, heads, TREES["bushy"])
     for prompt, text in list(zip(case.prompts, case.texts, strict=True))[:8]:
         assert decoder.generate([prompt], 20)[0].tokens == text
-    session = decoder.prepare(1, 20)
     hidden = torch.randn(1, 32)
-    decoder._propose(session, decoder._guess(hidden), torch.tensor([9]))
-    guesses = session.candidates_BC[0, 1:].reshape(NUM, -1).tolist()
-    for head, found in zip(heads, guesses, strict=True):
-        logits = head.logits(hidden)[0]
-        assert found == [int(known[i]) for i in logits.argsort(descending=True)[: decoder.tree.width]]
+    root, *found = decoder._propose(hidden, torch.tensor([9]))[0].tolist()
+    guesses = [known[head.logits(hidden)[0].argsort(descending=True)].tolist() for head in heads]
+    assert root == 9
+    assert found == [guesses[len(path) - 1][path[-1]] for path in decoder.tree.paths]
 
 
 def test_plain_decoding_equals_transformers(case):
@@ -87,7 +85,7 @@ def test_trees_of_every_shape_give_the_same_text(case, name):
     tree = TREES[name]
     for prompt, text, longer in list(zip(case.prompts, case.texts, case.longer, strict=True))[:8]:
         some_right = oracles(case.model, prompt + longer, lambda k, position: (position * 7 + k) % 4)
-        assert Decoder(case.model, some_right[: tree.depth], tree).generate([prompt], 20)[0].tokens == text
+        assert Decoder(case.model, some_right, tree).generate([prompt], 20)[0].tokens == text
 
 
 def test_cache_is_that_of_a_fresh_forward_after_every_acceptance_length(case):

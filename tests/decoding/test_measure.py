@@ -12,7 +12,7 @@ def test_ranks_are_those_of_sorted_logits(llama, length):
     """Mutation: score head k on the token after the one it predicts."""
     prompt, heads = [9, 40, 77, 12], random_heads()
     answer = reference(llama, prompt, length, eos_token_id=120) if length else []
-    ranks = head_ranks(llama, list(heads), prompt, answer)
+    ranks = head_ranks(llama, heads, prompt, answer)
     assert ranks.shape == (max(length - NUM, 0), NUM)
     text = prompt + answer
     hidden = llama.base_model(input_ids=torch.tensor([text])).last_hidden_state[0]
@@ -28,7 +28,7 @@ def test_of_equal_logits_the_lowest_token_comes_first(llama):
     for head in heads:
         head.projection.weight.data[1::2] = head.projection.weight.data[::2]
     answer = reference(llama, prompt, 40, eos_token_id=120)
-    ranks = head_ranks(llama, list(heads), prompt, answer)
+    ranks = head_ranks(llama, heads, prompt, answer)
     hidden = llama.base_model(input_ids=torch.tensor([prompt + answer])).last_hidden_state[0]
     assert any(rank % 2 for row in ranks.tolist() for rank in row)
     for row, place in zip(ranks.tolist(), range(3, 60), strict=False):
@@ -41,7 +41,7 @@ def test_tokens_that_heads_do_not_know_are_misses_of_every_rank(llama):
     """Mutation: without the fill, they get the rank of some other token."""
     prompt, known = [9, 40, 77, 12], torch.arange(1, 120, 2)
     answer, heads = reference(llama, prompt, 40, eos_token_id=120), random_heads(token_map=known)
-    ranks = head_ranks(llama, list(heads), prompt, answer)
+    ranks = head_ranks(llama, heads, prompt, answer)
     hidden = llama.base_model(input_ids=torch.tensor([prompt + answer])).last_hidden_state[0]
     assert 0 < (ranks == 120).sum() < ranks.numel()
     for row, place in zip(ranks.tolist(), range(3, 60), strict=False):
@@ -53,10 +53,7 @@ def test_tokens_that_heads_do_not_know_are_misses_of_every_rank(llama):
 
 def test_a_walk_over_ranks_begins_steps_where_decoding_does(llama):
     """What `medusa-ds tree` promises is what decoding takes. Mutation: begin the next step one position late."""
-    heads, tree = (
-        list(random_heads()),
-        Tree([*((r,) for r in range(50)), *((r, s) for r in range(9) for s in range(50))]),
-    )
+    heads, tree = (random_heads(), Tree([*((r,) for r in range(50)), *((r, s) for r in range(9) for s in range(50))]))
     decoder = Decoder(llama, heads, tree)
     decoder.ends = set()
     lengths = set()

@@ -12,7 +12,8 @@ import torch
 from exporting import MakeRun, export_
 from transformers import AutoModelForCausalLM
 
-from medusa_ds.heads.medusa import MedusaHeads, load_heads, save_heads
+from medusa_ds.heads.files import load_heads, save_heads
+from medusa_ds.heads.medusa import MedusaHeads
 from medusa_ds.programs import export
 from medusa_ds.runs import load_run
 

@@ -81,7 +81,7 @@ def _model(family="llama", dtype=torch.float32, liger=False, **config):
 
 def _heads(model, num=3, own=True):
     vocab, hidden = model.get_output_embeddings().weight.shape
-    heads = MedusaHeads(num, 1, hidden, vocab, own, model.dtype).cuda()
+    heads = MedusaHeads(num, 1, hidden, vocab, own_projection=own, dtype=model.dtype).cuda()
     for parameter in heads.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
     if own:

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from medusa_ds.heads.medusa import MedusaHead, MedusaHeads
-from medusa_ds.model.joint import MedusaModel
+from medusa_ds.heads.joint import JointModel
+from medusa_ds.heads.medusa import MedusaHeads
 from medusa_ds.model.loss import linear_cross_entropy, linear_kl
+from medusa_ds.model.projection import VocabularyProjection
 
 pytestmark = pytest.mark.gpu
 
@@ -145,24 +146,25 @@ def test_peak_memory_keeps_to_the_budget(impl, dtype, chunk_mib):
 def test_heads_learn_through_liger(layers, own):
     if layers == 0 and not own:
         return
-    head = MedusaHead(layers, 64, 1009, own, torch.bfloat16).cuda()
+    head = MedusaHeads(1, layers, 64, 1009, own_projection=own, dtype=torch.bfloat16).cuda()[0]
     lm_head = nn.Linear(64, 1009, bias=False, dtype=torch.bfloat16, device="cuda").requires_grad_(False)
     shared = None
     if own:
         head.projection.weight.data.copy_(lm_head.weight)
     else:
-        from medusa_ds.heads.medusa import VocabularyProjection
-
         shared = VocabularyProjection(64, 1009, torch.bfloat16, "cuda").requires_grad_(False)
         shared.weight.copy_(lm_head.weight)
     hidden, targets = (
         torch.randn(50, 64, dtype=torch.bfloat16, device="cuda"),
         torch.randint(0, 1009, (50,), device="cuda"),
     )
-    head(hidden, targets, "liger", 64, shared_projection=shared)[0].backward()
+    by_liger = {"impl": "liger", "chunk_mib": 64}
+    head(hidden, shared, lambda projection, rows: projection.cross_entropy(rows, targets, **by_liger))[0].backward()
     assert all(parameter.grad.norm() > 0 for parameter in head.parameters())
     empty = [p.grad.clone() for p in head.parameters()]
-    head(hidden[:0], targets[:0], "liger", 64, shared_projection=shared)[0].backward()
+    head(hidden[:0], shared, lambda projection, rows: projection.cross_entropy(rows, targets[:0], **by_liger))[
+        0
+    ].backward()
     assert all(torch.equal(p.grad, old) for p, old in zip(head.parameters(), empty, strict=True))
 
 
@@ -186,7 +188,7 @@ def test_model_with_liger_layers_matches_plain_layers(family, stage):
         torch.manual_seed(1)
         heads = MedusaHeads(2, 1, 128, 1009, dtype=torch.float32).cuda()
         heads.initialize(backbone.get_output_embeddings().weight)
-        model = MedusaModel(backbone, heads, stage, impl, 64)
+        model = JointModel(backbone, heads, stage, loss_impl=impl, chunk_mib=64)
         output = model(ids, labels, positions)
         sum(loss.loss_sum for loss in output.losses if loss is not None).backward()
         return output.counters, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

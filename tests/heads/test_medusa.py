@@ -8,8 +8,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from medusa_ds.errors import UserError
-from medusa_ds.heads.medusa import MedusaHeads, VocabularyProjection, different_maps, load_heads, save_heads
-from medusa_ds.model.projection import project
+from medusa_ds.heads.files import different_maps, load_heads, save_heads
+from medusa_ds.heads.medusa import MedusaHeads
+from medusa_ds.model.projection import VocabularyProjection, project
 
 H, V = 8, 23
 
@@ -18,6 +19,10 @@ def make(layers=2, own=True, num=3):
     heads = MedusaHeads(num, layers, H, V, own_projection=own)
     heads.initialize(torch.randn(V, H, generator=torch.Generator().manual_seed(1)))
     return heads
+
+
+def cross_entropy(targets, impl="torch"):
+    return lambda projection, rows: projection.cross_entropy(rows, targets, impl, 1)
 
 
 @pytest.mark.parametrize("layers", [0, 1, 3])
@@ -56,14 +61,14 @@ def test_every_parameter_learns_from_hidden_states_without_graph(layers, impl):
     """Mutation: share the residual blocks between heads or layers (the parameters become fewer)."""
     heads = make(layers)
     hidden, targets = torch.randn(6, H), torch.randint(0, V, (6,))
-    sum(head(hidden, targets, impl)[0] for head in heads).backward()
+    sum(head(hidden, None, cross_entropy(targets, impl))[0] for head in heads).backward()
     assert len(list(heads.parameters())) == 3 * (2 * layers + 1)
     assert all(parameter.grad.norm() > 0 for parameter in heads.parameters())
 
 
 def test_a_head_without_rows_gives_every_parameter_a_zero_gradient():
     heads = make()
-    loss, predicted = heads[0](torch.randn(0, H), torch.zeros(0, dtype=torch.long))
+    loss, predicted = heads[0](torch.randn(0, H), None, cross_entropy(torch.zeros(0, dtype=torch.long)))
     loss.backward()
     assert loss == 0
     assert predicted.shape == (0,)
@@ -155,7 +160,7 @@ def test_a_flipped_bit_is_found(saved):
 
 def test_a_file_that_is_no_safetensors_file_is_refused(saved):
     (saved / "heads.safetensors").write_bytes(b"PK\x03\x04 not tensors")
-    from medusa_ds.heads.medusa import _sha256
+    from medusa_ds.heads.files import _sha256
 
     edit(saved, sha256=_sha256(saved / "heads.safetensors"))
     with pytest.raises(UserError, match="not a safetensors file"):
@@ -166,7 +171,7 @@ def test_a_write_that_dies_leaves_the_old_heads(saved, monkeypatch):
     def die(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("medusa_ds.heads.medusa.os.fsync", die)
+    monkeypatch.setattr("medusa_ds.heads.files.os.fsync", die)
     with pytest.raises(KeyboardInterrupt):
         save_heads(saved, make(layers=1).state_dict(), {**META, "layers": 1})
     assert load_heads(saved)[0]["layers"] == 2
@@ -190,8 +195,8 @@ def test_token_map_is_saved_beside_the_heads(tmp_path):
     again.load_state_dict(tensors)
     hidden = torch.randn(3, H)
     assert torch.equal(again[0].logits(hidden), heads[0].logits(hidden))
-    assert again[0].tokens(torch.tensor([3])).tolist() == [22]
-    assert again[0].rows(torch.tensor([11, 4])).tolist() == [2, -1]
+    assert again.tokens(torch.tensor([3])).tolist() == [22]
+    assert again.rows(torch.tensor([11, 4])).tolist() == [2, -1]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from watch import Watch
 
 from medusa_ds.errors import UserError
 from medusa_ds.model import loss as loss_module
@@ -123,7 +124,7 @@ def test_a_second_backward_pass_gives_the_same_gradient():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_no_matrix_of_rows_by_vocabulary_exceeds_the_budget(dtype, Watch):
+def test_no_matrix_of_rows_by_vocabulary_exceeds_the_budget(dtype):
     """Mutation: ignore `chunk_mib` (`eager` is the positive control of this watch)."""
     rows, weight, targets = planted(200, 4099, 8, dtype)
     budget_rows = (1 << 20) // (4099 * (8 if dtype == torch.float64 else 4))
@@ -136,7 +137,7 @@ def test_no_matrix_of_rows_by_vocabulary_exceeds_the_budget(dtype, Watch):
     assert watch.largest == 200
 
 
-def test_nothing_is_computed_for_gradients_that_nobody_wants(Watch):
+def test_nothing_is_computed_for_gradients_that_nobody_wants():
     """Mutation: ask `needs_input_grad` alone, which is true under `no_grad` too."""
     rows, weight, targets = planted(20, 101, 8)
     weight.requires_grad_()

@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from medusa_ds.cli import main
 from medusa_ds.data.prompts import Prompt, read_prompts
 from medusa_ds.errors import UserError
-from medusa_ds.heads.medusa import MedusaHeads, save_heads
+from medusa_ds.heads.files import save_heads
+from medusa_ds.heads.medusa import MedusaHeads
 from medusa_ds.programs import evaluate, tree
 from medusa_ds.training import checkpoint
 from medusa_ds.training.tensors import KEYS

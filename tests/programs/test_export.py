@@ -14,7 +14,7 @@ from support import train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from medusa_ds.cli import main
-from medusa_ds.heads.medusa import load_heads, save_heads
+from medusa_ds.heads.files import load_heads, save_heads
 from medusa_ds.programs import evaluate, export
 from medusa_ds.runs import load_run, save_tree
 

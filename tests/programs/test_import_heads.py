@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from medusa_ds.cli import main
 from medusa_ds.errors import UserError
-from medusa_ds.heads.medusa import load_heads
+from medusa_ds.heads.files import load_heads
 from medusa_ds.programs import import_heads
 from medusa_ds.runs import load_run
 

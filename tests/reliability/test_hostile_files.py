@@ -23,7 +23,8 @@ from medusa_ds.config.recipe import Recipe
 from medusa_ds.data.dialogues import UnusableRow
 from medusa_ds.data.sources import _conversation, _line_rows
 from medusa_ds.errors import UserError
-from medusa_ds.heads.medusa import MedusaHeads, load_heads, save_heads
+from medusa_ds.heads.files import load_heads, save_heads
+from medusa_ds.heads.medusa import MedusaHeads
 from medusa_ds.training import checkpoint
 from medusa_ds.training.manifest import encode_manifest, write_file
 

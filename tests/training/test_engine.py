@@ -143,7 +143,7 @@ def test_evaluation_is_summed_over_ranks_and_counts_as_training_does(two_ranks: 
 def test_export_writes_an_ordinary_backbone_and_loadable_heads(zero: str, two_ranks: Runs) -> None:
     from transformers import AutoModelForCausalLM
 
-    from medusa_ds.heads.medusa import load_heads
+    from medusa_ds.heads.files import load_heads
 
     folder = two_ranks.folder / f"{zero}-export"
     trained = weights(folder, "after")

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from medusa_ds.config.recipe import Recipe
 from medusa_ds.data.packing import MicroBatch
 from medusa_ds.errors import UserError
-from medusa_ds.heads.medusa import load_heads
+from medusa_ds.heads.files import load_heads
 from medusa_ds.training import build as builder
 from medusa_ds.training import optimizer as optim
 from medusa_ds.training.engine import MedusaEngine, NonFiniteError

@@ -8,9 +8,10 @@ from test_joint import NUM, SIZES, H, batch, documents
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
+from watch import Watch
 
+from medusa_ds.heads.joint import JointModel
 from medusa_ds.heads.medusa import MedusaHeads
-from medusa_ds.model.joint import MedusaModel
 from medusa_ds.training.flops import step_flops
 
 VOCAB, CHUNK_MIB = 4099, 1
@@ -36,10 +37,11 @@ def build(stage, impl, dtype=torch.float32, target="label"):
     torch.manual_seed(0)
     config = AutoConfig.for_model("llama", **SIZES | {"vocab_size": VOCAB})
     backbone = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    heads = MedusaHeads(NUM, 1, H, VOCAB, True, dtype)
+    heads = MedusaHeads(NUM, 1, H, VOCAB, dtype=dtype)
     heads.initialize(backbone.get_output_embeddings().weight)
     start = copy.deepcopy(backbone) if stage == 2 and target != "label" else None
-    return MedusaModel(backbone, heads, stage, impl, CHUNK_MIB, target, start=start).train()
+    options = {"loss_impl": impl, "chunk_mib": CHUNK_MIB, "target": target, "start": start}
+    return JointModel(backbone, heads, stage, **options).train()
 
 
 def step(model, inputs):
@@ -73,7 +75,7 @@ def counted(model, inputs):
 @pytest.mark.parametrize(
     ("stage", "target"), [(1, "label"), (1, "distribution"), (2, "label"), (2, "argmax"), (2, "distribution")]
 )
-def test_ignored_rows_cost_no_product_in_any_pass(stage, target, Watch):
+def test_ignored_rows_cost_no_product_in_any_pass(stage, target):
     """Mutation: send every position through a head, forward or backward, and mask the loss afterwards."""
     ids, labels, positions = PACKED
     model = build(stage, "torch", target=target)
@@ -82,7 +84,7 @@ def test_ignored_rows_cost_no_product_in_any_pass(stage, target, Watch):
         without, none = counted(model, (ids, torch.full_like(labels, -100), positions))
     assert watch.projected == 0 and not any(none)
     assert 0 < sum(rows[1:]) < NUM * ids.numel()
-    known = step_flops(model.backbone.config, 0, 1, True, stage, target=target)
+    known = step_flops(model.backbone.config, 0, blocks=H * H, own_projection=True, stage=stage, target=target)
     assert flops - without == sum(rows[1:]) * known.head_row + rows[0] * known.lm_row
 
 

@@ -1,4 +1,4 @@
-"""MedusaModel on tiny random models: losses and counters against transformers' own outputs and plain loops."""
+"""JointModel on tiny random models: losses and counters against transformers' own outputs and plain loops."""
 
 import math
 
@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from watch import Watch
 
-from medusa_ds.heads.medusa import MedusaHeads
-from medusa_ds.model.joint import COUNTERS, MedusaModel, metrics
+from medusa_ds.heads.joint import Counters, JointModel, metrics
+from medusa_ds.heads.kinds import make_heads
 from medusa_ds.model.rows import count_targets
 
 H, V, NUM = 32, 101, 3
@@ -34,17 +35,20 @@ def build(
     tied=False,
     dtype=torch.float32,
     tokens=None,
+    kind="medusa",
 ):
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **SIZES, **FAMILIES[family], tie_word_embeddings=tied, initializer_range=0.3)
     backbone = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    heads = MedusaHeads(NUM, layers, H, V, own, dtype, tokens)
+    shape = {"kind": kind, "num": NUM, "layers": layers, "lm_head": "own" if own else "shared"}
+    shape |= {"hidden_size": H, "vocab_size": V}
+    heads = make_heads(shape, dtype=dtype, token_map=tokens)
     heads.initialize(backbone.get_output_embeddings().weight)
     if trained:
         with torch.no_grad():
             for parameter in heads.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-    return MedusaModel(backbone, heads, stage, impl, 1)
+    return JointModel(backbone, heads, stage, loss_impl=impl, chunk_mib=1)
 
 
 def documents(lengths, seed=0):
@@ -217,7 +221,7 @@ def test_counters_match_loops_over_positions():
     counters = model(*inputs).counters
     _, right = float64_head_losses(model, inputs)
     assert counters.dtype == torch.float64
-    assert counters.shape == (NUM + 1, len(COUNTERS))
+    assert counters.shape == (NUM + 1, len(Counters._fields))
     acceptance = 1.0
     for k in range(1, NUM + 1):
         places = [(b, t) for head, b, t in right if head == k]
@@ -258,7 +262,7 @@ def test_metrics_are_shares_of_summed_counters():
         "cond_acc_2": 1.0,
         "acceptance_length": 2.0,
     }
-    nothing = metrics(torch.zeros(2, len(COUNTERS)))
+    nothing = metrics(torch.zeros(2, len(Counters._fields)))
     assert nothing["acceptance_length"] == 1.0
     assert math.isnan(nothing["head1_loss"])
     assert "lm_loss" not in nothing
@@ -312,7 +316,7 @@ def test_one_supervised_token_reaches_the_heads_that_predict_it():
     assert output.counters[2, 4] == 0, "head 1 has no target where head 2 has one"
 
 
-def test_ignored_rows_are_never_projected(Watch):
+def test_ignored_rows_are_never_projected():
     """Mutation: project every position and mask the loss afterwards."""
     model = build()
     with Watch(V) as watch:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from test_joint import DOCS, NUM, PACKED, V, build, gradients, relative
 
-from medusa_ds.model.joint import COUNTERS, MedusaModel, metrics
+from medusa_ds.heads.joint import Counters, JointModel, metrics
 from medusa_ds.model.loss import linear_argmax, linear_kl
 
 
@@ -19,7 +19,8 @@ def student(target, own=True, temperature=1.0, chunk_mib=1, stage=1, tied=False)
         with torch.no_grad():
             for parameter in plain.backbone.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-    return MedusaModel(plain.backbone, plain.heads, stage, "torch", chunk_mib, target, temperature, start)
+    options = {"target": target, "temperature": temperature, "start": start}
+    return JointModel(plain.backbone, plain.heads, stage, loss_impl="torch", chunk_mib=chunk_mib, **options)
 
 
 def reference(model, target, temperature):
@@ -57,7 +58,7 @@ TARGETS = [("argmax", 1.0), ("distribution", 1.0), ("distribution", 2.0)]
 @pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize(("target", "temperature"), TARGETS)
 def test_loss_and_gradients_are_those_of_single_documents(target, temperature, own):
-    """Mutations: the teacher at `rows_N` or `rows_N + k + 1` in `MedusaModel.forward`; no T in the gradient."""
+    """Mutations: the teacher at `rows_N` or `rows_N + k + 1` in `JointModel.forward`; no T in the gradient."""
     model = student(target, own, temperature)
     output, found = gradients(model, PACKED)
     sums, wanted = reference(model, target, temperature)
@@ -90,8 +91,8 @@ def test_stage_2_learns_from_the_frozen_start(target, temperature, tied):
 @pytest.mark.parametrize("target", ["argmax", "distribution"])
 def test_validation_measures_the_labels_beside_the_frozen_start(target):
     """Mutation: measure the start's loss on labels, or measure in training too."""
-    model, column = student(target, stage=2), COUNTERS.index("label_loss_sum")
-    plain = MedusaModel(model.backbone, model.heads, 2, "torch", 1)
+    model, column = student(target, stage=2), Counters._fields.index("label_loss_sum")
+    plain = JointModel(model.backbone, model.heads, 2, loss_impl="torch", chunk_mib=1)
     assert metrics(model.train()(*PACKED).counters).keys() == metrics(plain(*PACKED).counters).keys()
     with torch.no_grad():
         counters, labels = model.eval()(*PACKED).counters, plain.eval()(*PACKED).counters
@@ -136,7 +137,8 @@ def test_the_frozen_start_holds_the_model_while_heads_learn():
     for target in ("label", "distribution"):
         model, start = copy.deepcopy(base), copy.deepcopy(base.backbone)
         if target != "label":
-            model = MedusaModel(model.backbone, model.heads, 2, "torch", 1, target, start=copy.deepcopy(start))
+            settings = {"loss_impl": "torch", "chunk_mib": 1, "target": target, "start": copy.deepcopy(start)}
+            model = JointModel(model.backbone, model.heads, 2, **settings)
         before, after = learn(model, 7, 1e-3, 40, 0.2)
         assert after < 0.8 * before, target
         texts = [each.generate(prompt, **options).tolist() for each in (start, model.backbone)]

@@ -1,6 +1,5 @@
-"""What several tests of the model room use."""
+"""What operations return and multiply, watched."""
 
-import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,8 +21,3 @@ class Watch(TorchDispatchMode):
                 if func is not torch.ops.aten.t.default:
                     self.largest = max(self.largest, rows)
         return result
-
-
-@pytest.fixture(name="Watch")
-def watch_class():
-    return Watch

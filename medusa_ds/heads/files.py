@@ -1,0 +1,175 @@
+"""Heads on disk: `heads.safetensors` with the tensors, `heads.json` with what they are.
+
+`kind` is left out for Medusa heads: files from before there was another kind have none.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from medusa_ds.config.parsing import read_json, redact
+from medusa_ds.errors import UserError
+from medusa_ds.heads.kinds import KINDS, make_heads
+
+FORMAT_VERSION = 1
+DEFAULT_KIND = "medusa"
+_TENSORS, _CONFIG = "heads.safetensors", "heads.json"
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _between(low: int, high: int) -> Callable[[Any], bool]:
+    return lambda value: type(value) is int and low <= value <= high
+
+
+META: dict[str, Callable[[Any], bool]] = {
+    "base_model": _text,
+    "revision": lambda value: value is None or _text(value),
+    "kind": lambda value: _text(value) and value in KINDS,
+    "num": _between(1, 64),
+    "layers": _between(0, 64),
+    "lm_head": lambda value: value in ("own", "shared"),
+    "hidden_size": _between(1, 1 << 20),
+    "vocab_size": _between(1, 1 << 24),
+    "recipe": _text,
+}
+
+
+def check_token_map(token_map: Tensor, vocab_size: int, where: str | Path) -> None:
+    """Refuse what is not a list of different tokens of the vocabulary.
+
+    Raises:
+        UserError: naming the file.
+    """
+    problem = None
+    if token_map.dtype != torch.int64 or token_map.dim() != 1:
+        problem = f"is {list(token_map.shape)} of {token_map.dtype}, not a list of int64"
+    elif not 0 < len(token_map) <= vocab_size:
+        problem = f"has {len(token_map)} tokens; allowed are 1 to vocab_size {vocab_size}"
+    elif len(outside := token_map[(token_map < 0) | (token_map >= vocab_size)]):
+        problem = f"names token {int(outside[0])}, outside vocab_size {vocab_size}"
+    elif len(token_map.unique()) != len(token_map):
+        problem = "names a token twice"
+    if problem:
+        raise UserError(f"{where}: token_map {problem}; save the heads again")
+
+
+def different_maps(found: list[int] | None, wanted: list[int] | None) -> str | None:
+    """In what two token maps differ, in words; None where they do not."""
+    if found == wanted:
+        return None
+    if found is None or wanted is None or len(found) != len(wanted):
+        sizes = ("all tokens" if each is None else f"{len(each)} tokens" for each in (found, wanted))
+        return "found projections onto {}; this recipe has {}".format(*sizes)
+    ours = set(wanted)
+    other = [token for token in found if token not in ours]
+    return f"found {len(other)} other tokens among its {len(found)}, as {(other or found)[0]}"
+
+
+def save_heads(directory: str | Path, state_dict: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    """Write `heads.safetensors` and `heads.json`, each under a temporary name that is renamed when complete.
+
+    Args:
+        directory: made if missing.
+        state_dict: of `Heads`, whole tensors; with its `token_map` where projections have one.
+        meta: `base_model`, `revision` (or None), `kind` (or none, for Medusa heads), `num`, `layers`, `lm_head`,
+            `hidden_size`, `vocab_size` and `recipe` (YAML text). Format version, dtype and the checksum that ties the
+            two files together are added.
+    """
+    assert set(meta) | {"kind"} == set(META), f"meta has {sorted(meta)}, not {sorted(META)}"
+    meta = {key: value for key, value in meta.items() if (key, value) != ("kind", DEFAULT_KIND)}
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
+    dtype = str(next(t for t in tensors.values() if t.is_floating_point()).dtype).removeprefix("torch.")
+    temporary = directory / f".{_TENSORS}.tmp"
+    save_file(tensors, temporary)
+    config = {"format_version": FORMAT_VERSION, **meta, "dtype": dtype, "sha256": _sha256(temporary)}
+    (directory / f".{_CONFIG}.tmp").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for name in (_TENSORS, _CONFIG):
+        with open(directory / f".{name}.tmp", "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(directory / f".{name}.tmp", directory / name)
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def load_heads(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read what `save_heads` wrote.
+
+    Args:
+        directory: the heads' folder, or the output directory that has them in `heads/`.
+
+    Returns:
+        The config with its `kind`, and the state dict of the matching `Heads` on the CPU.
+
+    Raises:
+        UserError: missing, of another format, damaged, or with tensors that its own config does not describe.
+    """
+    directory = Path(directory)
+    if not (directory / _CONFIG).exists() and (directory / "heads" / _CONFIG).exists():
+        directory = directory / "heads"
+    config, path = read_json(directory / _CONFIG), directory / _TENSORS
+    if isinstance(config, dict):
+        config.setdefault("kind", DEFAULT_KIND)
+    _check_config(config, directory / _CONFIG)
+    try:
+        if _sha256(path) != config["sha256"]:
+            raise UserError(f"{path}: damaged, its SHA-256 is not the one in {_CONFIG}; save the heads again")
+        tensors = load_file(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); name the output of a finished run") from None
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a safetensors file ({error}); save the heads again") from None
+    token_map = tensors.get("token_map")
+    if token_map is not None:
+        check_token_map(token_map, config["vocab_size"], path)
+        if config["lm_head"] == "shared":
+            raise UserError(f"{path}: token_map beside lm_head: shared, which has no rows of its own; save them again")
+        token_map = torch.empty_like(token_map, device="meta")
+    with torch.device("meta"):
+        expected = make_heads(config, token_map=token_map).state_dict()
+    problems = [f"missing {name}" for name in expected.keys() - tensors.keys()]
+    problems += [f"unknown {name}" for name in tensors.keys() - expected.keys()]
+    for name in expected.keys() & tensors.keys():
+        found, wanted = tensors[name], expected[name]
+        dtype = "int64" if name == "token_map" else config["dtype"]
+        if found.shape != wanted.shape or str(found.dtype) != f"torch.{dtype}":
+            says = f"{_CONFIG} says {list(wanted.shape)} of {dtype}"
+            problems.append(f"{name} is {list(found.shape)} of {found.dtype}; {says}")
+    if problems:
+        raise UserError(*(f"{path}: {problem}" for problem in sorted(problems)))
+    return config, tensors
+
+
+def _check_config(config: Any, path: Path) -> None:
+    version = config.get("format_version") if isinstance(config, dict) else None
+    if version != FORMAT_VERSION:
+        found = redact(repr(version))[:80]
+        raise UserError(f"{path}: found format_version {found}; this version reads {FORMAT_VERSION}")
+    checks = {**META, "dtype": _text, "sha256": _text}
+    wrong = [key for key, is_valid in checks.items() if not is_valid(config.get(key, ...))]
+    if wrong:
+        values = {key: redact(repr(config.get(key)))[:80] for key in wrong}
+        raise UserError(*(f"{path}: {key}: found {values[key]}; save the heads again" for key in wrong))
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
