@@ -275,6 +275,18 @@ BAD: dict[str, tuple[str, list[str], str | None, list[str]]] = {
     "ZeRO stage 4": (GOOD, [], '{"zero_optimization": {"stage": 4}}', ["found 4", "0, 1, 2 or 3"]),
     "ZeRO flag as text": (GOOD, [], '{"zero_optimization": {"overlap_comm": "yes"}}', ["overlap_comm", "found 'yes'"]),
     "ZeRO size as text": (GOOD, [], '{"zero_optimization": {"reduce_bucket_size": "5e8"}}', ["found '5e8'", "number"]),
+    "offload size as text": (
+        GOOD,
+        [],
+        '{"zero_optimization": {"offload_param": {"device": "cpu", "buffer_count": "5"}}}',
+        ["offload_param.buffer_count: found '5'", "whole number"],
+    ),
+    "ZenFlow's key": (
+        GOOD,
+        [],
+        '{"zero_optimization": {"zenflow": {"topk": 0.1}}}',
+        ["zero_optimization.zenflow.topk: unknown key; did you mean topk_ratio?"],
+    ),
     "ZeRO as a number": (GOOD, [], '{"zero_optimization": 2}', ["zero_optimization: found 2", "an object"]),
     "negative clipping": (GOOD, [], '{"gradient_clipping": -1}', ["gradient_clipping: found -1", "at least 0"]),
     "batch of 0": (GOOD, [], '{"train_batch_size": 0}', ["train_batch_size: found 0", "at least 1"]),

@@ -7,9 +7,12 @@ takes unknown keys, `stage: "2"` and a clipping of -1 without a word, so they ar
 would change what a step computes.
 """
 
+import ast
 import copy
 import difflib
-from collections.abc import Iterator
+import functools
+import importlib.util
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ def _names(text: str) -> set[str]:
     return set(text.split())
 
 
-# deepspeed/runtime/config.py and constants.py of 0.19.8
+# by hand: DeepSpeed has no model of the top level (runtime/config.py and constants.py of 0.19.8)
 TOP_LEVEL = _names(
     "activation_checkpointing aio bf16 bfloat16 checkpoint comet comms_logger communication_data_type compile "
     "csv_monitor data_types dataloader_drop_last disable_allgather disable_python_gc dump_state flops_profiler fp16 "
@@ -39,45 +42,21 @@ _REFUSED = _names(
     "seq_parallel_communication_data_type sparse_attention tensor_parallel use_data_before_expert_parallelism "
     "weight_quantization"
 )
-# deepspeed/runtime/zero/config.py: DeepSpeedZeroConfig; a `stage3_` prefix is an alias there
-ZERO_FLAGS = _names(
-    "allgather_partitions allgather_sequential compute_grad_norm contiguous_gradients cpu_offload cpu_offload_param "
-    "cpu_offload_use_pin_memory elastic_checkpoint enable_sanity_checks gather_16bit_weights_on_model_save "
-    "ignore_unused_parameters legacy_stage1 load_from_fp32_weights log_trace_cache_warnings memory_efficient_linear "
-    "overlap_comm override_module_apply parameter_alignment pipeline_loading_checkpoint reduce_scatter "
-    "round_robin_gradients save_muon_momentum_buffer_in_memory stage3_allgather_sequential "
-    "stage3_gather_16bit_weights_on_model_save stage3_gather_fp16_weights_on_model_save "
-    "stage3_use_all_reduce_for_fetch_params use_all_reduce_for_fetch_params use_multi_rank_bucket_allreduce "
-    "zero_quantized_gradients zero_quantized_nontrainable_weights zero_quantized_weights"
-)
-ZERO_SIZES = _names(
-    "allgather_bucket_size max_live_parameters max_reuse_distance model_persistence_threshold "
-    "module_granularity_threshold param_persistence_threshold prefetch_bucket_size reduce_bucket_size "
-    "stage3_max_live_parameters stage3_max_reuse_distance stage3_model_persistence_threshold "
-    "stage3_module_granularity_threshold stage3_param_persistence_threshold stage3_prefetch_bucket_size sub_group_size "
-    "zero_hpz_partition_size"
-)
-# offload_config.py and precision_config.py
-SECTIONS = {
-    "zero_optimization": ZERO_FLAGS | ZERO_SIZES | {"stage", "offload_param", "offload_optimizer", "leaf_module"},
-    "zero_optimization.offload_param": _names("device nvme_path buffer_count buffer_size max_in_cpu pin_memory"),
-    "zero_optimization.offload_optimizer": _names(
-        "device nvme_path buffer_count pin_memory pipeline_read pipeline_write fast_init ratio super_offload "
-        "cpuadam_cores_perc"
-    ),
-    "bf16": _names(
-        "enabled immediate_grad_update check_grad_overflow bf16_master_weights_and_grads bf16_optimizer_states"
-    ),
-    "bfloat16": {"enabled"},
-    "fp16": _names(
-        "enabled auto_cast loss_scale initial_scale_power loss_scale_window hysteresis consecutive_hysteresis "
-        "min_loss_scale fp16_master_weights_and_grads"
-    ),
-    "optimizer": {"type", "params", "legacy_fusion"},
-    "scheduler": {"type", "params"},
-    "tensorboard": {"enabled", "output_path", "job_name"},
-    "csv_monitor": {"enabled", "output_path", "job_name"},
-    "wandb": {"enabled", "group", "team", "project"},
+_MODELS = {
+    "zero_optimization": ("zero/config.py", "DeepSpeedZeroConfig"),
+    "zero_optimization.offload_param": ("zero/offload_config.py", "DeepSpeedZeroOffloadParamConfig"),
+    "zero_optimization.offload_optimizer": ("zero/offload_config.py", "DeepSpeedZeroOffloadOptimizerConfig"),
+    "zero_optimization.zenflow": ("zenflow/zenflow_config.py", "ZenFlowConfig"),
+    "bf16": ("precision_config.py", "DeepSpeedBF16Config"),
+    "fp16": ("precision_config.py", "DeepSpeedFP16Config"),
+}
+_OTHERS = {
+    "bfloat16": {"enabled": "bool"},
+    "optimizer": {"type": "str", "params": "dict", "legacy_fusion": "bool"},
+    "scheduler": {"type": "str", "params": "dict"},
+    "tensorboard": {"enabled": "bool", "output_path": "str", "job_name": "str"},
+    "csv_monitor": {"enabled": "bool", "output_path": "str", "job_name": "str"},
+    "wandb": {"enabled": "bool", "group": "str", "team": "str", "project": "str"},
 }
 _COUNTS = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"}
 
@@ -114,39 +93,64 @@ def _problems(settings: dict[str, Any]) -> Iterator[str]:
         yield f'gradient_clipping: found {clipping!r}; allowed is a number of at least 0, or "auto"'
     if settings.get("gradient_allreduce_op", "mean") != "mean":
         yield f"gradient_allreduce_op: found {settings['gradient_allreduce_op']!r}; allowed is mean"
-    for name, known in SECTIONS.items():
+    for name in (*_MODELS, *_OTHERS):
         holder: Any = settings
         for part in name.split("."):
             holder = holder.get(part, {}) if isinstance(holder, dict) else {}
-        if holder == "auto" or (holder is None and "offload" in name):
+        if holder == "auto" or (holder is None and "." in name):
             continue
         if not isinstance(holder, dict):
             yield f"{name}: found {holder!r}; allowed is an object"
             continue
-        for key in holder:
+        known = section_keys(name)
+        for key, value in holder.items():
             yield from _unknown(key, known, f"{name}.")
-        yield from _wrong_values(name, holder)
+            allowed = _refusal(name, key, value, known.get(key, ""))
+            if allowed:
+                yield f"{name}.{key}: found {value!r}; {allowed}"
 
 
-def _wrong_values(name: str, section: dict[str, Any]) -> Iterator[str]:
-    for key, value in section.items():
-        full = f"{name}.{key}"
-        flag = key == "enabled" or key == "pin_memory" or (name == "zero_optimization" and key in ZERO_FLAGS)
-        if full == "zero_optimization.stage":
-            if type(value) is not int or value not in range(4):
-                yield f"{full}: found {value!r}; allowed is 0, 1, 2 or 3"
-        elif full == "zero_optimization.compute_grad_norm" and value is False:
-            yield f"{full}: found False; clipping and the reported gradient norm need it: remove it"
-        elif key == "device" and value not in ("none", "cpu", "nvme", "auto"):
-            yield f"{full}: found {value!r}; allowed is none, cpu or nvme"
-        elif value == "auto":
-            continue
-        elif flag and not isinstance(value, bool):
-            yield f'{full}: found {value!r}; allowed is true, false or "auto"'
-        elif name == "zero_optimization" and key in ZERO_SIZES and not _is_size(value):
-            yield f'{full}: found {value!r}; allowed is a whole number of at least 0, or "auto"'
-        elif key == "params" and not isinstance(value, dict):
-            yield f"{full}: found {value!r}; allowed is an object"
+@functools.cache
+def section_keys(name: str) -> dict[str, str]:
+    """The keys of a section and their types, as the installed DeepSpeed's own pydantic model says.
+
+    They are read from its source: importing DeepSpeed takes seconds and imports torch. Of strings for numbers, which
+    these models take, `load` makes mistakes.
+    """
+    if name in _OTHERS:
+        return _OTHERS[name]
+    file, model = _MODELS[name]
+    package = importlib.util.find_spec("deepspeed")
+    assert package is not None and package.origin is not None
+    source = (Path(package.origin).parent / "runtime" / file).read_text(encoding="utf-8")
+    body = next(item.body for item in ast.parse(source).body if isinstance(item, ast.ClassDef) and item.name == model)
+    keys = {}
+    for field in body:
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+            options = field.value.keywords if isinstance(field.value, ast.Call) else []
+            aliases = [option.value.value for option in options if option.arg == "alias"]  # type: ignore[attr-defined]
+            keys |= dict.fromkeys([field.target.id, *aliases], ast.unparse(field.annotation))
+    return keys
+
+
+def _refusal(section: str, key: str, value: Any, kind: str) -> str | None:
+    """What is allowed in place of a value that DeepSpeed would ignore or misread."""
+    kind = kind.removeprefix("Optional[").removesuffix("]")
+    if (section, key) == ("zero_optimization", "stage"):
+        return None if type(value) is int and value in range(4) else "allowed is 0, 1, 2 or 3"
+    if key == "compute_grad_norm" and value is False:
+        return "clipping and the reported gradient norm need it: remove it"
+    if key == "device":
+        return None if value in ("none", "cpu", "nvme", "auto") else "allowed is none, cpu or nvme"
+    if value == "auto":
+        return None
+    if kind == "bool" and not isinstance(value, bool):
+        return 'allowed is true, false or "auto"'
+    if kind == "int" and not _is_size(value):
+        return 'allowed is a whole number of at least 0, or "auto"'
+    if kind == "float" and type(value) not in (int, float):
+        return 'allowed is a number, or "auto"'
+    return "allowed is an object" if kind == "dict" and not isinstance(value, dict) else None
 
 
 def _is_off(value: Any) -> bool:
@@ -223,7 +227,8 @@ def fill_sizes(config: dict[str, Any], hidden_size: int) -> dict[str, Any]:
     """Replace `"auto"` bucket sizes by what follows from the hidden size, as transformers does.
 
     `reduce_bucket_size` = H^2, `stage3_prefetch_bucket_size` = 0.9 H^2, `stage3_param_persistence_threshold` = 10 H;
-    any other `"auto"` is dropped, so that DeepSpeed's default holds.
+    any other `"auto"` is dropped, so that DeepSpeed's default holds. transformers' own `HfTrainerDeepSpeedConfig` fills
+    them from a `TrainingArguments`, of which a recipe has none.
     """
     sizes = {
         "reduce_bucket_size": hidden_size * hidden_size,
@@ -254,7 +259,7 @@ def _without_auto(node: Any, sizes: dict[str, int]) -> Any:
     return {key: _without_auto(value, sizes) for key, value in filled.items() if value != "auto"}
 
 
-def _unknown(key: str, known: set[str], prefix: str = "") -> Iterator[str]:
+def _unknown(key: str, known: Collection[str], prefix: str = "") -> Iterator[str]:
     if key not in known:
         near = difflib.get_close_matches(key, known, 1)
         yield f"{prefix}{key}: unknown key; " + (f"did you mean {near[0]}?" if near else "remove it")
