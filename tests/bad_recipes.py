@@ -284,8 +284,8 @@ BAD: dict[str, tuple[str, list[str], str | None, list[str]]] = {
     "ZenFlow's key": (
         GOOD,
         [],
-        '{"zero_optimization": {"zenflow": {"topk": 0.1}}}',
-        ["zero_optimization.zenflow.topk: unknown key; did you mean topk_ratio?"],
+        '{"zero_optimization": {"zenflow": {"topk_ration": 0.1}}}',
+        ["zero_optimization.zenflow.topk_ration: unknown key; did you mean topk_ratio?"],
     ),
     "ZeRO as a number": (GOOD, [], '{"zero_optimization": 2}', ["zero_optimization: found 2", "an object"]),
     "negative clipping": (GOOD, [], '{"gradient_clipping": -1}', ["gradient_clipping: found -1", "at least 0"]),

@@ -124,7 +124,7 @@ def section_keys(name: str) -> dict[str, str]:
     assert package is not None and package.origin is not None
     source = (Path(package.origin).parent / "runtime" / file).read_text(encoding="utf-8")
     body = next(item.body for item in ast.parse(source).body if isinstance(item, ast.ClassDef) and item.name == model)
-    keys = {}
+    keys: dict[str, str] = {}
     for field in body:
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
             options = field.value.keywords if isinstance(field.value, ast.Call) else []

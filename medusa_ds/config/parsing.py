@@ -2,8 +2,9 @@
 
 Both run no code, bound the file's size and say the line of a mistake. Unlike PyYAML's own loader this one reads
 numbers as YAML 1.2 does (`1e-4` is a float, `010` is ten, `no` is text), and refuses duplicate keys, tags and aliases
-(a few hundred bytes of nested aliases expand without end). Unlike `json`, duplicate keys, `NaN` and lone surrogates are
-refused. Values that look like secrets are found here too: secrets come from the environment.
+(a few hundred bytes of nested aliases expand without end). ruamel.yaml reads numbers that way too, but also dates,
+`1e999` as infinity and `0o17`, and ends at the first duplicate. Unlike `json`, duplicate keys, `NaN` and lone
+surrogates are refused. Values that look like secrets are found here too: secrets come from the environment.
 """
 
 import json

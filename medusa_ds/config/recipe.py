@@ -106,7 +106,7 @@ class Recipe(Section):
             wrong = {".".join(map(str, _key(item["loc"]))) for item in error.errors()}
             recipe = cls._without(raw, wrong)
         if recipe is not None:
-            problems += [at.say(key, text) for key, text in recipe._contradictions() if key not in wrong]
+            problems += [at.say(key, text) for key, text in recipe._problems() if key not in wrong]
         json_file = raw["deepspeed"]
         if isinstance(json_file, str) and os.path.exists(json_file):
             try:
@@ -142,151 +142,11 @@ class Recipe(Section):
         except ValidationError:
             return None
 
-    def _contradictions(self) -> list[tuple[str, str]]:
+    def _problems(self) -> list[tuple[str, str]]:
         """Keys that do not fit together, each with what is wrong."""
-        stage, train, model, heads, data = self.stage, self.train, self.model, self.heads, self.data
-        checks = [
-            (
-                model.frozen is not None and model.frozen != (stage == 1),
-                "model.frozen",
-                f"found {str(model.frozen).lower()} with stage {stage}; stage 1 freezes the backbone, 2 trains it",
-            ),
-            (
-                stage == 2 and heads.init_from is None,
-                "heads.init_from",
-                "missing; stage 2 starts from the heads of a stage-1 run: name its output directory",
-            ),
-            (
-                heads.init_from == self.output,
-                "heads.init_from",
-                "found the recipe's own output, which would overwrite it; name another run's output directory",
-            ),
-            (
-                stage == 2 and heads.lm_head == "shared",
-                "heads.lm_head",
-                "found shared with stage 2; there the LM head moves under the heads: use own",
-            ),
-            (
-                heads.lm_head == "shared" and heads.layers == 0,
-                "heads.layers",
-                "found 0 with lm_head: shared, which leaves nothing to learn; use layers >= 1 or lm_head: own",
-            ),
-            (
-                heads.kind == "hydra" and heads.layers == 0,
-                "heads.layers",
-                "found 0 with kind: hydra, whose first layer is the step from token to token; use 1 or more",
-            ),
-            (
-                heads.vocab != "full" and heads.lm_head == "shared",
-                "heads.vocab",
-                f"found {heads.vocab} with lm_head: shared, which projects onto all tokens; use own, or vocab: full",
-            ),
-            (
-                heads.vocab != "full" and self.loss.target != "label",
-                "loss.target",
-                f"found {self.loss.target} with heads.vocab, which has no row for some predictions; use label",
-            ),
-            (
-                self.loss.temperature != 1 and self.loss.target != "distribution",
-                "loss.temperature",
-                f"has no meaning with loss.target {self.loss.target}; remove it, or use distribution",
-            ),
-            (
-                stage == 1 and self.loss.coefficient is not None,
-                "loss.coefficient",
-                "has no meaning in stage 1, where only the heads' loss is there; remove it",
-            ),
-            (
-                stage == 1 and self.loss.coefficient_schedule != "constant",
-                "loss.coefficient_schedule",
-                "has no meaning in stage 1; remove it",
-            ),
-            (
-                stage == 1 and train.lr_multiplier is not None,
-                "train.lr_multiplier",
-                "has no meaning in stage 1, where only heads learn; set train.lr",
-            ),
-            (
-                stage == 1 and train.activation_checkpointing,
-                "train.activation_checkpointing",
-                "found true with stage 1, whose backbone has no backward pass; remove it",
-            ),
-            (
-                train.global_batch_size % train.micro_batch_size != 0,
-                "train.global_batch_size",
-                f"found {train.global_batch_size}, not a multiple of train.micro_batch_size {train.micro_batch_size}",
-            ),
-            (train.steps is None and train.epochs > 1000, "train.epochs", f"found {train.epochs}; at most 1000"),
-            (
-                train.eval_every is not None and data.validation == 0,
-                "train.eval_every",
-                "found a value with data.validation: 0, which holds nothing out; remove it or hold some out",
-            ),
-            (
-                data.max_length <= heads.num + 1,
-                "data.max_length",
-                f"found {data.max_length} with {heads.num} heads; the last head needs more than {heads.num + 1} tokens",
-            ),
-            (
-                isinstance(data.path, list) and data.split != "train",
-                "data.split",
-                f"found {data.split} beside a list of sources; give each source its own split",
-            ),
-            (
-                isinstance(data.path, str)
-                and data.split != "train"
-                and (data.path == "sample" or os.path.exists(data.path)),
-                "data.split",
-                f"found {data.split}, but only data sets of the hub have splits; remove it",
-            ),
-            (
-                stage == 2 and data.hidden_cache != "off",
-                "data.hidden_cache",
-                f"found {data.hidden_cache} with stage 2, where the backbone changes with every step; use off",
-            ),
-            (
-                data.hidden_cache != "off" and self.loss.target != "label",
-                "loss.target",
-                f"found {self.loss.target} with data.hidden_cache, which keeps no LM head's predictions; use label",
-            ),
-            (
-                data.hidden_cache == "off" and data.hidden_cache_dtype != "auto",
-                "data.hidden_cache_dtype",
-                "found a value with hidden_cache: off; set data.hidden_cache to auto or a directory, or remove it",
-            ),
-            (data.path == [], "data.path", "found an empty list; name at least one source"),
-            (
-                model.attention == "flash_attention_2" and train.precision == "fp32",
-                "model.attention",
-                "found flash_attention_2 with train.precision: fp32; it needs bf16: use sdpa",
-            ),
-            (
-                model.frozen_precision == "fp8" and stage == 2,
-                "model.frozen_precision",
-                "found fp8 with stage 2, which trains the backbone; use bf16",
-            ),
-            (
-                model.frozen_precision == "fp8" and train.precision == "fp32",
-                "model.frozen_precision",
-                "found fp8 with train.precision: fp32; use precision: bf16",
-            ),
-            (
-                model.frozen_precision == "fp8" and model.liger_kernels is True,
-                "model.liger_kernels",
-                "found true with frozen_precision: fp8, whose layers are compiled instead; remove it",
-            ),
-            (
-                bool(model.config) and model.init != "random",
-                "model.config",
-                "is for init: random; a pretrained model keeps its own config",
-            ),
-            (
-                model.trust_remote_code and model.revision is None and not os.path.isdir(model.name),
-                "model.revision",
-                "missing; trust_remote_code runs the repository's code, so pin the commit you have read",
-            ),
-        ]
-        return [(key, text) for wrong, key, text in checks if wrong] + self._unlike_saved_heads()
+        parts = {name: part for name, part in self if isinstance(part, Section)}
+        found = [(f"{name}.{key}", text) for name, part in parts.items() for key, text in part._contradictions(self)]
+        return found + self._unlike_saved_heads()
 
     def _unlike_saved_heads(self) -> list[tuple[str, str]]:
         heads = self.heads

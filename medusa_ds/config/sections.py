@@ -1,5 +1,10 @@
-"""The sections of a recipe and what each key may hold; the docstring under a key is its manual."""
+"""The sections of a recipe: what each key may hold, and which keys do not fit together.
 
+The docstring under a key is its manual: `medusa-ds show --keys` prints it, and docs/recipe.md is made from it.
+"""
+
+import os
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -13,6 +18,10 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+    def _contradictions(self, recipe: Any) -> Iterator[tuple[str, str]]:
+        """Keys that do not fit the rest of the recipe, each with what is wrong."""
+        yield from ()
 
 
 class ModelPackage(Section):
@@ -50,6 +59,28 @@ class ModelSpec(Section):
     trust_remote_code: bool = False
     """Run Python code of the model's repository; asks for a pinned `revision`."""
 
+    def _contradictions(self, recipe: Any) -> Iterator[tuple[str, str]]:
+        stage, precision = recipe.stage, recipe.train.precision
+        if self.frozen is not None and self.frozen != (stage == 1):
+            found = str(self.frozen).lower()
+            yield "frozen", f"found {found} with stage {stage}; stage 1 freezes the backbone, 2 trains it"
+        if self.attention == "flash_attention_2" and precision == "fp32":
+            yield "attention", "found flash_attention_2 with train.precision: fp32; it needs bf16: use sdpa"
+        if self.frozen_precision == "fp8":
+            if stage == 2:
+                yield "frozen_precision", "found fp8 with stage 2, which trains the backbone; use bf16"
+            if precision == "fp32":
+                yield "frozen_precision", "found fp8 with train.precision: fp32; use precision: bf16"
+            if self.liger_kernels:
+                yield (
+                    "liger_kernels",
+                    "found true with frozen_precision: fp8, whose layers are compiled instead; remove it",
+                )
+        if self.config and self.init != "random":
+            yield "config", "is for init: random; a pretrained model keeps its own config"
+        if self.trust_remote_code and self.revision is None and not os.path.isdir(self.name):
+            yield "revision", "missing; trust_remote_code runs the repository's code, so pin the commit you have read"
+
 
 class HeadsSpec(Section):
     """The heads, guessing later tokens from the backbone's hidden states."""
@@ -72,6 +103,30 @@ class HeadsSpec(Section):
     def rows(self, vocab_size: int) -> int:
         """Rows of a head's projection for a model of so many tokens."""
         return vocab_size if self.vocab == "full" else self.vocab
+
+    def _contradictions(self, recipe: Any) -> Iterator[tuple[str, str]]:
+        shared, stage = self.lm_head == "shared", recipe.stage
+        if stage == 2 and self.init_from is None:
+            yield "init_from", "missing; stage 2 starts from the heads of a stage-1 run: name its output directory"
+        if self.init_from == recipe.output:
+            yield (
+                "init_from",
+                "found the recipe's own output, which would overwrite it; name another run's output directory",
+            )
+        if stage == 2 and shared:
+            yield "lm_head", "found shared with stage 2; there the LM head moves under the heads: use own"
+        if shared and self.layers == 0:
+            yield (
+                "layers",
+                "found 0 with lm_head: shared, which leaves nothing to learn; use layers >= 1 or lm_head: own",
+            )
+        if self.kind == "hydra" and self.layers == 0:
+            yield "layers", "found 0 with kind: hydra, whose first layer is the step from token to token; use 1 or more"
+        if self.vocab != "full" and shared:
+            yield (
+                "vocab",
+                f"found {self.vocab} with lm_head: shared, which projects onto all tokens; use own, or vocab: full",
+            )
 
 
 class LossSpec(Section):
@@ -98,6 +153,21 @@ class LossSpec(Section):
     """Stage 2: how the coefficient reaches its value."""
     coefficient_warmup_ratio: Fraction = 0.1
     """Share of the steps over which a linear or sine schedule rises from 0."""
+
+    def _contradictions(self, recipe: Any) -> Iterator[tuple[str, str]]:
+        if recipe.heads.vocab != "full" and self.target != "label":
+            yield "target", f"found {self.target} with heads.vocab, which has no row for some predictions; use label"
+        if recipe.data.hidden_cache != "off" and self.target != "label":
+            yield (
+                "target",
+                f"found {self.target} with data.hidden_cache, which keeps no LM head's predictions; use label",
+            )
+        if self.temperature != 1 and self.target != "distribution":
+            yield "temperature", f"has no meaning with loss.target {self.target}; remove it, or use distribution"
+        if recipe.stage == 1 and self.coefficient is not None:
+            yield "coefficient", "has no meaning in stage 1, where only the heads' loss is there; remove it"
+        if recipe.stage == 1 and self.coefficient_schedule != "constant":
+            yield "coefficient_schedule", "has no meaning in stage 1; remove it"
 
 
 class SourceSpec(Section):
@@ -136,6 +206,34 @@ class DataSpec(Section):
     """Arguments of the chat template, such as `enable_thinking: false`."""
     seed: Seed = 0
     """Seed of the split and of the order."""
+
+    def _contradictions(self, recipe: Any) -> Iterator[tuple[str, str]]:
+        heads = recipe.heads.num
+        if self.max_length <= heads + 1:
+            yield (
+                "max_length",
+                f"found {self.max_length} with {heads} heads; the last head needs more than {heads + 1} tokens",
+            )
+        if self.path == []:
+            yield "path", "found an empty list; name at least one source"
+        if isinstance(self.path, list) and self.split != "train":
+            yield "split", f"found {self.split} beside a list of sources; give each source its own split"
+        if (
+            isinstance(self.path, str)
+            and self.split != "train"
+            and (self.path == "sample" or os.path.exists(self.path))
+        ):
+            yield "split", f"found {self.split}, but only data sets of the hub have splits; remove it"
+        if recipe.stage == 2 and self.hidden_cache != "off":
+            yield (
+                "hidden_cache",
+                f"found {self.hidden_cache} with stage 2, where the backbone changes with every step; use off",
+            )
+        if self.hidden_cache == "off" and self.hidden_cache_dtype != "auto":
+            yield (
+                "hidden_cache_dtype",
+                "found a value with hidden_cache: off; set data.hidden_cache to auto or a directory, or remove it",
+            )
 
 
 class TrainSpec(Section):
@@ -185,3 +283,21 @@ class TrainSpec(Section):
     """Write TensorBoard events through DeepSpeed's monitor."""
     wandb: bool = False
     """Log to Weights & Biases through DeepSpeed's monitor."""
+
+    def _contradictions(self, recipe: Any) -> Iterator[tuple[str, str]]:
+        if recipe.stage == 1 and self.lr_multiplier is not None:
+            yield "lr_multiplier", "has no meaning in stage 1, where only heads learn; set train.lr"
+        if recipe.stage == 1 and self.activation_checkpointing:
+            yield (
+                "activation_checkpointing",
+                "found true with stage 1, whose backbone has no backward pass; remove it",
+            )
+        if self.global_batch_size % self.micro_batch_size:
+            yield (
+                "global_batch_size",
+                f"found {self.global_batch_size}, not a multiple of train.micro_batch_size {self.micro_batch_size}",
+            )
+        if self.steps is None and self.epochs > 1000:
+            yield "epochs", f"found {self.epochs}; at most 1000"
+        if self.eval_every is not None and recipe.data.validation == 0:
+            yield ("eval_every", "found a value with data.validation: 0, which holds nothing out; remove it or that")
