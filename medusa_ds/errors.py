@@ -16,13 +16,12 @@ class UserError(Exception):
 
     Args:
         problems: one string or several, each `FILE:LINE or KEY: what was found; what is allowed`.
+        one_rank: only this rank knows of the problem, so that it is this rank that prints it.
     """
 
-    one_rank = False  # set where only this rank knows of the problem, so that it is this rank that prints it
-
-    def __init__(self, *problems: str) -> None:
+    def __init__(self, *problems: str, one_rank: bool = False) -> None:
         super().__init__("\n".join(problems))
-        self.problems = problems
+        self.problems, self.one_rank = problems, one_rank
 
 
 @contextmanager

@@ -28,7 +28,7 @@ class InUseError(Exception):
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """A path beside `target`; the file or directory that the caller makes there takes the target's place at the end.
+    """A path beside `target`; the file, link or directory that the caller makes there takes the target's place at last.
 
     The directory of `target` is made if missing. When the body raises, nothing of it stays and `target` is as it was.
 
@@ -41,7 +41,7 @@ def replacing(target: Path) -> Iterator[Path]:
     try:
         yield work
         sync(work)
-        if target.is_dir():
+        if target.is_dir() and not target.is_symlink():
             discard(target)
         os.replace(work, target)
     except Exception:
@@ -56,9 +56,17 @@ def write(target: Path, *parts: Any) -> None:
     Raises:
         OSError: it cannot be written; what was there before still is.
     """
-    with replacing(target) as work, open(work, "wb") as stream:
+    with replacing(target) as work:
+        flush(work, *parts)
+
+
+def flush(file: Path, *parts: Any) -> None:
+    """Write a file and flush it to the disk, under its own name: for one in a directory that is itself unfinished."""
+    with open(file, "wb") as stream:
         for part in parts:
             stream.write(part.encode() if isinstance(part, str) else part)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def write_json(target: Path, value: Any) -> None:
@@ -83,7 +91,9 @@ def discard(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or a directory with all that is in it, to the disk."""
+    """Flush a file, or a directory with all that is in it, to the disk; a link has nothing of its own."""
+    if path.is_symlink():
+        return
     if path.is_dir():
         for child in path.iterdir():
             sync(child)

@@ -63,7 +63,7 @@ def test_names_are_flushed_after_the_rename_and_the_content_before(
 ) -> None:
     done = cut_off(monkeypatch, 99, Dead())
     files.write(tmp_path / "file", "text")
-    assert done == ["open", "open", "fsync", "replace", "open", "fsync"]
+    assert done == ["open", "fsync", "open", "fsync", "replace", "open", "fsync"]
 
 
 def test_a_directory_is_replaced_when_its_maker_is_done(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from the newest whole checkpoint. docs/reliability.md says what every fault does
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import platform
@@ -20,14 +19,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from medusa_ds import files
 from medusa_ds.config.parsing import parse_yaml, read_text
 from medusa_ds.config.recipe import Recipe, find_recipe
 from medusa_ds.errors import UserError, exit_on_user_error
+from medusa_ds.ranks import Ranks
 
 if TYPE_CHECKING:
     from medusa_ds.training.engine import MedusaEngine
@@ -81,27 +82,27 @@ def run(recipe: Recipe, recipe_file: Path) -> None:
     """Train a validated recipe, on every rank."""
     from medusa_ds.training.supervisor import Supervisor, end_with_others
 
-    rank, output = int(os.environ.get("RANK", "0")), Path(recipe.output)
-    supervisor = Supervisor(rank, int(os.environ.get("LOCAL_SIZE", "0")), recipe.train.hang_timeout)
-    lock = None
+    ranks, output = Ranks(), Path(recipe.output)
+    supervisor = Supervisor(ranks.rank, ranks.local_size, recipe.train.hang_timeout)
     try:
-        lock = _claim(output, recipe) if rank == 0 else None
-        with end_with_others(rank), _failures(output):
-            _run(recipe, recipe_file, rank, output, supervisor)
+        with ExitStack() as stack, end_with_others(ranks.rank), _failures(output):
+            if ranks.rank == 0:
+                _claim(output, recipe, stack)
+            _run(recipe, recipe_file, ranks, output, supervisor)
     finally:
         supervisor.close()
-        if lock is not None:
-            os.close(lock)
 
 
-def _run(recipe: Recipe, recipe_file: Path, rank: int, output: Path, supervisor: Supervisor) -> None:
+def _run(recipe: Recipe, recipe_file: Path, ranks: Ranks, output: Path, supervisor: Supervisor) -> None:
+    rank = ranks.rank
     if (output / "heads" / "heads.json").exists():
         _say(
             rank,
-            f"{output} holds a finished run; its heads are in {output / 'heads'}. Name another output to train anew",
+            f"{output} holds a finished run; its heads are in {output / 'heads'}. Name another output to train anew, "
+            f"with heads.init_from={output} to go on from these heads",
         )
         return
-    recipe.ds_values(world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    recipe.ds_values(world_size=ranks.size)
 
     from medusa_ds.data.packing import load_data
     from medusa_ds.data.vocabulary import token_map
@@ -157,12 +158,11 @@ def _failures(output: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _STORAGE:
             raise
-        problem = UserError(
+        raise UserError(
             f"{error.filename or output}: cannot be written ({error.strerror}); make room, or make it writable; "
-            "checkpoints are whole"
-        )
-        problem.one_rank = True
-        raise problem from None
+            "checkpoints are whole",
+            one_rank=True,
+        ) from None
 
 
 def _adopt_slurm() -> None:
@@ -176,50 +176,47 @@ def _adopt_slurm() -> None:
     os.environ.setdefault("MASTER_PORT", str(20000 + int(slurm.get("SLURM_JOB_ID", "0")) % 20000))
 
 
-def _claim(output: Path, recipe: Recipe) -> int:
-    """Lock the output directory for this run and refuse one that belongs to another recipe; rank 0 only.
+def _claim(output: Path, recipe: Recipe, stack: ExitStack) -> None:
+    """Keep other runs out of the output directory and refuse one whose checkpoints or heads are another recipe's.
 
-    Returns:
-        The open lock file, released when the process ends.
+    Args:
+        output: made if missing.
+        recipe: of this run.
+        stack: holds the lock.
     """
-    kept = output / "recipe.yaml"
     try:
         output.mkdir(parents=True, exist_ok=True)
-        lock = os.open(output / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        stack.enter_context(files.lock(output / "lock"))
+    except files.InUseError as holder:
+        raise UserError(f"{output}: in use by {holder}; wait for that run or name another output") from None
     except OSError as error:
         raise UserError(
             f"{output}: cannot be written ({error.strerror}); name a writable directory in output"
         ) from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        holder = os.read(lock, 200).decode(errors="replace").strip() or "another process"
-        raise UserError(f"{output}: in use by {holder}; wait for that run or name another output") from None
-    os.ftruncate(lock, 0)
-    os.write(lock, f"host {socket.gethostname()} pid {os.getpid()}".encode())
+    kept, finished = output / "recipe.yaml", (output / "heads" / "heads.json").exists()
+    if not finished and not list((output / "checkpoints").glob("step-*")):
+        return  # nothing is lost
     if kept.exists():
         before, now = _flat(parse_yaml(read_text(kept), str(kept))[0]), _flat(recipe.model_dump(mode="json"))
         changed = [key for key in {*before, *now} if before.get(key) != now.get(key) and key not in FREE_TO_CHANGE]
+        further = f"; to train these heads further, set heads.init_from={output} and another output" if finished else ""
         if changed:
             raise UserError(
                 *(
                     f"{output}: {key}: this output was made with {before.get(key)!r}; the recipe says {now.get(key)!r}"
                     for key in sorted(changed)
                 ),
-                f"{output}: belongs to another recipe; name another output, or go back to the values above",
+                f"{output}: belongs to another recipe; name another output, or go back to the values above{further}",
             )
-    elif recipe.heads.init_from and list((output / "checkpoints").glob("step-*")):
+    elif recipe.heads.init_from:
         raise UserError(
             f"{output}: heads.init_from is a warm start, but checkpoints to resume from are here; name another output"
         )
-    return lock
 
 
 def _keep_launch(output: Path, recipe: Recipe, engine: MedusaEngine, recipe_file: Path) -> None:
     """Keep what a run was made of: the resolved recipe, and one line a launch with versions, git state and command."""
-    temporary = output / ".tmp-recipe.yaml"
-    temporary.write_text(recipe.to_yaml(), encoding="utf-8")
-    os.replace(temporary, output / "recipe.yaml")
+    files.write(output / "recipe.yaml", recipe.to_yaml())
     from medusa_ds.training.report import library_versions
 
     launch = {

@@ -14,27 +14,30 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
+from medusa_ds import files
 from medusa_ds.errors import UserError
-from medusa_ds.training.manifest import (
-    check,
-    encode_manifest,
-    name_of,
-    read_manifest,
-    sync_directory,
-    write_file,
-    write_tensors,
-)
+from medusa_ds.ranks import Ranks
 
+FORMAT = 1
 MAX_FILE_BYTES = 1 << 29  # a file holds tensors up to here, or one larger tensor: bounds the memory of a save
+_MAX_JSON_BYTES = 1 << 24
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3"}
 _STEP = re.compile(r"step-(\d{6,})")
+_FILE = re.compile(r"rank\d{5}-\d{5}\.safetensors|state\.json")
+
+
+def name_of(step: int) -> str:
+    """Directory name of a step's checkpoint."""
+    return f"step-{step:06d}"
 
 
 def completed(root: Path) -> list[Path]:
@@ -44,7 +47,7 @@ def completed(root: Path) -> list[Path]:
 
 
 def save(
-    root: Path, step: int, tensors: Iterable[tuple[str, torch.Tensor]], state: dict[str, Any], bytes_needed: int
+    root: Path, step: int, tensors: Iterator[tuple[str, torch.Tensor]], state: dict[str, Any], bytes_needed: int
 ) -> Path:
     """Write a checkpoint; every rank calls it.
 
@@ -63,56 +66,77 @@ def save(
         UserError: no room, read-only, quota or any other failed file operation on any rank, or a tensor that is not
             finite (on all ranks, in one line); what was begun is removed, older checkpoints are untouched.
     """
-    rank, final, temporary = dist.get_rank(), root / name_of(step), root / f".tmp-{name_of(step)}"
-    files: dict[str, Any] = {}
-    parts: list[dict[str, Any]] = []
+    ranks, final, work = Ranks(), root / name_of(step), root / (files.TEMPORARY + name_of(step))
+    what = f"{root}: the checkpoint cannot be written ({{}}, rank {ranks.rank}); it needs {bytes_needed} bytes in a "
+    one_line = _one_line(what + "writable directory; older checkpoints are whole")
 
-    def begin() -> None:
+    @one_line
+    def begin() -> bool:
         root.mkdir(parents=True, exist_ok=True)
         if final.exists() and not check(final):
-            files["there"] = True
-            return
-        shutil.rmtree(temporary, ignore_errors=True)
+            return True
+        files.remove(work)
         free = shutil.disk_usage(root).free
         if free < bytes_needed:
             raise OSError(f"{free} bytes are free")
-        temporary.mkdir()
+        work.mkdir()
+        return False
 
+    @one_line
+    def write_share() -> dict[str, Any]:
+        entries: dict[str, Any] = {}
+        batch: dict[str, torch.Tensor] = {}
+
+        def flush() -> None:
+            file = work / f"rank{ranks.rank:05d}-{len(entries):05d}.safetensors"
+            entries[file.name] = write_tensors(file, batch)
+            batch.clear()
+
+        try:
+            for index, (name, tensor) in enumerate(tensors):
+                if index % ranks.size != ranks.rank:
+                    continue
+                if batch and sum(held.nbytes for held in batch.values()) + tensor.nbytes > MAX_FILE_BYTES:
+                    flush()
+                batch[name] = tensor.detach().cpu().contiguous()
+                if not batch[name].sum(dtype=torch.float64).isfinite():  # exact for fp32, 20 times as fast as isfinite
+                    raise OSError(f"{name} is not finite")
+            if batch:
+                flush()
+        finally:
+            deque(tensors, maxlen=0)  # after a failure too: the others wait for this rank in collective calls
+        return entries
+
+    @one_line
     def finish() -> None:
-        entries = {name: entry for part in parts for name, entry in part.items()}
-        entries |= write_file(temporary / "state.json", json.dumps(state).encode())
-        write_file(temporary / "manifest.json", encode_manifest(step, entries))
-        sync_directory(temporary)
+        entries = {name: entry for share in shares for name, entry in share.items()}
+        entries["state.json"] = write_file(work / "state.json", json.dumps(state).encode())
+        files.flush(work / "manifest.json", encode_manifest(step, entries))
+        files.sync_directory(work)
         if final.exists():  # a damaged one, which resuming has skipped
-            discard(final)
-        os.rename(temporary, final)
-        sync_directory(root)
+            files.discard(final)
+        os.rename(work, final)
+        files.sync_directory(root)
 
-    what = f"the checkpoint cannot be written ({{}}); it needs {bytes_needed} bytes in a writable directory; older "
-    what = f"{root}: {what}checkpoints are whole"
-    problem = _attempt(begin) if rank == 0 else None
-    if _agree(problem, files, what, temporary)[0]:
-        return final
-    batch: dict[str, torch.Tensor] = {}
-
-    def flush() -> None:
-        files.update(write_tensors(temporary / f"rank{rank:05d}-{len(files):05d}.safetensors", batch))
-        batch.clear()
-
-    for index, (name, tensor) in enumerate(tensors):
-        if index % dist.get_world_size() != rank or problem is not None:
-            continue  # a failed rank goes on taking tensors: the others wait for it in collective calls
-        if batch and sum(held.nbytes for held in batch.values()) + tensor.nbytes > MAX_FILE_BYTES:
-            problem = _attempt(flush)
-        batch[name] = tensor.detach().cpu().contiguous()
-        if not batch[name].sum(dtype=torch.float64).isfinite():  # exact for fp32, and 20 times as fast as `isfinite`
-            problem = f"{name} is not finite"
-    if problem is None and batch:
-        problem = _attempt(flush)
-    parts = _agree(problem, files, what, temporary)
-    problem = _attempt(finish) if rank == 0 else None
-    _agree(problem, files, what, temporary)
+    try:
+        if ranks.first(begin):
+            return final
+        shares = ranks.together(write_share)
+        ranks.first(finish)
+    except UserError:
+        if ranks.rank == 0:
+            files.remove(work)
+        raise
     return final
+
+
+@contextmanager
+def _one_line(text: str) -> Iterator[None]:
+    """Say in one line what the system has said when it failed."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(text.format(error.strerror or error)) from None
 
 
 def newest(root: Path) -> "Reader | None":
@@ -124,19 +148,19 @@ def newest(root: Path) -> "Reader | None":
     Raises:
         UserError: there are checkpoints and all of them are damaged; starting anew would overwrite them silently.
     """
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    names: list[Any] = [[]]
-    if rank == 0:
-        remove_leftovers(root)
-        names = [[path.name for path in completed(root)]]
-    dist.broadcast_object_list(names)
+    ranks = Ranks()
+
+    def names() -> list[str]:
+        for path in root.glob(f"{files.TEMPORARY}*"):
+            files.remove(path)
+        return [path.name for path in completed(root)]
+
     problems: list[str] = []
-    for name in names[0]:
-        answers: list[list[str]] = [[]] * ranks
-        dist.all_gather_object(answers, check(root / name, rank, ranks))
+    for name in ranks.first(names):
+        answers = ranks.gather(check(root / name, ranks.rank, ranks.size))
         found = list(dict.fromkeys(line for answer in answers for line in answer))
         if not found:
-            if rank == 0 and problems:
+            if ranks.rank == 0 and problems:
                 print(*(f"warning: {line}; checkpoint skipped" for line in problems), sep="\n", flush=True)
             return Reader(root / name)
         problems += found
@@ -179,24 +203,23 @@ def keep(root: Path, step: int, best: int | None, keep_last: int | None = None) 
         UserError: on all ranks, when a file operation has failed.
     """
 
+    @_one_line(f"{root}: older checkpoints cannot be removed ({{}}, rank 0); make it writable; step {step} is whole")
     def tidy() -> None:
         mark_best(root, best)
         if keep_last is not None:
             prune(root, step, keep_last)
 
-    problem = _attempt(tidy) if dist.get_rank() == 0 else None
-    _agree(problem, {}, f"{root}: older checkpoints cannot be removed ({{}}); make it writable; step {step} is whole")
+    Ranks().first(tidy)
 
 
 def mark_best(root: Path, step: int | None) -> None:
     """Let `best` name a step's checkpoint, replaced in one move; no link when that checkpoint is not there."""
-    link, temporary = root / "best", root / ".tmp-best"
+    link = root / "best"
     if step is None or not (root / name_of(step)).is_dir():
         link.unlink(missing_ok=True)
     elif not link.is_symlink() or os.readlink(link) != name_of(step):
-        temporary.unlink(missing_ok=True)
-        temporary.symlink_to(name_of(step))
-        os.replace(temporary, link)
+        with files.replacing(link) as work:
+            work.symlink_to(name_of(step))
 
 
 def prune(root: Path, step: int, keep_last: int) -> None:
@@ -209,44 +232,112 @@ def prune(root: Path, step: int, keep_last: int) -> None:
     later = [path for path in completed(root) if int(path.name[5:]) > step]
     for path in later + completed(root)[len(later) :][keep_last:]:
         if path.name != best:
-            discard(path)
+            files.discard(path)
 
 
-def discard(path: Path) -> None:
-    """Remove a checkpoint: first out of sight in one move, so that no half of one is ever offered."""
-    hidden = path.with_name(f".tmp-old-{path.name}")
-    shutil.rmtree(hidden, ignore_errors=True)
-    os.rename(path, hidden)
-    shutil.rmtree(hidden, ignore_errors=True)
+def check(path: Path, part: int = 0, parts: int = 1) -> list[str]:
+    """What is wrong with a checkpoint, empty when it is whole.
 
+    Args:
+        path: a checkpoint directory.
+        part: which files to read through: those whose index is `part` modulo `parts`; the manifest always.
+        parts: number of callers that share the work.
 
-def remove_leftovers(root: Path) -> None:
-    """Remove what an interrupted save or removal has left; only while no other run uses `root`."""
-    for path in root.glob(".tmp-*"):
-        if path.is_symlink() or path.is_file():
-            path.unlink()
-        else:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _attempt(action: Any) -> str | None:
-    """Run a file action; returns what the system said when it failed."""
+    Returns:
+        A line a problem, each with file and reason.
+    """
+    if path.is_symlink():
+        return [f"{path}: is a link; a checkpoint is a directory"]
     try:
-        action()
-    except OSError as error:
-        return error.strerror or str(error)
-    return None
+        entries = read_manifest(path)
+    except (OSError, ValueError) as error:
+        return [f"{path / 'manifest.json'}: {error}"]
+    problems = []
+    for name in sorted(entries)[part::parts]:
+        try:
+            check_file(path / name, entries[name])
+        except (OSError, ValueError, SafetensorError, RecursionError) as error:
+            problems.append(f"{path / name}: {error}")
+    return problems
 
 
-def _agree(
-    problem: str | None, files: dict[str, Any], what: str, temporary: Path | None = None
-) -> list[dict[str, Any]]:
-    """Every rank's files, or one error on all of them when any has failed: no rank goes on alone."""
-    answers: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(answers, (problem, files))
-    failed = [(rank, answer[0]) for rank, answer in enumerate(answers) if answer[0] is not None]
-    if failed:
-        if dist.get_rank() == 0 and temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(what.format(f"{failed[0][1]}, rank {failed[0][0]}"))
-    return [answer[1] for answer in answers]
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Files of a checkpoint with size and checksum.
+
+    Raises:
+        OSError: missing or unreadable.
+        ValueError: not a manifest, not this directory's, or damaged: what it says must be, byte for byte, what
+            `save` writes for it.
+    """
+    file = path / "manifest.json"
+    if file.is_symlink() or file.stat().st_size > _MAX_JSON_BYTES:
+        raise ValueError("is a link or larger than any manifest")
+    content = file.read_bytes()
+    try:
+        found = json.loads(content)
+        step, entries = found["step"], found["files"]
+        outside = [name for name in entries if not _FILE.fullmatch(name)]
+        damaged = encode_manifest(step, entries) != content
+        kinds = {(type(entry["bytes"]), type(entry["blake2b"])) for entry in entries.values()}
+        named = name_of(step)
+    except (UnicodeDecodeError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise ValueError(f"not a manifest ({type(error).__name__})") from None
+    if outside:
+        raise ValueError(f"names {outside[0]!r}, which is no checkpoint file")
+    if damaged:
+        raise ValueError("its own checksum differs: damaged, or written by another version")
+    if named != path.name or "state.json" not in entries or kinds != {(int, str)}:
+        raise ValueError(f"belongs to step {step}, lacks state.json, or a file's size and checksum")
+    return entries
+
+
+def check_file(file: Path, entry: dict[str, Any]) -> None:
+    """Read a file through and compare it with its manifest entry.
+
+    Raises:
+        ValueError: it differs.
+    """
+    if file.is_symlink() or not file.is_file():
+        raise ValueError("missing")
+    if file.suffix == ".json" and entry["bytes"] > _MAX_JSON_BYTES:
+        raise ValueError("larger than any state")
+    if file.stat().st_size != entry["bytes"]:
+        raise ValueError(f"found {file.stat().st_size} bytes; the manifest says {entry['bytes']}")
+    if files.digest(file, algorithm="blake2b") != entry["blake2b"]:
+        raise ValueError("its checksum differs from the manifest: damaged")
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="pt"):
+            pass
+    else:
+        state = json.loads(file.read_bytes())
+        if not isinstance(state, dict) or not all(isinstance(part, dict) for part in state.values()):
+            raise ValueError("not a JSON object of objects")
+
+
+def encode_manifest(step: int, entries: dict[str, Any]) -> bytes:
+    """The bytes of a manifest, which holds its own checksum."""
+    body = {"format": FORMAT, "step": step, "files": entries}
+    own = files.digest(json.dumps(body, sort_keys=True), algorithm="blake2b")
+    return json.dumps(body | {"blake2b": own}, sort_keys=True).encode()
+
+
+def write_file(file: Path, *parts: Any) -> dict[str, Any]:
+    """Write and flush a file from bytes or arrays of bytes; returns its manifest entry."""
+    files.flush(file, *parts)
+    return {"bytes": sum(map(len, parts)), "blake2b": files.digest(*parts, algorithm="blake2b")}
+
+
+def write_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Write and flush tensors on the CPU as safetensors, straight from their memory; returns the manifest entry.
+
+    The library's own `save` copies every tensor twice, which took half of a checkpoint's time.
+    """
+    header: dict[str, Any] = {}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # what follows is aligned
+    arrays = [tensor.contiguous().flatten().view(torch.uint8).numpy() for tensor in tensors.values()]
+    return write_file(file, len(text).to_bytes(8, "little"), text, *arrays)

@@ -1,4 +1,4 @@
-"""MedusaEngine: loss sums become weights. With `launch.py` the only user of deepspeed.
+"""MedusaEngine: loss sums become weights.
 
 One step is written out in `train_batch`: count, all-reduce the counts, forward and backward with sums over global
 counts, all-reduce what was measured, step. What DeepSpeed would do silently is an error here: a step that was skipped,
@@ -11,8 +11,6 @@ written through DeepSpeed's public accessors, so that a run resumes on another n
 from __future__ import annotations
 
 import math
-import os
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -28,31 +26,22 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.integrations import HfDeepSpeedConfig
 
+from medusa_ds import files
 from medusa_ds.config.deepspeed import clips_in_adam, zero_settings
 from medusa_ds.config.recipe import Recipe
 from medusa_ds.errors import UserError
 from medusa_ds.heads.files import different_maps, save_heads
-from medusa_ds.heads.joint import JointModel
+from medusa_ds.heads.joint import Counters, JointModel
 from medusa_ds.model.backbone import moved
 from medusa_ds.model.lm_head import LmHeadAlone
 from medusa_ds.model.rows import count_targets
+from medusa_ds.ranks import Ranks
 from medusa_ds.training import checkpoint
 from medusa_ds.training import optimizer as optim
 from medusa_ds.training.build import Gathered, Partitioned, build_model, complete_config, heads_meta
 from medusa_ds.training.launch import share_cores, start_process_group
-from medusa_ds.training.manifest import sync_files
-from medusa_ds.training.step import (
-    Early,
-    NonFiniteError,
-    StepResult,
-    checked,
-    clip,
-    memory_hint,
-    non_finite,
-    norm_of,
-    sum_over_ranks,
-)
-from medusa_ds.training.tensors import LogicalTensors
+from medusa_ds.training.state import LogicalTensors
+from medusa_ds.training.step import NonFiniteError, StepResult, Sums, clip, memory_hint, non_finite, norm_of
 
 if TYPE_CHECKING:
     from medusa_ds.data.packing import MicroBatch
@@ -84,7 +73,7 @@ class MedusaEngine:
 
     def __init__(self, recipe: Recipe, total_steps: int, build: BuildModel = build_model) -> None:
         self.recipe, self.total_steps, on_gpu = recipe, total_steps, torch.cuda.is_available()
-        config = recipe.ds_config(int(os.environ.get("WORLD_SIZE", "1")), on_gpu)
+        config = recipe.ds_config(Ranks().size, on_gpu)
         self.device = start_process_group(recipe)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.ds_config = config = complete_config(config, recipe)
@@ -100,7 +89,7 @@ class MedusaEngine:
         model.one_gradient = recipe.stage == 1 and offloads_optimizer and self._zero_stage < 3
         optimizer = self._optimizer(optim.parameter_groups(model, recipe.train), offloads_optimizer)
         self._engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
-        self._tensors = LogicalTensors(self._engine, deepspeed.utils, self._gathered, self.rank, self.world_size)
+        self._tensors = LogicalTensors(self._engine, self._gathered)
         self.steps_taken, self._best = 0, -math.inf
         self._best_step: int | None = None
         self._has_states = bool(self._engine.basic_optimizer.state)
@@ -134,26 +123,32 @@ class MedusaEngine:
                 self._engine.train()
             targets = [count_targets(each.labels, each.position_ids, num, self.model.known_V) for each in micro_batches]
             weights = optim.loss_weights(step, self.total_steps, num, recipe.stage, recipe.loss)
-            sizes = torch.cat([torch.stack(targets).sum(0).double(), torch.tensor([*weights, stop]).double()])
-            sizes = moved(sizes, self.device)
-            dist.all_reduce(sizes[: num + 1])
-            shares = sizes[num + 1 : -1] / sizes[: num + 1].clamp(min=1)
+            on_host = [
+                torch.stack(targets).sum(0).double(),
+                torch.tensor(weights).double(),
+                torch.tensor([stop]).double(),
+            ]
+            counts, weight, asked = moved(torch.cat(on_host), self.device).split([len(part) for part in on_host])
+            dist.all_reduce(counts)
+            shares = weight / counts.clamp(min=1)
             scales = shares * (self.world_size if self._zero_stage == 3 else 1)  # which averages over ranks
-            loss_sum, counters = torch.zeros((), dtype=torch.float64, device=self.device), []
+            loss, counters, finite = torch.zeros((), dtype=torch.float64, device=self.device), [], []
             for batch in micro_batches:
                 output = self._engine(*self._on_device(batch), scales=scales)
                 losses = [(k, head.loss_sum) for k, head in enumerate(output.losses) if head is not None]
-                self._engine.backward(torch.stack([loss for _, loss in losses]).sum(), scale_wrt_gas=False)
-                loss_sum += sum(shares[k] * loss.detach() for k, loss in losses)
+                self._engine.backward(torch.stack([loss_sum for _, loss_sum in losses]).sum(), scale_wrt_gas=False)
+                loss += sum(shares[k] * loss_sum.detach() for k, loss_sum in losses)
                 counters.append(output.counters.double())
+                finite.append(Counters(*output.counters.T).loss_sum.isfinite().all())
                 if len(counters) < self.accumulation:
                     self._engine.step()
-            sources = [batch.sources for batch in micro_batches]
-            measured = sum_over_ranks(loss_sum, counters, sizes[-1])
-            total_loss, total, stop, grad_norm = self._step(*measured, sources, step)
+            bad = (~torch.stack(finite)).sum()
+            sums = Sums(bad=bad, asked=asked, loss=loss, counters=torch.stack(counters).sum(0)).over_ranks()
+            measured, grad_norm = self._step(sums, finite, [batch.sources for batch in micro_batches], step)
         rates = {group["name"]: group["lr"] for group in self._engine.optimizer.param_groups}
         now = optim.coefficient(step, self.total_steps, recipe.loss)
-        return StepResult(total, total_loss, rates, grad_norm, now, stop)
+        loss_value, asked_any = float(measured["loss"]), bool(measured["asked"])
+        return StepResult(measured["counters"], loss_value, rates, grad_norm, now, asked_any)
 
     def eval_batch(self, micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
         """Counters (float64, CPU) of micro-batches, summed over all ranks; as many on each rank.
@@ -250,12 +245,9 @@ class MedusaEngine:
             if self.recipe.stage == 2:
                 weights = self.whole_state_dict(self.model.backbone)
                 if self.rank == 0:
-                    shutil.rmtree(output / ".tmp-backbone", ignore_errors=True)
                     backbone: Any = self.model.backbone
-                    backbone.save_pretrained(output / ".tmp-backbone", state_dict=weights)
-                    sync_files(output / ".tmp-backbone")
-                    shutil.rmtree(output / "backbone", ignore_errors=True)
-                    os.rename(output / ".tmp-backbone", output / "backbone")
+                    with files.replacing(output / "backbone") as work:
+                        backbone.save_pretrained(work, state_dict=weights)
                 del weights
             weights = self.whole_state_dict(self.model.heads)
             if self.rank == 0:
@@ -287,18 +279,32 @@ class MedusaEngine:
         return result if self.rank == 0 else {}
 
     def _step(
-        self, sums: torch.Tensor, finite: torch.Tensor, sources: list[list[list[str]]], step: int
-    ) -> tuple[float, torch.Tensor, bool, float]:
-        """Let DeepSpeed change the weights if all is finite; returns loss, counters, stop and the gradient's norm."""
+        self, sums: Sums, finite: list[torch.Tensor], sources: list[list[list[str]]], step: int
+    ) -> tuple[Sums, float]:
+        """Let DeepSpeed change the weights if all is finite; returns the sums on the CPU and the gradient's norm.
+
+        Raises:
+            NonFiniteError: on every rank, with step, ranks and source rows.
+        """
+
+        def check() -> None:
+            if sums["bad"]:
+                raise non_finite(
+                    "the loss", step, [rows for rows, fine in zip(sources, finite, strict=True) if not fine]
+                )
+
+        bad = sums["bad"]
+        sums.to_host()
         if clips_in_adam(self.ds_config):  # a bad step changes nothing, so that the host may look at it afterwards
             parts = chain.from_iterable(self._engine.optimizer.averaged_gradients.values())
-            device_norm = clip(self._engine.basic_optimizer, parts, self.recipe.train.max_grad_norm, sums[0])
-            early = Early(torch.cat([sums, device_norm.double()[None]]))
+            clipped = clip(self._engine.basic_optimizer, parts, self.recipe.train.max_grad_norm, bad)
+            norms = Sums(norm=clipped).to_host()
             self._engine.step()  # which the GPU still takes while the host prepares the next one
-            *_, norm = (values := early.get()).tolist()
-            loss, counters, stop = checked(values[:-1], finite, sources, step)
+            norm = float(norms.wait()["norm"])
+            check()
         else:
-            loss, counters, stop = checked(sums, finite, sources, step)
+            sums.wait()
+            check()
             if self._zero_stage == 0:  # there DeepSpeed neither reports the norm nor stops at a NaN
                 norm = float(norm_of(p.grad for p in self._tensors.params.values() if p.grad is not None))
                 if not math.isfinite(norm):
@@ -309,7 +315,7 @@ class MedusaEngine:
             raise non_finite("the gradient", step, sources)
         self._has_states = True
         self.steps_taken = step + 1
-        return loss, counters, stop, norm
+        return sums, norm
 
     def _on_device(self, batch: MicroBatch) -> list[torch.Tensor | None]:
         parts = (batch.input_ids, *(batch.hidden or ()))  # labels and positions: the model finds its rows on the CPU

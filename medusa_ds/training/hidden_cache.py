@@ -13,15 +13,13 @@ the checksums, each rank its share.
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
 import mmap
 import os
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from ctypes import CDLL, c_size_t, c_void_p
 from functools import lru_cache
 from pathlib import Path
@@ -29,19 +27,20 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from medusa_ds import files
 from medusa_ds.config.recipe import Recipe
 from medusa_ds.data.packing import CachedRows, Data, Sequences, best_fit
 from medusa_ds.errors import UserError
 from medusa_ds.model.backbone import cache_directory, hidden_states, load_config, model_path
 from medusa_ds.model.lm_head import read_lm_head
 from medusa_ds.model.rows import any_head_rows
+from medusa_ds.ranks import Ranks
 from medusa_ds.training.build import free_models, load_frozen
-from medusa_ds.training.manifest import check_file, sync_directory, write_file, write_tensors
+from medusa_ds.training.checkpoint import check_file, write_tensors
 
 SHARD_BYTES, MIN_SHARDS = 1 << 29, 16  # the latter so that ranks share a small cache evenly
 STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
@@ -77,20 +76,20 @@ def count_rows(sequences: Sequences, num: int) -> np.ndarray:
 
 def key_of(recipe: Recipe, data: Data, computed: str, stored: str) -> dict[str, Any]:
     """What the hidden states follow from."""
-    model, weights = recipe.model, hashlib.sha256()
+    model, weights = recipe.model, []
     path = Path(model_path(model) if model.init == "pretrained" else model.name)
     for file in sorted(path.glob("*.safetensors")) if path.is_dir() else []:
         with open(file, "rb") as stream:  # a sample: enough to tell a retrained model from its forerunner
-            weights.update(f"{file.name} {file.stat().st_size}".encode() + stream.read(_SAMPLE_BYTES))
+            weights += [f"{file.name} {file.stat().st_size}", stream.read(_SAMPLE_BYTES)]
             stream.seek(-min(_SAMPLE_BYTES, file.stat().st_size), os.SEEK_END)
-            weights.update(stream.read())
+            weights.append(stream.read())
     return {
         "format": _FORMAT,
         "model": model.name,
         "init": model.init,
         "config": model.config,
         "revision": getattr(load_config(model), "_commit_hash", None) or model.revision,
-        "weights": weights.hexdigest()[:32],
+        "weights": files.digest(*weights)[:32],
         "precision": computed,
         "stored": stored,
         "frozen precision": model.frozen_precision,
@@ -145,13 +144,10 @@ class HiddenCache:
     def write(self, shard: int, states_MH: Tensor, scales_M: Tensor | None) -> None:
         """Write a shard whole or not at all."""
         file = self._file(shard)
-        temporary = file.with_name(f".tmp-{file.name}")
         tensors = {"states": states_MH} | ({} if scales_M is None else {"scales": scales_M})
-        entry = write_tensors(temporary, tensors)[temporary.name]
-        os.replace(temporary, file)
-        write_file(temporary, json.dumps(entry).encode())
-        os.replace(temporary, file.with_suffix(".json"))
-        sync_directory(self.directory)
+        with files.replacing(file) as work:
+            entry = write_tensors(work, tensors)
+        files.write(file.with_suffix(".json"), json.dumps(entry))
 
     def reader(self, split: int) -> CacheReader:
         """Reads the conversations of a split (0 training, 1 held out)."""
@@ -243,78 +239,40 @@ def open_hidden_cache(recipe: Recipe, data: Data, device: torch.device) -> Tenso
     Raises:
         UserError: the cache is of something else, another run fills it, or the disk has no room for it.
     """
-    rank, ranks = dist.get_rank(), dist.get_world_size()
+    ranks = Ranks()
     computed, stored = stored_as(recipe, device.type == "cuda")
     key = key_of(recipe, data, computed, stored)
     directory = Path(recipe.data.hidden_cache)
     if recipe.data.hidden_cache == "auto":
-        directory = cache_directory() / "hidden" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+        directory = cache_directory() / "hidden" / files.digest(json.dumps(key))[:32]
     config = load_config(recipe.model).get_text_config()
     cache = HiddenCache(directory, data, recipe.heads.num, config.hidden_size, stored)
-    _agree(_claim(directory, key) if rank == 0 else None)
-    found = {shard: cache.problem(shard) for shard in range(rank, len(cache), ranks)}
-    answers: list[Any] = [None] * ranks
-    dist.all_gather_object(answers, {shard: text for shard, text in found.items() if text is not None})
-    missing = {shard: text for answer in answers for shard, text in answer.items()}
-    if missing:
-        with _locked(directory, rank == 0, cache.bytes * len(missing) // len(cache)):
-            if rank == 0:
-                print(*(f"warning: {text}; computed again" for text in missing.values() if text), sep="\n", end="")
-                print(
-                    f"hidden cache: filling {len(missing)} of {len(cache)} shards in {directory}, "
-                    f"{cache.bytes / 2**30:.2f} GiB in all",
-                    flush=True,
-                )
-            _fill(cache, sorted(missing)[rank::ranks], recipe, device)
-            dist.barrier()
-    elif rank == 0:
-        print(f"hidden cache: {directory}, {cache.bytes / 2**30:.2f} GiB, complete", flush=True)
-    unseen = [shard for shard in range(len(cache)) if not cache.has(shard)]
-    _agree(
-        f"{directory}: rank {rank} does not see what other ranks wrote; name a directory that all nodes share"
-        if unseen
-        else None
-    )
+    ranks.first(lambda: _claim(directory, key))
+    found = {shard: cache.problem(shard) for shard in ranks.share(range(len(cache)))}
+    missing = {shard: text for part in ranks.gather(found) for shard, text in part.items() if text is not None}
+    with ExitStack() as stack:
+        if missing:
+            ranks.first(lambda: _begin(cache, missing, stack))
+            _fill(cache, ranks.share(sorted(missing)), recipe, device)
+            ranks.gather(None)  # all are done
+        elif ranks.rank == 0:
+            print(f"hidden cache: {directory}, {cache.bytes / 2**30:.2f} GiB, complete", flush=True)
+    ranks.together(lambda: _see_all(cache, ranks.rank))
     data.train.hidden, data.validation.hidden = cache.reader(0), cache.reader(1)
     lm_head = read_lm_head(recipe.model, STORED[computed], device).cpu()
     free_models(device)
     return lm_head
 
 
-def _fill(cache: HiddenCache, shards: list[int], recipe: Recipe, device: torch.device) -> None:
-    if not shards:
-        return
-    dtype = STORED[stored_as(recipe, device.type == "cuda")[0]]
-    backbone = load_frozen(recipe, dtype, device).eval()
-    started = said = time.monotonic()
-    for done, shard in enumerate(shards):
-        now = time.monotonic()
-        if done and now - said > _SAY_EVERY_S and dist.get_rank() == 0:
-            said, left_s = now, (now - started) / done * (len(shards) - done)
-            print(f"hidden cache: {done} of {len(shards)} shards of rank 0, {left_s:.0f} s left", flush=True)
-        content = cache.fill(shard, backbone, recipe.train.micro_batch_size)
-        try:
-            cache.write(shard, *content)
-        except OSError as error:
-            problem = UserError(_no_room(cache.directory, error, cache.bytes))
-            problem.one_rank = True
-            raise problem from None
-    del backbone
-    free_models(device)
-
-
-def _claim(directory: Path, key: dict[str, Any]) -> str | None:
-    """Write the manifest of a new cache, or compare that of an old one; what is wrong."""
+def _claim(directory: Path, key: dict[str, Any]) -> None:
+    """Write the manifest of a new cache, or compare that of an old one."""
     file = directory / "manifest.json"
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if not file.exists():
             if any(directory.iterdir()):
-                return f"{directory}: holds other files and no manifest.json; name another directory"
-            temporary = directory / ".tmp-manifest.json"
-            write_file(temporary, json.dumps(key, indent=2).encode())
-            os.replace(temporary, file)
-            return None
+                raise UserError(f"{directory}: holds other files and no manifest.json; name another directory")
+            files.write(file, json.dumps(key, indent=2))
         found = json.loads(file.read_bytes())
         differ = [
             f"{name}: made with {found.get(name)!r}, the recipe has {value!r}"
@@ -322,12 +280,59 @@ def _claim(directory: Path, key: dict[str, Any]) -> str | None:
             if found.get(name) != value
         ]
     except OSError as error:
-        return _no_room(directory, error, 0)
+        raise UserError(_no_room(directory, error, 0)) from None
     except (ValueError, AttributeError):
-        return f"{file}: damaged; remove the directory"
+        raise UserError(f"{file}: damaged; remove the directory") from None
     if differ:
-        return f"data.hidden_cache: {directory}: {'; '.join(differ)}; name another directory, or auto"
-    return None
+        raise UserError(f"data.hidden_cache: {directory}: {'; '.join(differ)}; name another directory, or auto")
+
+
+def _begin(cache: HiddenCache, missing: dict[int, str], stack: ExitStack) -> None:
+    """One run fills at a time, and only onto a disk with room; the lock is the stack's."""
+    directory, size = cache.directory, cache.bytes * len(missing) // len(cache)
+    try:
+        stack.enter_context(files.lock(directory / "lock"))
+        free = shutil.disk_usage(directory).free
+        if free < size:
+            raise OSError(f"{free} bytes are free")
+    except files.InUseError:
+        raise UserError(f"{directory}: another run is filling this hidden cache; wait for it") from None
+    except OSError as error:
+        raise UserError(_no_room(directory, error, size)) from None
+    for text in filter(None, missing.values()):
+        print(f"warning: {text}; computed again")
+    print(
+        f"hidden cache: filling {len(missing)} of {len(cache)} shards in {directory}, "
+        f"{cache.bytes / 2**30:.2f} GiB in all",
+        flush=True,
+    )
+
+
+def _fill(cache: HiddenCache, shards: Sequence[int], recipe: Recipe, device: torch.device) -> None:
+    if not shards:
+        return
+    dtype = STORED[stored_as(recipe, device.type == "cuda")[0]]
+    backbone = load_frozen(recipe, dtype, device).eval()
+    started = said = time.monotonic()
+    for done, shard in enumerate(shards):
+        now = time.monotonic()
+        if done and now - said > _SAY_EVERY_S and Ranks().rank == 0:
+            said, left_s = now, (now - started) / done * (len(shards) - done)
+            print(f"hidden cache: {done} of {len(shards)} shards of rank 0, {left_s:.0f} s left", flush=True)
+        content = cache.fill(shard, backbone, recipe.train.micro_batch_size)
+        try:
+            cache.write(shard, *content)
+        except OSError as error:
+            raise UserError(_no_room(cache.directory, error, cache.bytes), one_rank=True) from None
+    del backbone
+    free_models(device)
+
+
+def _see_all(cache: HiddenCache, rank: int) -> None:
+    if not all(cache.has(shard) for shard in range(len(cache))):
+        raise UserError(
+            f"{cache.directory}: rank {rank} does not see what other ranks wrote; name a directory that all nodes share"
+        )
 
 
 def _no_room(directory: Path, error: OSError, size: int) -> str:
@@ -335,32 +340,3 @@ def _no_room(directory: Path, error: OSError, size: int) -> str:
         f"{directory}: the hidden cache cannot be written ({error.strerror or error}); it needs {size} bytes in a "
         "writable directory; what is finished stays, the same command goes on"
     )
-
-
-def _agree(problem: str | None) -> None:
-    """Raise on all ranks what went wrong on one."""
-    answers: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(answers, problem)
-    if found := next((answer for answer in answers if answer), None):
-        raise UserError(found)
-
-
-@contextmanager
-def _locked(directory: Path, is_first: bool, size: int) -> Iterator[None]:
-    """One run fills at a time, and only onto a disk with room; the first rank looks, all ranks hear."""
-    problem = None
-    lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o644) if is_first else None
-    try:
-        if lock is not None:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                problem = f"{directory}: another run is filling this hidden cache; wait for it"
-            free = shutil.disk_usage(directory).free
-            if problem is None and free < size:
-                problem = _no_room(directory, OSError(f"{free} bytes are free"), size)
-        _agree(problem)
-        yield
-    finally:
-        if lock is not None:
-            os.close(lock)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from medusa_ds import files
 from medusa_ds.config.recipe import Recipe
 from medusa_ds.data.packing import MicroBatch
 from medusa_ds.heads.joint import Counters, JointModel, metrics
@@ -72,9 +73,7 @@ class Report:
         if self.file.exists():
             lines = self.file.read_text(errors="replace").splitlines() if first_step else []
             kept = [line for line in lines if _step_of(line) <= first_step]
-            temporary = self.file.with_name(".tmp-metrics.jsonl")
-            temporary.write_text("".join(line + "\n" for line in kept))
-            os.replace(temporary, self.file)
+            files.write(self.file, *(line + "\n" for line in kept))
         self._stream = open(self.file, "a", encoding="utf-8")  # noqa: SIM115 - open for the whole run
         self._bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=not sys.stderr.isatty())
         self._total, self._first = total_steps, first_step

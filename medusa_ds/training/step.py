@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from medusa_ds.config.recipe import Recipe
 from medusa_ds.errors import UserError
-from medusa_ds.heads.joint import Counters
+from medusa_ds.ranks import Ranks
 
 _MAX_SOURCES = 16  # rows named per rank in an error
 
@@ -37,62 +37,46 @@ class NonFiniteError(UserError):
     """A loss or gradient that is not a number, on any rank; raised on all of them, before any weight was changed."""
 
 
-def sum_over_ranks(
-    loss: torch.Tensor, counters: Sequence[torch.Tensor], stop: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Add up what all ranks measured, without waiting for it.
+class Sums:
+    """Float64 tensors by name, laid out as one: added up over ranks in one call, brought to the host in one copy."""
 
-    Args:
-        loss: this rank's share of the loss, float64 scalar.
-        counters: of each micro-batch, see `heads.joint.Counters`.
-        stop: above 0 where this rank was asked to stop.
+    def __init__(self, **parts: torch.Tensor) -> None:
+        self.shapes = {name: part.shape for name, part in parts.items()}
+        self.flat = torch.cat([part.double().flatten() for part in parts.values()])
+        self._event: torch.cuda.Event | None = None
 
-    Returns:
-        Sums, float64: micro-batches whose loss is not finite, ranks asked to stop, loss, counters; and which
-        micro-batches of this rank are finite.
-    """
-    finite = torch.stack([Counters(*part.T).loss_sum.isfinite().all() for part in counters])
-    sums = torch.cat([(~finite).sum()[None], stop[None], loss[None], torch.stack(list(counters)).sum(0).flatten()])
-    dist.all_reduce(sums)
-    return sums, finite
+    def __getitem__(self, name: str) -> torch.Tensor:
+        start = 0
+        for other, shape in self.shapes.items():
+            if other == name:
+                return self.flat[start : start + shape.numel()].view(shape)
+            start += shape.numel()
+        raise KeyError(name)
 
+    def over_ranks(self) -> Sums:
+        """Add up what all ranks have, without waiting for it."""
+        dist.all_reduce(self.flat)
+        return self
 
-class Early:
-    """Numbers on their way from the GPU, behind what was launched before them and not what comes after."""
-
-    def __init__(self, numbers: torch.Tensor) -> None:
-        self._numbers = numbers.to("cpu", non_blocking=True)
-        self._event = torch.cuda.Event() if numbers.is_cuda else None
-        if self._event is not None:
+    def to_host(self) -> Sums:
+        """Set off for the CPU, behind what was launched before and not what comes after; see `wait`."""
+        on_gpu, self.flat = self.flat.is_cuda, self.flat.to("cpu", non_blocking=True)
+        if on_gpu:
+            self._event = torch.cuda.Event()
             self._event.record()
+        return self
 
-    def get(self) -> torch.Tensor:
-        """Wait for them."""
+    def wait(self) -> Sums:
+        """Wait until they are on the CPU."""
         if self._event is not None:
             self._event.synchronize()
-        return self._numbers
+        return self
 
 
-def checked(
-    sums: torch.Tensor, finite: torch.Tensor, sources: Sequence[list[list[str]]], step: int
-) -> tuple[float, torch.Tensor, bool]:
-    """Loss, counters (on the CPU) and whether to stop, of `sum_over_ranks`.
-
-    Raises:
-        NonFiniteError: on every rank, with step, ranks and source rows, when a loss is not finite on any of them.
-    """
-    values = sums.cpu()
-    if values[0]:
-        rows = [found for found, fine in zip(sources, finite.tolist(), strict=True) if not fine]
-        raise non_finite("the loss", step, rows)
-    return float(values[2]), values[3:].reshape(-1, len(Counters._fields)), bool(values[1])
-
-
-def non_finite(what: str, step: int, rows: Sequence[list[list[str]]]) -> NonFiniteError:
+def non_finite(what: str, step: int, rows: Iterable[list[list[str]]]) -> NonFiniteError:
     """The error, which every rank makes together: `rows` are this rank's, empty where nothing went wrong."""
     names = [name for sequences in rows for sources in sequences for name in sources]
-    answers: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(answers, names[:_MAX_SOURCES] + [f"{len(names)} in all"] * (len(names) > _MAX_SOURCES))
+    answers = Ranks().gather(names[:_MAX_SOURCES] + [f"{len(names)} in all"] * (len(names) > _MAX_SOURCES))
     where = "; ".join(f"rank {rank}: {', '.join(found)}" for rank, found in enumerate(answers) if found)
     return NonFiniteError(
         f"step {step}: {what} is not finite, no weight was changed; rows of the batch: {where or 'none'}; look at "
@@ -148,9 +132,8 @@ def memory_hint(recipe: Recipe) -> Iterator[None]:
         ]
         more = "train.activation_checkpointing=true or " if recipe.stage == 2 else ""
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-        problem = UserError(
+        raise UserError(
             f"out of memory ({reason}); lower {', '.join(settings)}, or use {more}a "
-            f"DeepSpeed config of a higher ZeRO stage or with offload (now {recipe.deepspeed})"
-        )
-        problem.one_rank = dist.is_initialized() and dist.get_world_size() > 1
-        raise problem from error
+            f"DeepSpeed config of a higher ZeRO stage or with offload (now {recipe.deepspeed})",
+            one_rank=Ranks().size > 1,
+        ) from error

@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,7 @@ def test_metrics_that_cannot_be_written_are_one_line(tiny_recipe: Path, tmp_path
 
 def test_output_that_cannot_be_written_is_one_line() -> None:
     with pytest.raises(UserError, match=r"/proc/no/such: cannot be written .*name a writable directory in output"):
-        _claim(Path("/proc/no/such"), None)  # type: ignore[arg-type]
+        _claim(Path("/proc/no/such"), None, ExitStack())  # type: ignore[arg-type]
 
 
 @pytest.mark.long

@@ -26,7 +26,7 @@ from medusa_ds.errors import UserError
 from medusa_ds.heads.files import load_heads, save_heads
 from medusa_ds.heads.medusa import MedusaHeads
 from medusa_ds.training import checkpoint
-from medusa_ds.training.manifest import encode_manifest, write_file
+from medusa_ds.training.checkpoint import encode_manifest, write_file
 
 RECIPE = (Path(__file__).parents[2] / "recipes" / "smollm2_135m_stage1.yaml").read_text()
 ZERO = json.loads((Path(__file__).parents[2] / "ds_configs" / "zero3_offload.json").read_text())
@@ -254,7 +254,7 @@ def test_checkpoint(folder: Path, name: str, changes: Any, part: str, value: Any
     if part == "raw" or name != "manifest.json":
         entry = write_file(path / name, content)
         if part != "raw":
-            files = json.loads((path / "manifest.json").read_bytes())["files"] | entry
+            files = json.loads((path / "manifest.json").read_bytes())["files"] | {name: entry}
             (path / "manifest.json").write_bytes(encode_manifest(20, files))
     else:
         body = json.loads(before)

@@ -14,7 +14,7 @@ from support import group_of_one
 
 from medusa_ds.errors import UserError
 from medusa_ds.training import checkpoint
-from medusa_ds.training.manifest import encode_manifest, write_file
+from medusa_ds.training.checkpoint import encode_manifest, write_file
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -132,7 +132,7 @@ def rewrite_manifest(path: Path, change: Any) -> None:
 def test_pickle_under_a_safetensors_name_is_never_unpickled(root: Path, capsys: Any) -> None:
     path = root / "step-000040"
     entry = write_file(path / "rank00000-00000.safetensors", pickle.dumps(Bomb()))
-    rewrite_manifest(path, lambda files: files.update(entry))
+    rewrite_manifest(path, lambda files: files.update({"rank00000-00000.safetensors": entry}))
     assert found_step(root) == 20
     assert "rank00000-00000.safetensors: " in capsys.readouterr().out
 

@@ -10,6 +10,8 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from deepspeed import utils as ds
 from torch import nn
 
 KEYS = ("master", "exp_avg", "exp_avg_sq")
@@ -25,23 +27,13 @@ class LogicalTensors:
 
     Args:
         engine: a `DeepSpeedEngine`; its optimizer must have made its states (see `MedusaEngine`).
-        accessors: the module `deepspeed.utils`, handed in since `engine.py` alone imports deepspeed.
         gathered: context in which parameters are whole; what rank 0 leaves there is kept.
-        rank, world_size: of this process.
     """
 
-    def __init__(
-        self,
-        engine: Any,
-        accessors: Any,
-        gathered: Callable[[list[nn.Parameter]], AbstractContextManager[Any]],
-        rank: int,
-        world_size: int,
-    ) -> None:
+    def __init__(self, engine: Any, gathered: Callable[[list[nn.Parameter]], AbstractContextManager[Any]]) -> None:
         self.params = {name: param for name, param in engine.module.named_parameters() if param.requires_grad}
         self.shapes = {f"{name}/{key}": shape_of(param) for name, param in self.params.items() for key in KEYS}
-        self._engine, self._ds, self._gathered = engine, accessors, gathered
-        self._rank, self._world_size = rank, world_size
+        self._engine, self._gathered = engine, gathered
         self._stage: int = engine.zero_optimization_stage()
         self._masters = self._unpartitioned_masters() if self._stage == 0 else {}
 
@@ -88,8 +80,8 @@ class LogicalTensors:
             master = self._masters[id(param)]
             return master if key == "master" else self._engine.basic_optimizer.state[master][key]
         if key == "master":
-            return self._ds.safe_get_full_fp32_param(param)
-        return self._ds.safe_get_full_optimizer_state(param, key)
+            return ds.safe_get_full_fp32_param(param)
+        return ds.safe_get_full_optimizer_state(param, key)
 
     @torch.no_grad()
     def _write(self, param: Any, key: str, value: torch.Tensor) -> None:
@@ -99,19 +91,19 @@ class LogicalTensors:
                 param.copy_(value)
         elif self._stage < 3:
             if key == "master":
-                self._ds.safe_set_full_fp32_param(param, value)
+                ds.safe_set_full_fp32_param(param, value)
             else:
-                self._ds.safe_set_full_optimizer_state(param, value, key)
+                ds.safe_set_full_optimizer_state(param, value, key)
         else:  # set_full fails when the ranks do not divide the elements, so this rank's padded part is cut here
             size = param.ds_tensor.numel()
-            padded = nn.functional.pad(value.flatten(), (0, size * self._world_size - value.numel()))
-            part = padded.narrow(0, size * self._rank, size)
+            padded = nn.functional.pad(value.flatten(), (0, size * dist.get_world_size() - value.numel()))
+            part = padded.narrow(0, size * dist.get_rank(), size)
             if key == "master":
-                self._ds.safe_set_local_fp32_param(param, part)
+                ds.safe_set_local_fp32_param(param, part)
                 with self._gathered([param]):
                     param.copy_(value)
             else:
-                self._ds.safe_set_local_optimizer_state(param, part, key)
+                ds.safe_set_local_optimizer_state(param, part, key)
 
 
 def _replay_bias_correction(optimizer: torch.optim.Optimizer, step: int) -> None:
