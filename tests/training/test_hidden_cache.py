@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from support import group_of_one
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from medusa_ds import files
 from medusa_ds.config.recipe import ModelSpec, Recipe
 from medusa_ds.data.packing import load_data
 from medusa_ds.errors import UserError
@@ -223,8 +224,8 @@ def test_foreign_directories_and_other_runs_are_left_alone(load, tmp_path):
     (tmp_path / "hidden" / "thesis.txt").unlink()
     load()
     shards(tmp_path)[0].unlink()
-    with open(tmp_path / "hidden" / "lock") as lock:
-        hidden.fcntl.flock(lock, hidden.fcntl.LOCK_EX)
+    with open(tmp_path / "hidden" / "lock", "a+") as lock:
+        files.take(lock)
         with pytest.raises(UserError, match="another run is filling"):
             load()
     load()
