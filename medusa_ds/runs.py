@@ -23,7 +23,7 @@ from medusa_ds.errors import UserError
 from medusa_ds.heads.base import Heads
 from medusa_ds.heads.files import load_heads
 from medusa_ds.heads.kinds import make_heads
-from medusa_ds.model.backbone import load_backbone, load_tokenizer
+from medusa_ds.model.backbone import load_backbone, load_tokenizer, logits_of
 
 PRETRAINED = Path(__file__).with_name("pretrained")
 _CPU_NODES = 4  # of trees that were not found on this machine: a CPU pays for every node
@@ -106,7 +106,7 @@ def load_run(name: str | Path, device: torch.device, dtype: torch.dtype, liger: 
     vocab_size, hidden_size = backbone.get_output_embeddings().weight.shape
     shape = {key: getattr(heads_spec, key) for key in ("kind", "num", "layers", "lm_head")}
     shape |= {"hidden_size": hidden_size, "vocab_size": vocab_size}
-    heads = make_heads(shape, dtype=dtype, token_map=weights.get("token_map"))
+    heads = make_heads(shape, dtype=dtype, token_map=weights.get("token_map"), logits=logits_of(backbone))
     try:
         heads.load_state_dict(weights)
         if stage == 2 and checkpoint is not None:

@@ -52,8 +52,8 @@ class ModelSpec(Section):
     """Whether the backbone stays as it is. Stage 1: true; stage 2: false."""
     frozen_precision: Literal["bf16", "fp8"] = "bf16"
     """Stage 1: the frozen layers' products. `fp8`: row-wise scaled, faster, with an error; GPUs of 8.9 or more."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention implementation of transformers."""
+    attention: Literal["sdpa", "eager", "flex_attention", "flash_attention_2"] | None = None
+    """Attention implementation of transformers. None: `sdpa` where the model has it, otherwise `eager`."""
     liger_kernels: bool | None = None
     """Liger's RMSNorm, RoPE and SwiGLU in the backbone. None: on a GPU, for families that Liger knows."""
     trust_remote_code: bool = False

@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from medusa_ds.model.projection import VocabularyProjection
+from medusa_ds.model.projection import PLAIN, Logits, VocabularyProjection
 
 RowsLoss = Callable[[VocabularyProjection, Tensor], tuple[Tensor, Tensor]]
 """From a projection and rows [N, H] to the sum of their losses and the rows of the projection that come first [N]."""
@@ -71,6 +71,7 @@ class Heads(nn.ModuleList):
         own_projection: whether each head has a projection; False uses the LM head handed to it.
         dtype: of all parameters.
         token_map: LongTensor of the tokens that the rows of own projections stand for; None: all V.
+        logits: how own projections give theirs: as the model's LM head.
 
     Attributes:
         kind: its name in recipes (`heads.kind`) and files.
@@ -90,10 +91,11 @@ class Heads(nn.ModuleList):
         own_projection: bool = True,
         dtype: torch.dtype | None = None,
         token_map: Tensor | None = None,
+        logits: Logits = PLAIN,
     ) -> None:
         rows = vocab_size if token_map is None else len(token_map)
         super().__init__(
-            self.make_head(layers, hidden_size, VocabularyProjection(hidden_size, rows, dtype), dtype)
+            self.make_head(layers, hidden_size, VocabularyProjection(hidden_size, rows, dtype, logits=logits), dtype)
             if own_projection
             else self.make_head(layers, hidden_size, None, dtype)
             for _ in range(num)
@@ -150,12 +152,14 @@ class Heads(nn.ModuleList):
         return rows if self.token_map is None else self.token_map[rows]
 
     @torch.no_grad()
-    def initialize(self, lm_head_weight: Tensor) -> None:
-        """Copy the LM head's weight [V, H], or its mapped rows, into own projections (ZeRO-3: all of them gathered)."""
+    def initialize(self, lm_head_weight: Tensor, lm_head_bias: Tensor | None = None) -> None:
+        """Copy the LM head's weight [V, H] and bias [V], or mapped rows, into own projections (gathered in ZeRO-3)."""
         rows = ... if self.token_map is None else self.token_map.to(lm_head_weight.device)
         for module in self.modules():
             if isinstance(module, VocabularyProjection):
                 module.weight.copy_(lm_head_weight[rows])
+                if lm_head_bias is not None:
+                    module.bias.copy_(lm_head_bias[rows])
 
 
 def _rows_of_tokens(token_map: Tensor | None, vocab_size: int) -> Tensor | None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from medusa_ds.config.parsing import read_json, redact
 from medusa_ds.errors import UserError
 from medusa_ds.heads.kinds import KINDS, make_heads
+from medusa_ds.model.projection import Logits
 
 FORMAT_VERSION = 1
 DEFAULT_KIND = "medusa"
@@ -141,7 +142,8 @@ def load_heads(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]
             raise UserError(f"{path}: token_map beside lm_head: shared, which has no rows of its own; save them again")
         token_map = torch.empty_like(token_map, device="meta")
     with torch.device("meta"):
-        expected = make_heads(config, token_map=token_map).state_dict()
+        logits = Logits(bias="0.projection.bias" in tensors)
+        expected = make_heads(config, token_map=token_map, logits=logits).state_dict()
     problems = [f"missing {name}" for name in expected.keys() - tensors.keys()]
     problems += [f"unknown {name}" for name in tensors.keys() - expected.keys()]
     for name in expected.keys() & tensors.keys():

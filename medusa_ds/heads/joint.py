@@ -22,7 +22,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from medusa_ds.heads.base import Heads
-from medusa_ds.model.backbone import hidden_states, moved, use_vocabulary_projection
+from medusa_ds.model.attention import hidden_states, moved
+from medusa_ds.model.backbone import use_vocabulary_projection
 from medusa_ds.model.lm_head import LmHeadAlone
 from medusa_ds.model.loss import Impl
 from medusa_ds.model.projection import VocabularyProjection

@@ -11,10 +11,35 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 NAME = "documents"
 """Of this implementation among those of transformers."""
 _DOCUMENTS, _TOKENS = 16, 128  # multiples of which are told, so that layers are seldom compiled for new numbers
+
+
+def base_model(model: Any) -> Any:
+    """What gives hidden states, where transformers' own property of this name finds it and where it does not."""
+    base = model.base_model
+    return base if base is not model else next((m for m in model.children() if isinstance(m, PreTrainedModel)), base)
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The same on a device, without waiting for what that has to do before."""
+    if tensor.device == device or device.type == "cpu":
+        return tensor.to(device)
+    return (tensor if tensor.is_cuda else tensor.contiguous().pin_memory()).to(device, non_blocking=True)
+
+
+def hidden_states(backbone: Any, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    """Last hidden states [B*S, H]; documents of a sequence are kept apart by position ids, best given on the CPU."""
+    options: dict[str, Any] = {}
+    knows = backbone.config._attn_implementation == NAME
+    if knows and (documents := find_documents(position_ids)) is not None:
+        options = {"document_starts": moved(documents[0], input_ids.device), "longest_document": documents[1]}
+    positions = moved(position_ids, input_ids.device)
+    output = base_model(backbone)(input_ids=input_ids, position_ids=positions, use_cache=False, **options)
+    return output.last_hidden_state.flatten(0, 1)
 
 
 def find_documents(position_ids_BS: Tensor) -> tuple[Tensor, int] | None:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from huggingface_hub import errors as hub_errors
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AttentionInterface,
     AutoConfig,
@@ -38,7 +38,8 @@ from transformers.initialization import no_init_weights
 from medusa_ds.config.recipe import ModelPackage, ModelSpec
 from medusa_ds.errors import UserError
 from medusa_ds.model import attention
-from medusa_ds.model.projection import VocabularyProjection
+from medusa_ds.model.facts import Asked, Facts, find_facts, find_logits
+from medusa_ds.model.projection import Logits, VocabularyProjection
 
 _HUB_TIMEOUT_S = 5
 _RANDOM_SEED = 0
@@ -53,7 +54,6 @@ FAMILIES = {
 """The function of `liger_kernel.transformers` for each `model_type`; other families keep their own layers."""
 
 AttentionInterface.register(attention.NAME, attention.within_documents)
-_SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 _HUB_SAYS: list[tuple[type[Exception], str]] = [  # the first that fits
     (hub_errors.HFValidationError, "model.name: found {name!r}; name an existing directory or a hub id (owner/model)"),
     (
@@ -129,6 +129,15 @@ def load_config(spec: ModelSpec) -> PretrainedConfig:
     return config
 
 
+def facts_of(spec: ModelSpec) -> Facts:
+    """What the model of a recipe can do; its weights are not looked for.
+
+    Raises:
+        UserError: see `load_config` and `find_facts`.
+    """
+    return find_facts(Asked(load_config(spec), spec.attention, spec.trust_remote_code))
+
+
 def load_tokenizer(spec: ModelSpec) -> Any:
     """The model's own tokenizer, with its chat template.
 
@@ -166,8 +175,7 @@ def load_backbone(
             begin, in place of a mask, where their attention is PyTorch's, on a GPU and in bf16.
 
     Raises:
-        UserError: see `model_path` and `load_config`; Liger without a GPU or for an unknown family; a model whose
-            logits are not a plain product with the LM head.
+        UserError: see `model_path`, `load_config` and `find_facts`; Liger without a GPU or for an unknown family.
     """
     config = load_config(spec)
     liger = spec.liger_kernels if liger is None else liger
@@ -175,8 +183,9 @@ def load_backbone(
     if liger and not (on_gpu and config.model_type in FAMILIES):
         found = f"with the family {config.model_type}" if on_gpu else "without a GPU"
         raise UserError(f"model.liger_kernels: found true {found}; it needs a GPU and one of {', '.join(FAMILIES)}")
+    find_logits(Asked(config, spec.attention, spec.trust_remote_code))  # refuses before anything is loaded
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": spec.attention}
-    known = packed and spec.attention == "sdpa" and config.model_type in FAMILIES
+    known = packed and spec.attention in (None, "sdpa") and config.model_type in FAMILIES
     if known and on_gpu and dtype == torch.bfloat16 and attention.fits(config):
         options["attn_implementation"] = attention.NAME
     try:
@@ -197,7 +206,6 @@ def load_backbone(
             backbone = AutoModelForCausalLM.from_pretrained(**_where(spec), config=config, **options)
     except (ValueError, OSError, ImportError) as error:
         raise UserError(f"model.name: {spec.name} cannot be loaded ({_one_line(error)})") from None
-    _check_lm_head(backbone)
     if liger or (liger is None and on_gpu and config.model_type in FAMILIES):
         import liger_kernel.transformers  # needs Triton: not on a CPU
 
@@ -212,35 +220,21 @@ def load_backbone(
     return backbone
 
 
-def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """The same on a device, without waiting for what that has to do before."""
-    if tensor.device == device or device.type == "cpu":
-        return tensor.to(device)
-    return (tensor if tensor.is_cuda else tensor.contiguous().pin_memory()).to(device, non_blocking=True)
-
-
-def hidden_states(backbone: Any, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-    """Last hidden states [B*S, H]; documents of a sequence are kept apart by position ids, best given on the CPU."""
-    options: dict[str, Any] = {}
-    knows = backbone.config._attn_implementation == attention.NAME
-    if knows and (documents := attention.find_documents(position_ids)) is not None:
-        options = {"document_starts": moved(documents[0], input_ids.device), "longest_document": documents[1]}
-    positions = moved(position_ids, input_ids.device)
-    output = backbone.base_model(input_ids=input_ids, position_ids=positions, use_cache=False, **options)
-    return output.last_hidden_state.flatten(0, 1)
-
-
 def lm_head_weight(backbone: PreTrainedModel) -> nn.Parameter:
     """The weight [V, H] of the backbone's LM head (partitioned under ZeRO-3)."""
     return backbone.get_output_embeddings().weight
 
 
+def logits_of(backbone: PreTrainedModel) -> Logits:
+    """How a model's logits come from its hidden states, see `find_logits`."""
+    return find_logits(Asked(backbone.config))
+
+
 def use_vocabulary_projection(backbone: PreTrainedModel) -> None:
-    """Replace the LM head by a `VocabularyProjection` that owns the same parameter, tied to the embeddings or not."""
-    weight = lm_head_weight(backbone)
-    lm_head = backbone.get_output_embeddings()
-    projection = VocabularyProjection(lm_head.in_features, lm_head.out_features, device="meta")
-    projection.weight = weight
+    """Replace the LM head by a `VocabularyProjection` that owns the same parameters, tied to the embeddings or not."""
+    lm_head, logits = backbone.get_output_embeddings(), logits_of(backbone)
+    projection = VocabularyProjection(lm_head.in_features, lm_head.out_features, device="meta", logits=logits)
+    projection.weight, projection.bias = lm_head.weight, lm_head.bias
     backbone.set_output_embeddings(projection)
 
 
@@ -255,14 +249,6 @@ def _where(spec: ModelSpec) -> dict[str, Any]:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
-
-
-def _check_lm_head(backbone: PreTrainedModel) -> None:
-    lm_head = backbone.get_output_embeddings()
-    scaled = [name for name in _SCALED_LOGITS if getattr(backbone.config, name, None) not in (None, 1, 1.0)]
-    if not isinstance(lm_head, nn.Linear) or lm_head.bias is not None or scaled:
-        found = f"{scaled[0]} in its config" if scaled else f"the LM head {lm_head}"
-        raise UserError(f"model.name: found {found}; heads need logits that are hidden states times a matrix")
 
 
 def cache_directory() -> Path:

@@ -1,8 +1,8 @@
 """Linear cross-entropy over rows: logits are made, used and dropped in chunks, and never exist as a whole.
 
-    logits_NV = rows_NH @ weight_VH.T
+    logits_NV = cap tanh((rows_NH @ weight_VH.T + bias_V) / cap)            without a cap what stands in the tanh
     loss_sum  = sum_n (logsumexp(logits_n) - logits_n[targets_n])
-    d loss_sum / d logits_NV = softmax(logits_NV) - onehot(targets_N)
+    d loss_sum / d logits_NV = softmax(logits_NV) - onehot(targets_N), with a cap times 1 - (logits_NV / cap)^2 below it
 
     KL_sum = T^2 sum_n sum_v p_nv (log p_nv - log q_nv),  p = softmax(teacher logits / T), q = softmax(logits / T)
     d KL_sum / d logits_NV = T (q_NV - p_NV)
@@ -45,6 +45,8 @@ def linear_cross_entropy(
     impl: Impl = "torch",
     chunk_mib: int = 1024,
     scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Summed cross-entropy of a linear layer, and its predictions.
 
@@ -59,6 +61,8 @@ def linear_cross_entropy(
             where that takes less memory in all.
         scale: scalar that the gradients are multiplied by, while they are made, in place of the gradient of the loss
             that the backward pass begins with, which must be 1. None: that gradient, in a pass of its own.
+        bias: of the vocabulary [V], of the same dtype.
+        cap: which the logits approach, on both sides of zero.
 
     Returns:
         `loss_sum`, a scalar (float64 for float64 inputs, otherwise float32; always float32 with Liger), and
@@ -67,7 +71,7 @@ def linear_cross_entropy(
     num_rows, vocab = rows_NH.shape[0], weight_VH.shape[0]
     accumulate = torch.float64 if rows_NH.dtype == torch.float64 else torch.float32
     if impl == "eager":
-        logits_NV = (rows_NH @ weight_VH.T).to(accumulate)
+        logits_NV = _capped(_product(rows_NH, weight_VH, bias).to(accumulate), cap)
         loss_sum = nn.functional.cross_entropy(logits_NV, targets_N, reduction="sum")
         return loss_sum if scale is None else _Scaled.apply(loss_sum, scale), logits_NV.detach().argmax(-1)
     kernel, learns = impl == "liger", weight_VH.requires_grad and torch.is_grad_enabled()
@@ -78,7 +82,7 @@ def linear_cross_entropy(
     if kernel and learns and num_rows * row_bytes <= (chunk_mib << 20) + 2 * weight_VH.numel():
         chunk_rows = max(1, num_rows)
     return _ChunkedLinearCrossEntropy.apply(
-        rows_NH, weight_VH, targets_N, chunk_rows, kernel, scale, torch.is_grad_enabled()
+        rows_NH, weight_VH, bias, targets_N, cap, chunk_rows, kernel, scale, torch.is_grad_enabled()
     )
 
 
@@ -90,6 +94,9 @@ def linear_kl(
     temperature: float = 1.0,
     chunk_mib: int = 1024,
     scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    cap: float | None = None,
+    teacher_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Summed forward Kullback-Leibler divergence of a linear layer from another one, and its predictions.
 
@@ -105,6 +112,9 @@ def linear_kl(
         temperature: T, divides both logits.
         chunk_mib: memory that one chunk of both logits may take, MiB; a chunk has at least one row.
         scale: see `linear_cross_entropy`.
+        bias: of the vocabulary [V].
+        cap: of both logits, see `linear_cross_entropy`.
+        teacher_bias: the teacher's.
 
     Returns:
         `loss_sum`, in nats (float64 for float64 inputs, otherwise float32), and `predicted_N`, the argmax of the
@@ -115,28 +125,42 @@ def linear_kl(
     return _ChunkedLinearKL.apply(
         rows_NH,
         weight_VH,
+        bias,
         teacher_NH.detach(),
         teacher_VH.detach(),
+        None if teacher_bias is None else teacher_bias.detach(),
         temperature,
+        cap,
         chunk_rows,
         scale,
         torch.is_grad_enabled(),
     )
 
 
-def linear_argmax(rows_NH: Tensor, weight_VH: Tensor, chunk_mib: int = 1024) -> Tensor:
-    """Argmax [N] of a linear layer's logits, which are made in chunks."""
+def linear_argmax(
+    rows_NH: Tensor, weight_VH: Tensor, chunk_mib: int = 1024, bias: Tensor | None = None, cap: float | None = None
+) -> Tensor:
+    """Argmax [N] of a linear layer's logits, which are made in chunks; a cap changes no order."""
     chunk_rows = max(1, (chunk_mib << 20) // (weight_VH.shape[0] * rows_NH.element_size()))
     with torch.no_grad():
-        chunks = [(part_CH @ weight_VH.T).argmax(-1) for part_CH in rows_NH.split(chunk_rows)]
+        chunks = [_product(part_CH, weight_VH, bias).argmax(-1) for part_CH in rows_NH.split(chunk_rows)]
     return torch.cat(chunks)
 
 
+def _product(rows_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
+    return rows_NH @ weight_VH.T if bias_V is None else torch.addmm(bias_V, rows_NH, weight_VH.T)
+
+
+def _capped(logits: Tensor, cap: float | None) -> Tensor:
+    return logits if cap is None else cap * (logits / cap).tanh()
+
+
 def _cross_entropy(
-    logits_CV: Tensor, targets_C: Tensor, loss_C: Tensor, predicted_C: Tensor, gradients: bool
+    logits_CV: Tensor, targets_C: Tensor, loss_C: Tensor, predicted_C: Tensor, gradients: bool, cap: float | None
 ) -> Tensor:
-    """Fill in losses and predictions; returns the gradient of the logits, where it is wanted."""
-    targets_C1, logits_CV = targets_C[:, None], logits_CV.to(loss_C.dtype)
+    """Fill in losses and predictions; returns the gradient of the product, where it is wanted."""
+    targets_C1, logits_CV = targets_C[:, None], _capped(logits_CV.to(loss_C.dtype), cap)
+    slope_CV = None if cap is None or not gradients else 1 - (logits_CV / cap) ** 2
     greatest_C1, argmax_C1 = logits_CV.max(dim=-1, keepdim=True)
     predicted_C.copy_(argmax_C1[:, 0])
     target_logits_C1 = logits_CV.gather(1, targets_C1)
@@ -145,11 +169,13 @@ def _cross_entropy(
     loss_C.copy_((greatest_C1 + total_C1.log() - target_logits_C1)[:, 0])
     if gradients:
         exp_CV.div_(total_C1).scatter_add_(1, targets_C1, torch.full_like(total_C1, -1.0))
+    if slope_CV is not None:
+        exp_CV.mul_(slope_CV)
     return exp_CV
 
 
 def _liger_cross_entropy(
-    logits_CV: Tensor, targets_C: Tensor, loss_C: Tensor, predicted_C: Tensor, gradients: bool
+    logits_CV: Tensor, targets_C: Tensor, loss_C: Tensor, predicted_C: Tensor, gradients: bool, cap: float | None
 ) -> Tensor:
     """The same by Liger's kernel, which puts the gradient in place of the logits.
 
@@ -179,12 +205,12 @@ def _liger_cross_entropy(
         lse_square_scale=0.0,
         label_smoothing=0.0,
         reduction="sum",
-        softcap=None,
+        softcap=cap,
         RETURN_Z_LOSS=False,
         RETURN_TOKEN_ACCURACY=False,
         RETURN_PREDICTED_TOKENS=True,
         HAS_WEIGHT=False,
-        HAS_SOFTCAPPING=False,
+        HAS_SOFTCAPPING=cap is not None,
         HAS_GRADIENTS=gradients,
         BLOCK_SIZE=min(2**15, block),
         num_warps=32,
@@ -202,7 +228,7 @@ class _Gradients:
         self, ctx: Any, rows_NH: Tensor, weight_VH: Tensor, scale: Tensor | None, grad_enabled: bool, single: bool
     ) -> None:
         # needs_input_grad says nothing of no_grad, under which the gradients would be computed for nothing
-        rows_need, weight_needs = (grad_enabled and needs for needs in ctx.needs_input_grad[:2])
+        rows_need, weight_needs, bias_needs = (grad_enabled and needs for needs in ctx.needs_input_grad[:3])
         self.rows_NH, self.weight_VH, self.scale, self.keep = rows_NH, weight_VH, scale, 0 if single else 1
         self.accumulate = torch.float64 if rows_NH.dtype == torch.float64 else torch.float32
         self.grad_rows_NH = torch.empty_like(rows_NH) if rows_need else None
@@ -211,7 +237,8 @@ class _Gradients:
             self.grad_weight_VH = (
                 torch.empty_like(weight_VH) if single else torch.zeros_like(weight_VH, dtype=self.accumulate)
             )
-        self.wanted = rows_need or weight_needs
+        self.grad_bias_V = weight_VH.new_zeros(len(weight_VH), dtype=self.accumulate) if bias_needs else None
+        self.wanted = rows_need or weight_needs or bias_needs
 
     def add(self, chunk: slice, grad_logits_CV: Tensor) -> None:
         rounded_CV = grad_logits_CV.to(self.weight_VH.dtype)
@@ -224,10 +251,13 @@ class _Gradients:
         elif total_VH is not None:
             rows_CH = _times(rows_CH.to(total_VH.dtype), self.scale)
             total_VH.addmm_(grad_logits_CV.T.to(total_VH.dtype), rows_CH, beta=self.keep)
+        if self.grad_bias_V is not None:
+            self.grad_bias_V += _times(grad_logits_CV.sum(0, dtype=self.accumulate), self.scale)
 
     def save(self, ctx: Any) -> None:
-        weight = None if self.grad_weight_VH is None else self.grad_weight_VH.to(self.weight_VH.dtype)
-        ctx.save_for_backward(self.grad_rows_NH, weight)
+        totals = (self.grad_weight_VH, self.grad_bias_V)
+        rounded = (None if total is None else total.to(self.weight_VH.dtype) for total in totals)
+        ctx.save_for_backward(self.grad_rows_NH, *rounded)
         ctx.is_scaled = self.scale is not None
 
 
@@ -253,7 +283,7 @@ class _Scaled(torch.autograd.Function):
 
 
 class _Chunked(torch.autograd.Function):
-    """Rows and weight come first, and their gradients are saved by the forward pass."""
+    """Rows, weight and bias come first, and their gradients are saved by the forward pass."""
 
     @staticmethod
     @once_differentiable
@@ -261,7 +291,7 @@ class _Chunked(torch.autograd.Function):
         factor = None if ctx.is_scaled else grad_loss
         assert factor is not None or grad_loss.is_cuda or grad_loss == 1, "the gradient of a scaled loss is 1"
         scaled = (None if grad is None else _times(grad, factor) for grad in ctx.saved_tensors)
-        return (*scaled, *[None] * (len(ctx.needs_input_grad) - 2))
+        return (*scaled, *[None] * (len(ctx.needs_input_grad) - 3))
 
 
 class _ChunkedLinearCrossEntropy(_Chunked):
@@ -270,7 +300,9 @@ class _ChunkedLinearCrossEntropy(_Chunked):
         ctx: Any,
         rows_NH: Tensor,
         weight_VH: Tensor,
+        bias_V: Tensor | None,
         targets_N: Tensor,
+        cap: float | None,
         chunk_rows: int,
         kernel: bool,
         scale: Tensor | None,
@@ -283,8 +315,9 @@ class _ChunkedLinearCrossEntropy(_Chunked):
         predicted_N, cross_entropy = torch.empty_like(targets_N), _liger_cross_entropy if kernel else _cross_entropy
         for start in range(0, num_rows, chunk_rows):
             chunk = slice(start, start + chunk_rows)
-            logits_CV = rows_NH[chunk] @ weight_VH.T
-            logits_CV = cross_entropy(logits_CV, targets_N[chunk], loss_N[chunk], predicted_N[chunk], gradients.wanted)
+            logits_CV = _product(rows_NH[chunk], weight_VH, bias_V)
+            parts = (targets_N[chunk], loss_N[chunk], predicted_N[chunk])
+            logits_CV = cross_entropy(logits_CV, *parts, gradients.wanted, cap)
             if gradients.wanted:
                 gradients.add(chunk, logits_CV)
             del logits_CV  # before the next chunk is there
@@ -299,9 +332,12 @@ class _ChunkedLinearKL(_Chunked):
         ctx: Any,
         rows_NH: Tensor,
         weight_VH: Tensor,
+        bias_V: Tensor | None,
         teacher_NH: Tensor,
         teacher_VH: Tensor,
+        teacher_bias_V: Tensor | None,
         temperature: float,
+        cap: float | None,
         chunk_rows: int,
         scale: Tensor | None,
         grad_enabled: bool,
@@ -313,8 +349,9 @@ class _ChunkedLinearKL(_Chunked):
         parts = _compiled_kl_parts if rows_NH.is_cuda else _kl_parts
         for start in range(0, rows_NH.shape[0], chunk_rows):
             chunk = slice(start, start + chunk_rows)
-            logits_CV, teacher_CV = rows_NH[chunk] @ weight_VH.T, teacher_NH[chunk] @ teacher_VH.T
-            loss, grad_logits_CV, predicted_N[chunk] = parts(logits_CV, teacher_CV, temperature, accumulate)
+            logits_CV = _product(rows_NH[chunk], weight_VH, bias_V)
+            teacher_CV = _product(teacher_NH[chunk], teacher_VH, teacher_bias_V)
+            loss, grad_logits_CV, predicted_N[chunk] = parts(logits_CV, teacher_CV, temperature, accumulate, cap)
             loss_sum += loss
             if gradients.wanted:
                 gradients.add(chunk, grad_logits_CV)
@@ -324,14 +361,18 @@ class _ChunkedLinearKL(_Chunked):
 
 
 def _kl_parts(
-    logits_CV: Tensor, teacher_CV: Tensor, temperature: float, accumulate: torch.dtype
+    logits_CV: Tensor, teacher_CV: Tensor, temperature: float, accumulate: torch.dtype, cap: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, gradient of the logits in their dtype, and argmax of a chunk."""
-    log_q_CV = (logits_CV.to(accumulate) / temperature).log_softmax(-1)
-    log_p_CV = (teacher_CV.to(accumulate) / temperature).log_softmax(-1)
+    """Loss, gradient of the product in its dtype, and argmax of a chunk."""
+    capped_CV = _capped(logits_CV.to(accumulate), cap)
+    log_q_CV = (capped_CV / temperature).log_softmax(-1)
+    log_p_CV = (_capped(teacher_CV.to(accumulate), cap) / temperature).log_softmax(-1)
     p_CV = log_p_CV.exp()
     loss = temperature**2 * (p_CV * (log_p_CV - log_q_CV)).sum()
-    return loss, (temperature * (log_q_CV.exp() - p_CV)).to(logits_CV.dtype), logits_CV.argmax(-1)
+    grad_CV = temperature * (log_q_CV.exp() - p_CV)
+    if cap is not None:
+        grad_CV = grad_CV * (1 - (capped_CV / cap) ** 2)
+    return loss, grad_CV.to(logits_CV.dtype), logits_CV.argmax(-1)
 
 
 _compiled_kl_parts = torch.compile(_kl_parts, dynamic=True)  # made when first called: a few passes instead of a dozen

@@ -45,7 +45,7 @@ from medusa_ds.exporting import custom_generate
 from medusa_ds.exporting.layouts import expand_rows, to_medusa, to_vllm
 from medusa_ds.heads.files import META, load_heads, save_heads
 from medusa_ds.heads.kinds import make_heads
-from medusa_ds.model.backbone import lm_head_weight, load_backbone, load_config, load_tokenizer
+from medusa_ds.model.backbone import lm_head_weight, load_backbone, load_config, load_tokenizer, logits_of
 from medusa_ds.runs import load_run, read_checkpoint, save_tree
 from medusa_ds.training import checkpoint
 from medusa_ds.training.build import heads_meta
@@ -170,8 +170,8 @@ def _untrained(recipe_file: str, dtype: torch.dtype | None) -> Source:
     dtype = dtype or _dtype_of(recipe)
     model, meta = load_backbone(recipe.model, dtype, device="cpu", liger=False), heads_meta(recipe)
     weight = lm_head_weight(model).detach()
-    heads = make_heads(meta, dtype=dtype)
-    heads.initialize(weight)
+    heads = make_heads(meta, dtype=dtype, logits=logits_of(model))
+    heads.initialize(weight, model.get_output_embeddings().bias)
     source = Source(heads.state_dict(), meta, model, load_tokenizer(recipe.model))
     return source if recipe.heads.vocab == "full" else _truncate(source, recipe, int(recipe.heads.vocab))
 

@@ -20,7 +20,7 @@ from medusa_ds.errors import UserError
 from medusa_ds.heads.files import different_maps, load_heads
 from medusa_ds.heads.joint import JointModel
 from medusa_ds.heads.kinds import KINDS, make_heads
-from medusa_ds.model.backbone import lm_head_weight, load_backbone, load_config
+from medusa_ds.model.backbone import facts_of, lm_head_weight, load_backbone, load_config
 from medusa_ds.model.fp8 import check_device, quantise
 from medusa_ds.model.lm_head import LmHeadAlone, read_embeddings
 from medusa_ds.model.loss import resolve_impl
@@ -59,25 +59,25 @@ def build_model(
     own, sizes = recipe.heads.lm_head == "own", (shape["vocab_size"], shape["hidden_size"])
     backbone = load_frozen(recipe, dtype, None if partitioned else device) if lm_head is None else None
     tokens = None if token_map is None else token_map.to(device)
-    embeddings = None
+    embeddings, logits = None, facts_of(recipe.model).logits
     if backbone is None and KINDS[recipe.heads.kind].sees_tokens:
         embeddings = read_embeddings(recipe.model, dtype, device)
     with partitioned() if partitioned else device:
-        heads = make_heads(shape, dtype=dtype, token_map=tokens)
+        heads = make_heads(shape, dtype=dtype, token_map=tokens, logits=logits)
         base: Any = backbone or LmHeadAlone(
             load_config(recipe.model),
-            None if own else VocabularyProjection(*sizes[::-1], dtype),
+            None if own else VocabularyProjection(*sizes[::-1], dtype, logits=logits),
             None if embeddings is None else nn.Embedding(*sizes, dtype=dtype),
         )
-    whole = [lm_head_weight(backbone)] if backbone else [*base.parameters()]
+    whole = [*(backbone.get_output_embeddings() if backbone else base).parameters()]
     with gathered([*whole, *heads.parameters()]):
         if lm_head is None:
-            lm_head = whole[0]
+            lm_head = lm_head_weight(base)
         for end, weight in ((base.get_output_embeddings(), lm_head), (base.get_input_embeddings(), embeddings)):
             if backbone is None and end is not None:
                 end.weight.data.copy_(weight)
         if start is None:
-            heads.initialize(lm_head)
+            heads.initialize(lm_head, base.get_output_embeddings().bias if logits.bias else None)
         else:
             heads.load_state_dict(start)
     if backbone and recipe.stage == 1 and own and recipe.loss.target == "label":

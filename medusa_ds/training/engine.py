@@ -32,7 +32,7 @@ from medusa_ds.config.recipe import Recipe
 from medusa_ds.errors import UserError
 from medusa_ds.heads.files import different_maps, save_heads
 from medusa_ds.heads.joint import Counters, JointModel
-from medusa_ds.model.backbone import moved
+from medusa_ds.model.attention import moved
 from medusa_ds.model.lm_head import LmHeadAlone
 from medusa_ds.model.rows import count_targets
 from medusa_ds.ranks import Ranks

@@ -35,7 +35,8 @@ from medusa_ds import files
 from medusa_ds.config.recipe import Recipe
 from medusa_ds.data.packing import CachedRows, Data, Sequences, best_fit
 from medusa_ds.errors import UserError
-from medusa_ds.model.backbone import cache_directory, hidden_states, load_config, model_path
+from medusa_ds.model.attention import hidden_states
+from medusa_ds.model.backbone import cache_directory, facts_of, load_config, model_path
 from medusa_ds.model.lm_head import read_lm_head
 from medusa_ds.model.rows import any_head_rows
 from medusa_ds.ranks import Ranks
@@ -239,6 +240,8 @@ def open_hidden_cache(recipe: Recipe, data: Data, device: torch.device) -> Tenso
     Raises:
         UserError: the cache is of something else, another run fills it, or the disk has no room for it.
     """
+    if facts_of(recipe.model).logits.bias:
+        raise UserError("data.hidden_cache: the model's LM head has a bias, which the cache does not hold; use off")
     ranks = Ranks()
     computed, stored = stored_as(recipe, device.type == "cuda")
     key = key_of(recipe, data, computed, stored)

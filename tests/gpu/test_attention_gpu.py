@@ -5,7 +5,8 @@ import torch
 
 from medusa_ds.config.recipe import ModelSpec
 from medusa_ds.model import fp8
-from medusa_ds.model.backbone import hidden_states, load_backbone
+from medusa_ds.model.attention import hidden_states
+from medusa_ds.model.backbone import load_backbone
 
 pytestmark = pytest.mark.gpu
 CONFIG = {

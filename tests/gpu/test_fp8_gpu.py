@@ -35,7 +35,8 @@ def test_products_are_those_of_the_quantised_numbers(sizes):
 QUANTISED = """
 import torch
 from medusa_ds.model import fp8
-from medusa_ds.model.backbone import hidden_states, load_backbone
+from medusa_ds.model.attention import hidden_states
+from medusa_ds.model.backbone import load_backbone
 from medusa_ds.config.recipe import ModelSpec
 
 config = {"model_type": "llama", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,

@@ -5,7 +5,7 @@ import torch
 
 from medusa_ds.config.recipe import ModelSpec
 from medusa_ds.model import backbone as backbones
-from medusa_ds.model.attention import find_documents, within_documents
+from medusa_ds.model.attention import find_documents, hidden_states, within_documents
 
 CONFIG = {
     "model_type": "llama",
@@ -55,16 +55,20 @@ def test_only_backbones_that_pack_on_a_gpu_get_it(monkeypatch, changes, attentio
     spec = ModelSpec(**{"name": "x", "init": "random", "config": CONFIG, "liger_kernels": False} | changes)
     options = {"device": None, "packed": True}
     here = backbones.load_backbone(spec, torch.bfloat16, **options)
-    assert here.config._attn_implementation == spec.attention
+    assert here.config._attn_implementation == (spec.attention or "sdpa")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    assert backbones.load_backbone(spec, torch.bfloat16, **options).config._attn_implementation == spec.attention
+    assert backbones.load_backbone(spec, torch.bfloat16, **options).config._attn_implementation == (
+        spec.attention or "sdpa"
+    )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     assert backbones.load_backbone(spec, torch.bfloat16, **options).config._attn_implementation == attention
     plain = backbones.load_backbone(spec, torch.float32, **options)
-    assert plain.config._attn_implementation == spec.attention
-    assert backbones.load_backbone(spec, torch.bfloat16, device=None).config._attn_implementation == spec.attention
+    assert plain.config._attn_implementation == (spec.attention or "sdpa")
+    assert backbones.load_backbone(spec, torch.bfloat16, device=None).config._attn_implementation == (
+        spec.attention or "sdpa"
+    )
 
 
 def test_hidden_states_hand_the_starts_to_every_layer(monkeypatch):
@@ -72,7 +76,7 @@ def test_hidden_states_hand_the_starts_to_every_layer(monkeypatch):
     spec = ModelSpec(name="x", init="random", config=CONFIG)
     backbone = backbones.load_backbone(spec, torch.float32, device="cpu")
     ids, positions = torch.randint(0, 50, (2, 6)), torch.tensor([[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 5]])
-    expected = backbones.hidden_states(backbone, ids, positions)
+    expected = hidden_states(backbone, ids, positions)
     seen = []
 
     def masked(module, query, key, value, attention_mask, document_starts=None, scaling=None, **_):
@@ -85,7 +89,7 @@ def test_hidden_states_hand_the_starts_to_every_layer(monkeypatch):
     backbones.AttentionInterface.register("documents", masked)
     try:
         backbone.set_attn_implementation("documents")
-        torch.testing.assert_close(backbones.hidden_states(backbone, ids, positions), expected)
+        torch.testing.assert_close(hidden_states(backbone, ids, positions), expected)
     finally:
         backbones.AttentionInterface.register("documents", within_documents)
     assert seen[0].tolist() == [0, 3, 6] + [12] * 13

@@ -10,7 +10,7 @@ from watch import Watch
 
 from medusa_ds.errors import UserError
 from medusa_ds.model import loss as loss_module
-from medusa_ds.model.loss import linear_cross_entropy, linear_kl, resolve_impl
+from medusa_ds.model.loss import linear_argmax, linear_cross_entropy, linear_kl, resolve_impl
 
 SIZES = [(1, 7, 3), (13, 101, 17), (67, 1031, 33), (50, 5003, 9)]  # N, V, H
 
@@ -195,3 +195,36 @@ def test_liger_is_not_imported_on_a_cpu(monkeypatch):
     fresh = runpy.run_path(loss_module.__file__)
     rows, weight, targets = planted(5, 11, 3)
     fresh["linear_cross_entropy"](rows, weight.requires_grad_(), targets, fresh["resolve_impl"]("auto", "cpu"))
+
+
+@pytest.mark.parametrize("kind", ["cross-entropy", "eager", "divergence"])
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_bias_and_cap_match_eager_math_in_float64(kind, cap):
+    """Chunks of several rows. Mutations: leave out the cap's slope; add a chunk's bias gradient only once."""
+    rows, weight, targets = planted(13, 40_000, 17)
+    teacher, bias = rows.flip(0) * 0.7, torch.linspace(-1, 1, 40_000, dtype=torch.float64)
+
+    def reference(rows, weight, bias, cap):
+        logits, others = rows @ weight.T + bias, teacher @ weight.detach().T + bias.detach()
+        if cap is not None:
+            logits, others = cap * (logits / cap).tanh(), cap * (others / cap).tanh()
+        if kind == "divergence":
+            share = (others / 1.5).log_softmax(-1)
+            return 1.5**2 * (share.exp() * (share - (logits / 1.5).log_softmax(-1))).sum(), logits.argmax(-1)
+        return nn.functional.cross_entropy(logits, targets, reduction="sum"), logits.argmax(-1)
+
+    def ours(rows, weight, bias, cap):
+        if kind == "divergence":
+            return linear_kl(rows, weight, teacher, weight, 1.5, 1, bias=bias, cap=cap, teacher_bias=bias)
+        impl = "eager" if kind == "eager" else "torch"
+        return linear_cross_entropy(rows, weight, targets, impl, 1, bias=bias, cap=cap)
+
+    results = []
+    for function in (ours, reference):
+        inputs = [tensor.clone().requires_grad_() for tensor in (rows, weight, bias)]
+        loss, predicted = function(*inputs, cap)
+        loss.backward()
+        results.append([loss.detach(), predicted, *(tensor.grad for tensor in inputs)])
+    for found, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-11)
+    assert linear_argmax(rows, weight, 1, bias).equal(results[1][1])
