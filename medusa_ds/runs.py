@@ -1,33 +1,116 @@
-"""From the name of a run to what decodes: backbone, heads, tokenizer, tree.
+"""From the name of a run to its files, verified, and to what decodes: backbone, heads, tokenizer, tree.
 
-A run is given as a training run's output directory, the `heads` folder in it, one of its checkpoints, or the name of
-heads that the package ships. Which base model belongs to it stands in the recipe that every one of them keeps.
+A run is given as a training run's output directory, the `heads` folder in it, one of its checkpoints, an export, or the
+name of heads that the package ships. Which base model belongs to it stands in the recipe that every one of them keeps.
 """
 
-import json
-import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
-from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedModel
 
 from medusa_ds.config.parsing import parse_yaml, read_json, read_text
 from medusa_ds.config.recipe import HeadsSpec, ModelSpec
 from medusa_ds.config.settings import Positional, ProgramSettings
+from medusa_ds.config.types import Count
 from medusa_ds.decoding.trees import Path as TreePath
 from medusa_ds.decoding.trees import Tree, default_tree
 from medusa_ds.errors import UserError
+from medusa_ds.files import write_json
 from medusa_ds.heads.base import Heads
-from medusa_ds.heads.files import load_heads
+from medusa_ds.heads.files import META, load_heads
 from medusa_ds.heads.kinds import make_heads
-from medusa_ds.model.backbone import load_backbone, load_tokenizer, logits_of
+from medusa_ds.model.backbone import load_backbone, load_config, load_tokenizer, logits_of
+from medusa_ds.training.checkpoint import Reader, check, completed
 
 PRETRAINED = Path(__file__).with_name("pretrained")
 _CPU_NODES = 4  # of trees that were not found on this machine: a CPU pays for every node
 _MASTER = "/master"  # a checkpoint names the fp32 master of parameter P `P/master`, beside Adam's moments
+
+
+@dataclass
+class Saved:
+    """A run's files, checked; its base model is not loaded.
+
+    Attributes:
+        folder: the heads folder or the checkpoint.
+        output: the directory that it lies in.
+        meta: what heads say of themselves, see `save_heads`.
+        weights: state dict of the heads, on the CPU; fp32 from a checkpoint.
+        dtype: that the run saved the heads in; None for a checkpoint.
+        model: the base model; after stage 2 the tuned one, except for a checkpoint, which holds its weights itself.
+        stage: of the training.
+        template_args: arguments of the chat template.
+        tree: paths of the run's measured tree, if it has one.
+        checkpoint: its tensors, if it is one.
+        shipped: whether the package holds it.
+    """
+
+    folder: Path
+    output: Path
+    meta: dict[str, Any]
+    weights: dict[str, torch.Tensor]
+    dtype: torch.dtype | None
+    model: ModelSpec
+    stage: int
+    template_args: dict[str, Any]
+    tree: list[Any] | None = None
+    checkpoint: Reader | None = None
+    shipped: bool = False
+
+    @property
+    def config_file(self) -> Path | None:
+        """The `heads.json` that keeps the tree; None for a checkpoint and for shipped heads, which are sealed."""
+        return None if self.shipped or self.checkpoint else self.folder / "heads.json"
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether a tokenizer lies beside the heads."""
+        return (self.folder / "tokenizer_config.json").is_file()
+
+    def load_tokenizer(self) -> Any:
+        """The tokenizer beside the heads, or else the base model's."""
+        return AutoTokenizer.from_pretrained(self.folder) if self.has_tokenizer else load_tokenizer(self.model)
+
+    def load_backbone(self, device: torch.device, dtype: torch.dtype, liger: bool | None = None) -> PreTrainedModel:
+        """The backbone that the heads belong to, with what stage 2 made of it.
+
+        Raises:
+            UserError: it cannot be loaded, or the checkpoint's tensors are not its own.
+        """
+        backbone = load_backbone(self.model, dtype, device=device, liger=liger)
+        if self.stage == 2 and self.checkpoint is not None:
+            tuned = _masters(self.checkpoint, "backbone.")
+            missing = sorted(set(dict(backbone.named_parameters())) - set(tuned))
+            try:
+                if missing:
+                    raise RuntimeError(f"{len(missing)} tensors of the backbone are missing, as {missing[0]}")
+                backbone.load_state_dict(tuned, strict=False)  # buffers and tied names are not in it
+            except RuntimeError as error:
+                raise self._misfit(error) from None
+        return backbone
+
+    def load_heads(self, backbone: PreTrainedModel, dtype: torch.dtype) -> Heads:
+        """The heads beside their backbone.
+
+        Raises:
+            UserError: they do not fit it.
+        """
+        vocab_size, hidden_size = backbone.get_output_embeddings().weight.shape
+        shape = self.meta | {"hidden_size": hidden_size, "vocab_size": vocab_size}
+        tokens, logits = self.weights.get("token_map"), logits_of(backbone)
+        heads = make_heads(shape, dtype=dtype, token_map=tokens, logits=logits)
+        try:
+            heads.load_state_dict(self.weights)
+        except RuntimeError as error:
+            raise self._misfit(error) from None
+        return heads.to(backbone.device)
+
+    def _misfit(self, error: RuntimeError) -> UserError:
+        return UserError(f"{self.folder}: does not fit {self.model.name} ({' '.join(str(error).split())[:300]})")
 
 
 class Run(NamedTuple):
@@ -38,7 +121,7 @@ class Run(NamedTuple):
         tokenizer: with the chat template.
         tree: the run's own, found by `medusa-ds tree`, or a default.
         measured: whether the tree is the run's own.
-        config_file: the `heads.json` that keeps the tree; None for a checkpoint and for shipped heads.
+        config_file: see `Saved`.
         template_args: arguments of the chat template.
     """
 
@@ -49,6 +132,23 @@ class Run(NamedTuple):
     measured: bool
     config_file: Path | None
     template_args: dict[str, Any]
+
+    def encode(self, messages: list[dict[str, Any]]) -> list[int]:
+        """Tokens of a conversation by the model's chat template, up to where the assistant begins.
+
+        Raises:
+            UserError: the tokenizer has no template.
+        """
+        if not self.tokenizer.chat_template:
+            raise UserError("tokenizer: has no chat template; decode a model that was trained for conversations")
+        text = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **self.template_args
+        )
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def decode(self, tokens: list[int]) -> str:
+        """The text of an answer's tokens."""
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 class RunSettings(ProgramSettings):
@@ -66,67 +166,112 @@ class RunSettings(ProgramSettings):
         return load_run(self.name, *place(self.device, self.dtype), liger)
 
 
+class PromptSettings(RunSettings):
+    """Of programs that let a run answer prompts and report what they measured."""
+
+    prompts: str = Field(title="SOURCE")
+    """JSON lines such as {"turns": ["Hello"]}, or what data.path takes; its user turns are answered."""
+    limit: Count | None = None
+    """Take the first N conversations."""
+    max_new_tokens: Count = 256
+    """Of an answer."""
+    compile_step: bool = Field(False, alias="compile")
+    """Fuse the decoding step with torch.compile; a minute once."""
+    json_file: str | None = Field(None, alias="json", title="FILE")
+    """Write the report."""
+    picture: str | None = Field(None, title="FILE")
+    """Draw it."""
+
+    def load(self) -> Run:
+        """The run on its device."""
+        return self.load_run(False if self.compile_step else None)  # what Liger fuses, Inductor fuses with more
+
+    def write_report(self, report: dict[str, Any]) -> None:
+        """Write a report as JSON, if asked.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        if self.json_file:
+            try:
+                write_json(Path(self.json_file), report)
+            except OSError as error:
+                text = f"{self.json_file}: cannot be written ({error.strerror}); name another file"
+                raise UserError(text) from None
+
+
+def open_run(name: str | Path) -> Saved:
+    """Find and check the files of a run.
+
+    Args:
+        name: an output directory, a heads folder, a checkpoint, an export, or a folder's name in `PRETRAINED`.
+
+    Raises:
+        UserError: none of these, not finished, or damaged.
+    """
+    given = Path(name)
+    shipped = not given.exists() and (PRETRAINED / given.name / "heads.json").is_file() and given.name == str(name)
+    given = PRETRAINED / given if shipped else given
+    if (given / "manifest.json").is_file():
+        return _open_checkpoint(given.resolve())
+    inside = (given / "heads" / "heads.json").is_file()
+    folder = given / "heads" if inside else given
+    if not (folder / "heads.json").is_file():
+        if unfinished := completed(given / "checkpoints"):
+            raise UserError(f"{given}: not finished; name one of its checkpoints, as in {unfinished[0]}")
+        raise UserError(
+            f"{name}: found no run; name a finished run's output, a heads folder, OUTPUT/checkpoints/best, or one of "
+            f"{', '.join(sorted(folder.name for folder in PRETRAINED.iterdir()))}"
+        )
+    config, weights = load_heads(folder)
+    model, _, stage, template_args = _from_recipe(config["recipe"], folder / "heads.json")
+    if stage == 2:
+        tuned = folder.parent / "backbone"
+        if not tuned.is_dir():
+            raise UserError(f"{tuned}: missing; stage 2 tuned the backbone of these heads: keep both folders together")
+        model = ModelSpec(name=str(tuned), attention=model.attention, liger_kernels=model.liger_kernels)
+    meta, output = {key: config[key] for key in META}, folder if shipped else folder.parent
+    dtype, tree = getattr(torch, config["dtype"]), config.get("tree")
+    return Saved(folder, output, meta, weights, dtype, model, stage, template_args, tree, shipped=shipped)
+
+
+def _open_checkpoint(folder: Path) -> Saved:
+    if problems := check(folder):
+        raise UserError(*(f"{problem}; name another checkpoint" for problem in problems))
+    output, reader = folder.parents[1], Reader(folder)
+    text = read_text(output / "recipe.yaml")
+    model, heads, stage, template_args = _from_recipe(text, output / "recipe.yaml")
+    config, weights = load_config(model).get_text_config(), _masters(reader, "heads.")
+    if token_map := reader.state.get("engine", {}).get("token_map"):
+        weights["token_map"] = torch.tensor(token_map, dtype=torch.int64)
+    meta = {"base_model": model.name, "revision": model.revision, "recipe": text}
+    meta |= {key: getattr(heads, key) for key in ("kind", "num", "layers", "lm_head")}
+    meta |= {"hidden_size": config.hidden_size, "vocab_size": config.vocab_size}
+    return Saved(folder, output, meta, weights, None, model, stage, template_args, checkpoint=reader)
+
+
 def load_run(name: str | Path, device: torch.device, dtype: torch.dtype, liger: bool | None = None) -> Run:
     """Load a run.
 
     Args:
-        name: an output directory, a heads folder, a checkpoint, or a folder's name in `PRETRAINED`.
+        name: see `open_run`.
         device: of all weights.
         dtype: of all weights.
         liger: see `load_backbone`.
 
     Raises:
-        UserError: none of these, damaged, or its base model cannot be loaded.
+        UserError: see `open_run`; its base model cannot be loaded or is another one.
     """
-    given = Path(name)
-    shipped = not given.exists() and (PRETRAINED / given.name / "heads.json").is_file() and given.name == str(name)
-    given = PRETRAINED / given if shipped else given
-    folder = given / "heads" if (given / "heads" / "heads.json").is_file() else given
-    checkpoint = None
-    if (folder / "heads.json").is_file():
-        config, weights = load_heads(folder)
-        text, where = config["recipe"], folder / "heads.json"
-    elif (folder / "manifest.json").is_file():
-        checkpoint, output = read_checkpoint(folder), folder.resolve().parents[1]
-        where, config = output / "recipe.yaml", {}
-        text = read_text(where)
-        weights = {name[6:]: tensor for name, tensor in checkpoint.items() if name.startswith("heads.")}
-    else:
-        raise UserError(
-            f"{name}: found no run; name a finished run's output, a heads folder, OUTPUT/checkpoints/best, or one of "
-            f"{', '.join(sorted(folder.name for folder in PRETRAINED.iterdir()))}"
-        )
-    spec, heads_spec, stage, template_args = _from_recipe(text, str(where))
-    tuned = folder.parent / "backbone"
-    if stage == 2 and checkpoint is None:
-        if not tuned.is_dir():
-            raise UserError(f"{tuned}: missing; stage 2 tuned the backbone of these heads: keep both folders together")
-        spec = ModelSpec(name=str(tuned), attention=spec.attention, liger_kernels=spec.liger_kernels)
-    backbone = load_backbone(spec, dtype, device=device, liger=liger)
-    vocab_size, hidden_size = backbone.get_output_embeddings().weight.shape
-    shape = {key: getattr(heads_spec, key) for key in ("kind", "num", "layers", "lm_head")}
-    shape |= {"hidden_size": hidden_size, "vocab_size": vocab_size}
-    heads = make_heads(shape, dtype=dtype, token_map=weights.get("token_map"), logits=logits_of(backbone))
-    try:
-        heads.load_state_dict(weights)
-        if stage == 2 and checkpoint is not None:
-            own = {name[9:]: tensor for name, tensor in checkpoint.items() if name.startswith("backbone.")}
-            missing = set(dict(backbone.named_parameters())) - set(own)
-            if missing:
-                raise RuntimeError(f"{len(missing)} tensors of the backbone are missing, as {sorted(missing)[0]}")
-            backbone.load_state_dict(own, strict=False)  # buffers and tied names are not in it
-    except RuntimeError as error:
-        raise UserError(f"{folder}: does not fit {spec.name} ({' '.join(str(error).split())[:300]})") from None
-    has_tokenizer = checkpoint is None and (folder / "tokenizer_config.json").is_file()
-    tokenizer = AutoTokenizer.from_pretrained(folder) if has_tokenizer else load_tokenizer(spec)
-    measured = "tree" in config
-    nodes = 32 if device.type == "cuda" else _CPU_NODES
-    paths = config.get("tree", [])
-    if shipped and device.type == "cpu":
-        paths = paths[: _CPU_NODES - 1]  # found for a GPU; the best come first
-    tree = Tree.parse(paths, heads_spec.num, str(where)) if measured else default_tree(heads_spec.num, nodes)
-    config_file = where if checkpoint is None and not shipped else None
-    return Run(backbone, heads.to(device), tokenizer, tree, measured, config_file, template_args)
+    saved = open_run(name)
+    backbone = saved.load_backbone(device, dtype, liger)
+    heads, num = saved.load_heads(backbone, dtype), saved.meta["num"]
+    if saved.tree is None:
+        tree = default_tree(num, 32 if device.type == "cuda" else _CPU_NODES)
+    else:  # shipped ones were found for a GPU; the best paths come first
+        few = saved.shipped and device.type == "cpu"
+        tree = Tree.parse(saved.tree[: _CPU_NODES - 1] if few else saved.tree, num, str(saved.folder / "heads.json"))
+    measured = saved.tree is not None
+    return Run(backbone, heads, saved.load_tokenizer(), tree, measured, saved.config_file, saved.template_args)
 
 
 def place(device: str | None = None, dtype: str | None = None) -> tuple[torch.device, torch.dtype]:
@@ -136,27 +281,20 @@ def place(device: str | None = None, dtype: str | None = None) -> tuple[torch.de
     return where, {"bf16": torch.bfloat16, "fp32": torch.float32}[wanted]
 
 
-def encode_chat(run: Run, messages: list[dict[str, str]]) -> list[int]:
-    """Tokens of a conversation by the model's chat template, up to where the assistant begins."""
-    if not run.tokenizer.chat_template:
-        raise UserError("tokenizer: has no chat template; decode a model that was trained for conversations")
-    text = run.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **run.template_args)
-    return run.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
 def save_tree(config_file: Path, paths: list[TreePath]) -> None:
-    """Write a tree into a run's `heads.json`, under a temporary name that is renamed when complete."""
-    config = read_json(config_file) | {"tree": paths}
-    temporary = config_file.with_name(f".{config_file.name}.tmp")
+    """Write a tree into a run's `heads.json`.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     try:
-        temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, config_file)
+        write_json(config_file, read_json(config_file) | {"tree": paths})
     except OSError as error:
         raise UserError(f"{config_file}: cannot be written ({error.strerror}); make it writable") from None
 
 
-def _from_recipe(text: str, where: str) -> tuple[ModelSpec, HeadsSpec, int, dict[str, Any]]:
-    raw, _ = parse_yaml(text, where)
+def _from_recipe(text: str, where: Path) -> tuple[ModelSpec, HeadsSpec, int, dict[str, Any]]:
+    raw, _ = parse_yaml(text, str(where))
     try:
         model, heads = ModelSpec.model_validate(raw["model"]), HeadsSpec.model_validate(raw["heads"])
         return model, heads, int(raw["stage"]), dict(raw["data"].get("template_args") or {})
@@ -164,18 +302,7 @@ def _from_recipe(text: str, where: str) -> tuple[ModelSpec, HeadsSpec, int, dict
         raise UserError(f"{where}: not a resolved recipe ({' '.join(str(error).split())[:200]})") from None
 
 
-def read_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
-    """Every parameter of a checkpoint, fp32, and the heads' token map; checksums are the trainer's business."""
-    tensors = {}
-    try:
-        for file in sorted(folder.glob("rank*.safetensors")):
-            with safe_open(file, framework="pt") as content:
-                for name in content.keys():  # noqa: SIM118 - not a mapping
-                    if name.endswith(_MASTER):
-                        tensors[name.removesuffix(_MASTER)] = content.get_tensor(name)
-        file = folder / "state.json"
-        if token_map := json.loads(read_text(file))["engine"].get("token_map"):  # NaN may be in it
-            tensors["heads.token_map"] = torch.tensor(token_map, dtype=torch.int64)
-    except (OSError, SafetensorError, KeyError, AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"{file}: damaged ({error}); name another checkpoint") from None
-    return tensors
+def _masters(reader: Reader, prefix: str) -> dict[str, torch.Tensor]:
+    """The fp32 parameters of a checkpoint whose names begin so, without that beginning."""
+    names = [name for name in reader.shapes() if name.startswith(prefix) and name.endswith(_MASTER)]
+    return {name.removeprefix(prefix).removesuffix(_MASTER): reader.tensor(name) for name in names}

@@ -26,13 +26,11 @@ class MedusaResBlock(nn.Module):
 
 
 def fasterdecoding(path: Path, hidden: Tensor, base_lm_head: Tensor) -> Tensor:
-    """`MedusaModelABC.from_pretrained`: five heads whatever the config says, `strict=False`."""
+    """`MedusaModelABC.from_pretrained`, `strict=False`: five heads whatever the config says, each of one block."""
     config = json.loads((path / "config.json").read_text())
     vocab, size = base_lm_head.shape
     heads = nn.ModuleList(
-        nn.Sequential(
-            *[MedusaResBlock(size) for _ in range(config["medusa_num_layers"])], nn.Linear(size, vocab, bias=False)
-        )
+        nn.Sequential(*([MedusaResBlock(size)] * config["medusa_num_layers"]), nn.Linear(size, vocab, bias=False))
         for _ in range(5)
     ).to(base_lm_head.dtype)
     loaded = heads.load_state_dict(torch.load(path / "medusa_lm_head.pt", map_location="cpu"), strict=False)

@@ -13,8 +13,10 @@ MakeRun = Callable[..., Path]
 
 
 def export_(run: Path, out: str, *options: str) -> Path:
+    """An export, for all programs unless the options say another."""
+    options = options if "--for" in options else (*options, "--for", "all")
     with warnings.catch_warnings():
-        main(["export", str(run), str(run.parent / out), *options])
+        main(["export", str(run), str(run.parent / out), "--allow-loss", *options])
     return run.parent / out
 
 

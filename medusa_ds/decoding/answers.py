@@ -1,46 +1,22 @@
-"""Held-out prompts and their answers: what `evaluate` and `tree` both measure on.
+"""Prompts and their answers: what `evaluate` and `tree` both measure on.
 
-Every turn is answered plainly and, if asked, with the heads' tree. The next turn of a conversation builds on the plain
-answer, so that both always continue the same text.
+Every turn is answered plainly and, if asked, with the heads' tree; the next turn of a conversation builds on the plain
+answer, so that both always continue the same text. What is to be compared is measured alike: a decoder meets every
+length of a prompt and every size of a session once outside the clock, since the first time loads and captures kernels,
+and the two take turns in going first.
 """
 
-import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
+from transformers import PreTrainedModel
 
-from medusa_ds.config.types import Count
 from medusa_ds.decoding.decoder import Decoder, Generation
-from medusa_ds.decoding.measure import head_ranks
 from medusa_ds.errors import UserError
-from medusa_ds.runs import Run, RunSettings, encode_chat
 
 Message = dict[str, Any]
-
-
-class PromptSettings(RunSettings):
-    """Of programs that let a run answer prompts."""
-
-    prompts: str = Field(title="SOURCE")
-    """JSON lines such as {"turns": ["Hello"]}, or what data.path takes; its user turns are answered."""
-    limit: Count | None = None
-    """Take the first N conversations."""
-    max_new_tokens: Count = 256
-    """Of an answer."""
-    compile_step: bool = Field(False, alias="compile")
-    """Fuse the decoding step with torch.compile; a minute once."""
-    json_file: str | None = Field(None, alias="json", title="FILE")
-    """Write the report."""
-    picture: str | None = Field(None, title="FILE")
-    """Draw it."""
-
-    def load(self) -> Run:
-        """The run on its device."""
-        return self.load_run(False if self.compile_step else None)  # what Liger fuses, Inductor fuses with more
 
 
 @dataclass
@@ -53,64 +29,69 @@ class Answer:
     medusa: Generation | None = None
 
 
+class Warm:
+    """A decoder that has done everything once before its clock runs."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder, self._met = decoder, set[int]()
+
+    def answer(self, prompt: list[int], max_new_tokens: int) -> Generation:
+        """The answer to a prompt of a length that it has met."""
+        session = self.decoder.prepare(1, len(prompt) + max_new_tokens)
+        if not {len(prompt), -session.slots} <= self._met:
+            self.decoder.generate([prompt], 3)
+            self._met |= {len(prompt), -session.slots}
+        return self.decoder.generate([prompt], max_new_tokens)[0]
+
+
 def answer_prompts(
-    run: Run, prompts: Iterable[tuple[list[Message], str]], plain: Decoder, medusa: Decoder | None, max_new_tokens: int
+    prompts: Iterable[tuple[list[Message], str]],
+    encode: Callable[[list[Message]], list[int]],
+    read: Callable[[list[int]], str],
+    plain: Decoder,
+    medusa: Decoder | None,
+    max_new_tokens: int,
 ) -> tuple[list[Answer], int]:
     """Answers of every user turn.
 
     Args:
-        run: whose tokenizer and chat template are used.
         prompts: system and user turns of each conversation, and its category.
+        encode: tokens of a conversation up to where the assistant begins.
+        read: the text of an answer's tokens.
         plain: decodes the answers.
         medusa: decodes them a second time, if given.
         max_new_tokens: of an answer.
 
     Returns:
         The answers, and how many conversations the model's limit cut short.
+
+    Raises:
+        UserError: all prompts are too long.
     """
     answers: list[Answer] = []
     left_out = 0
+    decoders = [Warm(decoder) for decoder in (plain, medusa) if decoder is not None]
     for turns, category in prompts:
         messages: list[Message] = []
         for turn in turns:
             messages.append(turn)
             if turn["role"] == "system":
                 continue
-            ids = encode_chat(run, messages)
+            ids = encode(messages)
             if len(ids) + max_new_tokens > plain.limit:
                 left_out += 1
                 break
-            if not answers:  # the first call of everything is slow
-                for decoder in (plain, medusa):
-                    if decoder is not None:
-                        decoder.generate([ids], 4)
-            answer = Answer(category, ids, plain.generate([ids], max_new_tokens)[0])
-            if medusa is not None:
-                answer.medusa = medusa.generate([ids], max_new_tokens)[0]
-            answers.append(answer)
-            text = run.tokenizer.decode(answer.plain.tokens, skip_special_tokens=True)
-            messages.append({"role": "assistant", "content": text})
+            order = decoders if len(answers) % 2 == 0 else decoders[::-1]
+            rows = {decoder.decoder: decoder.answer(ids, max_new_tokens) for decoder in order}
+            answers.append(Answer(category, ids, rows[plain], rows[medusa] if medusa is not None else None))
+            messages.append({"role": "assistant", "content": read(answers[-1].plain.tokens)})
     if not answers:
         raise UserError(f"prompts: all are too long for the model's limit of {plain.limit} tokens; shorten them")
     return answers, left_out
 
 
-def all_ranks(run: Run, answers: list[Answer]) -> list[torch.Tensor]:
-    """`head_ranks` on the plain answers, an entry an answer."""
-    return [head_ranks(run.backbone, run.heads, answer.prompt, answer.plain.tokens) for answer in answers]
-
-
-def device_name(run: Run) -> str:
+def device_name(backbone: PreTrainedModel) -> str:
     """Device and dtype, for reports."""
-    device = run.backbone.device
+    device = backbone.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return f"{name}, {str(run.backbone.dtype).removeprefix('torch.')}"
-
-
-def write_report(settings: PromptSettings, report: dict[str, Any]) -> None:
-    """Write a report as JSON, if asked."""
-    if settings.json_file:
-        try:
-            Path(settings.json_file).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{settings.json_file}: cannot be written ({error.strerror}); name another file") from None
+    return f"{name}, {str(backbone.dtype).removeprefix('torch.')}"

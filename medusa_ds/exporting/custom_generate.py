@@ -1,6 +1,8 @@
 """Decode with Medusa heads in transformers alone: `medusa-ds export` puts this file into `custom_generate/generate.py`.
 
-    model.generate(**inputs, custom_generate="DIRECTORY or owner/repo", trust_remote_code=True)
+    model.generate(**inputs, custom_generate=WHERE, medusa_heads=WHERE, trust_remote_code=True)
+
+with the directory or `owner/repo` of the export as WHERE; twice, as transformers does not tell this file where it is.
 
 Works with transformers 5.17 to 5.24 (the oldest and the newest tried), with every causal language model that has a
 dynamic cache, at any batch size. The heads' best guesses form a chain that the next forward pass verifies: greedy
@@ -13,7 +15,6 @@ Beam search and the output of scores are refused.
 import functools
 import json
 import os
-import sys
 import weakref
 from typing import Any
 
@@ -28,24 +29,15 @@ _loaded: Any = weakref.WeakKeyDictionary()  # heads by model: read once
 
 
 def generate(model: Any, medusa_heads: str | None = None, **kwargs: Any) -> Any:
-    """The `generate` of transformers with heads; `medusa_heads` names another directory or repository of them."""
+    """The `generate` of transformers with the heads of a directory or repository."""
     where: Any = {key: kwargs.pop(key) for key in ("revision", "token", "cache_dir") if key in kwargs}
-    source = (medusa_heads or _repository(), where.get("revision"))
+    if medusa_heads is None:
+        raise ValueError("give medusa_heads= what custom_generate= has: where heads/heads.safetensors is")
+    source = (medusa_heads, where.get("revision"))
     if source not in _loaded.setdefault(model, {}):
-        _loaded[model][source] = Heads(model, source[0], where)
+        _loaded[model][source] = Heads(model, medusa_heads, where)
     decoding = functools.partial(decode, heads=_loaded[model][source], streamer=kwargs.get("streamer"))
     return model.generate(**kwargs, custom_generate=decoding)
-
-
-def _repository() -> str:
-    """What the caller gave as `custom_generate`; transformers hands it on to nobody, so read it where it stands."""
-    frame: Any = sys._getframe(2)
-    while frame is not None:
-        name = frame.f_locals.get("custom_generate")
-        if isinstance(name, str):
-            return name
-        frame = frame.f_back
-    raise ValueError("pass medusa_heads=DIRECTORY, which holds heads/heads.safetensors")
 
 
 class Heads:

@@ -25,11 +25,11 @@ _BLOCK = re.compile(r"(?:blocks\.(?=\d+\.layers))?(\d+)\.(?:layers\.(\d+)|(\d+)\
 _PROJECTION = re.compile(r"(?:lm_heads\.(\d+)|(\d+)\.\d+)\.weight")
 
 
-def to_medusa(heads: dict[str, Tensor], meta: dict[str, Any], projections: list[Tensor]) -> dict[str, Tensor]:
+def to_medusa(heads: dict[str, Tensor], layers: int, projections: list[Tensor]) -> dict[str, Tensor]:
     """FasterDecoding's layout of a `MedusaHeads` state dict; each tensor owns its storage."""
     names = {name: re.sub(r"\.blocks\.(\d+)", r".\1.linear", name) for name in heads if ".blocks." in name}
     blocks = {theirs: heads[ours].clone() for ours, theirs in names.items()}
-    return blocks | {f"{h}.{meta['layers']}.weight": weight.clone() for h, weight in enumerate(projections)}
+    return blocks | {f"{h}.{layers}.weight": weight.clone() for h, weight in enumerate(projections)}
 
 
 def expand_rows(weight_NH: Tensor, token_map: Tensor, vocab_size: int) -> Tensor:

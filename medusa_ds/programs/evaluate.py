@@ -16,12 +16,12 @@ import torch
 
 from medusa_ds.data.prompts import read_prompts
 from medusa_ds.decoding.acceptance import AcceptanceSettings
-from medusa_ds.decoding.answers import Answer, PromptSettings, all_ranks, answer_prompts, device_name, write_report
+from medusa_ds.decoding.answers import Answer, answer_prompts, device_name
 from medusa_ds.decoding.decoder import Decoder, Generation
-from medusa_ds.decoding.measure import copy_bandwidth, first_difference, plain_step_bytes, step_ms
+from medusa_ds.decoding.measure import copy_bandwidth, first_difference, head_ranks, plain_step_bytes, step_ms
 from medusa_ds.decoding.pictures import draw_evaluation
 from medusa_ds.decoding.trees import chain
-from medusa_ds.runs import Run
+from medusa_ds.runs import PromptSettings, Run
 
 TOP = 5
 Report = dict[str, Any]
@@ -36,21 +36,21 @@ def run(settings: Settings) -> Report:
     prompts, run = read_prompts("--prompts", settings.prompts, settings.limit), settings.load()
     plain = Decoder(run.backbone, [], chain(0), settings.acceptance, compile_step=settings.compile_step)
     medusa = Decoder(run.backbone, run.heads, run.tree, settings.acceptance, compile_step=settings.compile_step)
-    answers, left_out = answer_prompts(run, prompts, plain, medusa, settings.max_new_tokens)
+    answers, left_out = answer_prompts(prompts, run.encode, run.decode, plain, medusa, settings.max_new_tokens)
     report: Report = {
         "run": settings.name,
         "prompts": {"file": settings.prompts, "answers": len(answers), "left_out_too_long": left_out},
         "acceptance": vars(settings.acceptance),
-        "device": device_name(run),
+        "device": device_name(run.backbone),
         "tree": {"nodes": run.tree.nodes, "depth": run.tree.depth, "measured": run.measured},
-        "heads": _accuracies(all_ranks(run, answers)),
+        "heads": _accuracies([head_ranks(run.backbone, run.heads, a.prompt, a.plain.tokens) for a in answers]),
         "accepted": _accepted(answers),
         "speed": _speed(run, answers, plain, medusa, settings.max_new_tokens),
     }
     if settings.acceptance.rule == "greedy":
         report["texts"] = _differences(run, answers)
     print(_table(report))
-    write_report(settings, report)
+    settings.write_report(report)
     if settings.picture:
         draw_evaluation(report["heads"], report["accepted"]["distribution"], settings.picture)
     return report

@@ -12,7 +12,7 @@ from medusa_ds.config.types import Count
 from medusa_ds.decoding.acceptance import AcceptanceSettings
 from medusa_ds.decoding.decoder import Decoder, Generation, StopStrings
 from medusa_ds.errors import UserError
-from medusa_ds.runs import Run, RunSettings, encode_chat
+from medusa_ds.runs import Run, RunSettings
 
 
 class Settings(AcceptanceSettings, RunSettings):
@@ -52,14 +52,14 @@ def _answer(
     run: Run, decoder: Decoder, messages: list[dict[str, str]], max_new_tokens: int, stop: Sequence[str], seed: int
 ) -> str:
     """Print the answer as it comes, then tokens per step and tokens per second on standard error."""
-    prompt = encode_chat(run, messages)
+    prompt = run.encode(messages)
     if len(prompt) > decoder.limit:
         raise UserError(f"prompt: found {len(prompt)} tokens; the model's limit is {decoder.limit}: shorten it")
     ends = StopStrings(run.tokenizer, stop) if stop else None
     decoder.prepare(1, min(len(prompt) + max_new_tokens, decoder.limit + 1))  # not part of the speed
     text, row, started = "", Generation(), time.perf_counter()
     for (row,) in decoder.stream([prompt], max_new_tokens, ends, seed):
-        longer = run.tokenizer.decode(row.tokens, skip_special_tokens=True)
+        longer = run.decode(row.tokens)
         if row.finish or not longer.endswith("\ufffd"):  # else a character is still in pieces
             print(longer[len(text) :], end="", flush=True)
             text = longer

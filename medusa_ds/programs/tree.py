@@ -12,13 +12,13 @@ from typing import Any
 
 from medusa_ds.config.types import Count
 from medusa_ds.data.prompts import read_prompts
-from medusa_ds.decoding.answers import PromptSettings, all_ranks, answer_prompts, device_name, write_report
+from medusa_ds.decoding.answers import answer_prompts, device_name
 from medusa_ds.decoding.decoder import Decoder
-from medusa_ds.decoding.measure import step_ms
+from medusa_ds.decoding.measure import head_ranks, step_ms
 from medusa_ds.decoding.pictures import draw_tree
 from medusa_ds.decoding.trees import RankCounts, Tree, best_tree, chain
 from medusa_ds.errors import UserError
-from medusa_ds.runs import save_tree
+from medusa_ds.runs import PromptSettings, save_tree
 
 WIDTH = 10  # guesses of a head that are told apart
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
@@ -40,8 +40,10 @@ def run(settings: Settings) -> Report:
         raise UserError(
             f"{settings.name}: checkpoints and shipped heads are sealed; name a finished run's output or heads"
         )
-    answers, _ = answer_prompts(run, prompts, Decoder(run.backbone, [], chain(0)), None, settings.max_new_tokens)
-    per_answer = all_ranks(run, answers)
+    answers, _ = answer_prompts(
+        prompts, run.encode, run.decode, Decoder(run.backbone, [], chain(0)), None, settings.max_new_tokens
+    )
+    per_answer = [head_ranks(run.backbone, run.heads, a.prompt, a.plain.tokens) for a in answers]
     if min(sum(map(len, half)) for half in (per_answer[::2], per_answer[1::2])) == 0:
         raise UserError("prompts: too few answers to find a tree; give more prompts or more new tokens")
     width = min(WIDTH, run.backbone.config.vocab_size)
@@ -72,7 +74,7 @@ def run(settings: Settings) -> Report:
     )
     report = {
         "run": settings.name,
-        "device": device_name(run),
+        "device": device_name(run.backbone),
         "positions": counts.total,
         "context": context,
         "sizes": sizes,
@@ -87,7 +89,7 @@ def run(settings: Settings) -> Report:
         print(f"{row['nodes']:5}{mark} {figures[0]:8.2f} {figures[1]:12.3f} {figures[2]:15.3f} {figures[3]:9.1f}")
     print("tokens/step: of trees found on one half of the answers, decoding the other")
     print(f"wrote the tree of {chosen['nodes']} nodes to {run.config_file}")
-    write_report(settings, report)
+    settings.write_report(report)
     if settings.picture:
         draw_tree(Tree(chosen["paths"]), counts, settings.picture)
     return report

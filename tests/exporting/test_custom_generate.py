@@ -12,9 +12,9 @@ import torch
 from exporting import MakeRun, export_
 from transformers import AutoModelForCausalLM
 
-from medusa_ds.heads.files import load_heads, save_heads
+from medusa_ds.exporting import custom_generate
+from medusa_ds.heads.files import META, load_heads, save_heads
 from medusa_ds.heads.medusa import MedusaHeads
-from medusa_ds.programs import export
 from medusa_ds.runs import load_run
 
 
@@ -25,7 +25,7 @@ def test_transformers_alone_maps_the_guesses(make_run: MakeRun, tmp_path: Path, 
     model = AutoModelForCausalLM.from_pretrained(
         json.loads((path / "config.json").read_text())["base_model_name_or_path"]
     )
-    heads, hidden = export.custom_generate.Heads(model, str(path), {}), torch.randn(5, 32)
+    heads, hidden = custom_generate.Heads(model, str(path), {}), torch.randn(5, 32)
     loaded = load_run(path, torch.device("cpu"), torch.float32)
     with torch.no_grad():
         wanted = torch.stack([tokens[head.logits(hidden).argmax(-1)] for head in loaded.heads], 1)
@@ -59,7 +59,8 @@ for i in range(50):
     current = "plain"
     plain = model.generate(**inputs, max_new_tokens=40)
     current = "heads"
-    same += model.generate(**inputs, max_new_tokens=40, custom_generate=path, trust_remote_code=True).equal(plain)
+    heads = {"custom_generate": path, "medusa_heads": path, "trust_remote_code": True}
+    same += model.generate(**inputs, max_new_tokens=40, **heads).equal(plain)
 print(json.dumps({"same": same, **passes}))
 """
 
@@ -88,7 +89,7 @@ def distil(run: Path) -> None:
         loss.backward()
         optimizer.step()
     config, _ = load_heads(run)
-    save_heads(run / "heads", heads.state_dict(), {key: config[key] for key in export.META})
+    save_heads(run / "heads", heads.state_dict(), {key: config[key] for key in META if key in config})
 
 
 def test_transformers_alone_decodes_greedily_with_fewer_passes(make_run: MakeRun, tmp_path: Path) -> None:
@@ -108,7 +109,7 @@ def test_transformers_alone_decodes_greedily_with_fewer_passes(make_run: MakeRun
 def decode_with(path: Path, model: Any, ids: torch.Tensor, **options: Any) -> Any:
     mask = options.pop("attention_mask", torch.ones_like(ids))
     settings = {"attention_mask": mask, "pad_token_id": 0, "trust_remote_code": True, **options}
-    return model.generate(ids, custom_generate=str(path), **settings)
+    return model.generate(ids, custom_generate=str(path), medusa_heads=str(path), **settings)
 
 
 def test_custom_generate_handles_batches_processors_streams_and_refusals(
@@ -144,6 +145,8 @@ def test_custom_generate_handles_batches_processors_streams_and_refusals(
         path, model, ids[:1], max_new_tokens=9, do_sample=False, streamer=stream, return_dict_in_generate=True
     )
     assert stream.ended and stream.tokens == out.sequences[0].tolist()
+    with pytest.raises(ValueError, match="give medusa_heads="):
+        model.generate(ids[:1], custom_generate=str(path), trust_remote_code=True)
     for options in (
         {"num_beams": 2},
         {"cache_implementation": "static"},
@@ -188,7 +191,7 @@ def test_sampling_with_heads_has_the_models_distribution(
     }
     save_heads(tmp_path / "out" / "heads", heads.state_dict(), meta)
     (tmp_path / "out" / "custom_generate").mkdir()
-    source = Path(export.custom_generate.__file__).read_text()
+    source = Path(custom_generate.__file__).read_text()
     (tmp_path / "out" / "custom_generate" / "generate.py").write_text(source)
 
     prompt = torch.tensor([[1, 3]])

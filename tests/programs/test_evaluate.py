@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from medusa_ds.heads.files import save_heads
 from medusa_ds.heads.medusa import MedusaHeads
 from medusa_ds.programs import evaluate, tree
 from medusa_ds.training import checkpoint
-from medusa_ds.training.tensors import KEYS
+from medusa_ds.training.state import KEYS
 
 NUM, VOCAB, HIDDEN = 2, 258, 32
 RECIPE = "model: {model}\nheads: {heads}\nstage: {stage}\ndata: {{template_args: {{}}}}\n"
@@ -34,20 +33,16 @@ def _tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<e>", pad_token="<p>", chat_template=TEMPLATE)
 
 
-def _save_checkpoint(monkeypatch, output, named_tensors, step):
-    alone = SimpleNamespace(
-        get_rank=lambda: 0, get_world_size=lambda: 1, all_gather_object=lambda out, own: out.__setitem__(0, own)
-    )
-    monkeypatch.setattr(checkpoint, "dist", alone)
+def _save_checkpoint(output, named_tensors, step):
     tensors = [
         (f"{name}/{key}", tensor if key == KEYS[0] else tensor + 1) for name, tensor in named_tensors for key in KEYS
     ]
-    checkpoint.save(output / "checkpoints", step, tensors, {"engine": {}}, 1)
+    checkpoint.save(output / "checkpoints", step, iter(tensors), {"engine": {}}, 1)
     checkpoint.mark_best(output / "checkpoints", step)
 
 
 @pytest.fixture
-def output(tmp_path, monkeypatch):
+def output(tmp_path):
     """A finished stage-1 run of a model that is sure of itself, with heads that are right now and then."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(
@@ -81,7 +76,7 @@ def output(tmp_path, monkeypatch):
     }
     save_heads(tmp_path / "run" / "heads", heads.state_dict(), meta)
     (tmp_path / "run" / "recipe.yaml").write_text(recipe)
-    _save_checkpoint(monkeypatch, tmp_path / "run", [(f"heads.{name}", t) for name, t in heads.named_parameters()], 40)
+    _save_checkpoint(tmp_path / "run", [(f"heads.{name}", t) for name, t in heads.named_parameters()], 40)
     return tmp_path / "run"
 
 
@@ -163,7 +158,7 @@ def test_a_damaged_tree_or_a_folder_that_is_no_run_is_named(output, prompts, tmp
         _evaluate(_settings(output, prompts))
 
 
-def test_stage_two_takes_the_tuned_backbone(output, prompts, monkeypatch):
+def test_stage_two_takes_the_tuned_backbone(output, prompts):
     """Mutation: load the base model whatever the stage."""
     before = _evaluate(_settings(output, prompts))["accepted"]
     tuned = AutoModelForCausalLM.from_pretrained(output.parent / "model")
@@ -181,7 +176,7 @@ def test_stage_two_takes_the_tuned_backbone(output, prompts, monkeypatch):
     weights = load_file(output / "heads" / "heads.safetensors")
     heads = [(f"heads.{name}", tensor) for name, tensor in weights.items()]
     named = [(f"backbone.{name}", tensor.detach()) for name, tensor in tuned.named_parameters()]
-    _save_checkpoint(monkeypatch, output, named + heads, 41)
+    _save_checkpoint(output, named + heads, 41)
     finished, sealed = (
         _evaluate(_settings(run, prompts))["accepted"] for run in (output, output / "checkpoints" / "best")
     )

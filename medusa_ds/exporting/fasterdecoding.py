@@ -1,0 +1,33 @@
+"""FasterDecoding/Medusa: `medusa_lm_head.pt`, the one pickle of an export.
+
+Its class builds five heads whatever the files say, and one residual block that it uses for all of a head's: of heads
+with more blocks the last one's weights are left, without a word. Texts stay right, but guesses are far worse.
+"""
+
+from pathlib import Path
+
+import torch
+
+from medusa_ds.exporting.layouts import to_medusa
+from medusa_ds.exporting.source import Files, Source
+
+
+def files(source: Source) -> Files:
+    """What it reads."""
+
+    def write(target: Path) -> None:
+        torch.save(to_medusa(source.heads, source.meta["layers"], source.projections()), target)
+
+    return {"medusa_lm_head.pt": write}
+
+
+def loss(source: Source) -> str | None:
+    """What it loses of these heads, in words; None: nothing."""
+    blocks = source.meta["layers"]
+    return f"it keeps one of each head's {blocks} residual blocks, so that most guesses fail" if blocks > 1 else None
+
+
+def code(source: Source, out: str, base: str) -> str:
+    """How it is used."""
+    problem = f"**Not for these heads: {loss(source)}.**\n\n" if loss(source) else ""
+    return f"{problem}```bash\npython -m medusa.inference.cli --model {out}\n```"

@@ -1,0 +1,20 @@
+"""TensorRT-LLM reads the file of TGI, always with a projection a head, where there is no `medusa_lm_head.pt`."""
+
+from functools import partial
+
+from medusa_ds.exporting import tgi
+from medusa_ds.exporting.source import Files, Source
+
+
+def files(source: Source) -> Files:
+    """What it reads."""
+    return {tgi.FILE: partial(tgi.write, source, copies=True)}
+
+
+def code(source: Source, out: str, base: str) -> str:
+    """How it is used."""
+    sizes = f"--num_medusa_heads {source.meta['num']} --num_medusa_layers {source.meta['layers']}"
+    return (
+        f"```bash\npython examples/medusa/convert_checkpoint.py --model_dir {base} --medusa_model_dir {out} "
+        f"{sizes} --output_dir CHECKPOINT\n```"
+    )

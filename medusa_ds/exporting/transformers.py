@@ -1,0 +1,33 @@
+"""Plain transformers: the heads in our own layout and a file of code beside them."""
+
+import shutil
+from pathlib import Path
+
+from medusa_ds.exporting import custom_generate
+from medusa_ds.exporting.source import Files, Source
+
+
+def files(source: Source) -> Files:
+    """What it reads."""
+    return {"custom_generate/generate.py": _copy_code}
+
+
+def _copy_code(target: Path) -> None:
+    shutil.copyfile(custom_generate.__file__, target)
+
+
+def code(source: Source, out: str, base: str) -> str:
+    """How it is used."""
+    return f"""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{base}")
+model = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto")
+chat = [{{"role": "user", "content": "What is the capital of France?"}}]
+inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+out = model.generate(
+    **inputs, max_new_tokens=256, do_sample=False,
+    custom_generate="{out}", medusa_heads="{out}", trust_remote_code=True,
+)
+print(tokenizer.decode(out[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+```"""

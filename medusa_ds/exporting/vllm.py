@@ -1,0 +1,45 @@
+"""vLLM: 0.28 to 0.33 by the plug-in in `plugins/vllm`, and up to 0.32 by its own Medusa heads.
+
+`model.safetensors` (or shards) holds names of its layout and `model.safetensors.index.json` says so: without an index
+vLLM reads every safetensors file in the directory. Heads that share the LM head get a single copy of it
+(`original_lm_head` in `config.json`), of which vLLM cuts the rows that a token map names. Beside own projections it
+passes over the map; `medusa-ds import` does not.
+"""
+
+import json
+from pathlib import Path
+
+from huggingface_hub import save_torch_state_dict
+
+from medusa_ds.exporting.layouts import to_vllm
+from medusa_ds.exporting.source import Files, Source
+from medusa_ds.files import write_json
+
+MAX_SHARD_SIZE = "5GB"  # transformers' and huggingface_hub's own
+
+
+def files(source: Source) -> Files:
+    """What it reads."""
+
+    def write(target: Path) -> None:
+        projections = source.projections()
+        layout = to_vllm(source.heads, projections[:1] if source.shared else projections)
+        if "token_map" in source.heads:
+            layout["token_map"] = source.heads["token_map"]
+        save_torch_state_dict(layout, target.parent, max_shard_size=MAX_SHARD_SIZE)
+        index = target.with_name("model.safetensors.index.json")
+        if not index.exists():
+            write_json(index, {"metadata": {}, "weight_map": dict.fromkeys(layout, target.name)})
+
+    return {"model.safetensors": write}
+
+
+def code(source: Source, out: str, base: str) -> str:
+    """How it is used."""
+    speculative = {"method": "mtp", "model": out, "num_speculative_tokens": source.meta["num"]}
+    lines = [
+        f"{run} {base} --speculative-config '{json.dumps(speculative | {'method': method})}'"
+        for run, method in (("VLLM_USE_V2_MODEL_RUNNER=1 vllm serve", "mtp"), ("vllm serve", "medusa"))
+    ]
+    commands = "\n".join(lines)
+    return f"0.28 to 0.33 with medusa-ds installed beside it, or up to 0.32 without:\n\n```bash\n{commands}\n```"
