@@ -1,0 +1,96 @@
+"""Heads whose guesses depend on the path above them: against a walk along every path of the tree."""
+
+import pytest
+import torch
+from decoding_models import NUM, VOCAB, build, reference
+from torch import nn
+
+from medusa_ds.decoding.decoder import Decoder
+from medusa_ds.decoding.measure import head_ranks
+from medusa_ds.decoding.trees import Tree, chain, default_tree
+from medusa_ds.heads.hydra import HydraHeads
+
+
+def random_heads(own=True, token_map=None):
+    torch.manual_seed(1)
+    heads = HydraHeads(NUM, 2, 32, VOCAB, own_projection=own, token_map=token_map)
+    for parameter in heads.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return heads
+
+
+def best(model, heads, hidden, path_tokens, width):
+    """The best tokens of head `len(path_tokens)` after these tokens, the root first."""
+    state, k = hidden, len(path_tokens)
+    for head, token in zip(heads, path_tokens, strict=False):
+        state = head.step(state, model.get_input_embeddings().weight[token])
+    logits = heads[k - 1].logits(state, model.lm_head)
+    return heads.tokens(logits.argsort(descending=True)[:width]).tolist()
+
+
+TREES = {
+    "chain": chain(3),
+    "bushy": default_tree(3, 40),
+    "lopsided": Tree([(7,), (7, 0), (7, 0, 5), (0,), (2,), (2, 3), (2, 3, 0), (7, 4)]),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("name", TREES)
+def test_a_nodes_guesses_depend_on_its_path(name, own):
+    """Mutations: give a node its neighbour's state, or the root's; leave out the step's token."""
+    model, heads, tree = build("llama"), random_heads(own, torch.arange(119, 20, -1) if own else None), TREES[name]
+    hidden_BH, root_B = torch.randn(2, 32), torch.tensor([9, 40])
+    proposed = Decoder(model, heads, tree)._propose(hidden_BH, root_B)
+    for hidden, tokens in zip(hidden_BH, proposed.tolist(), strict=True):
+        token_of = dict(zip([(), *tree.paths], tokens, strict=True))
+        for path in tree.paths:
+            above = [token_of[path[:length]] for length in range(len(path))]
+            assert token_of[path] == best(model, heads, hidden, above, path[-1] + 1)[-1]
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("name", TREES)
+def test_greedy_text_is_the_models_own(name, own):
+    model = build("qwen3")
+    prompts = [[9, 40, 77], [7], [30, 2, 60, 11]]
+    texts = [reference(model, prompt, 20) for prompt in prompts]
+    rows = Decoder(model, random_heads(own), TREES[name]).generate(prompts, 20)
+    assert [row.tokens for row in rows] == texts
+
+
+def test_heads_that_learned_a_text_are_accepted_along_the_path():
+    """Heads whose guess is a function of the last token alone, as the model's own is."""
+    model = build("llama", vocab=32)
+    follows = torch.randperm(32, generator=torch.Generator().manual_seed(3))
+    model.generation_config.eos_token_id = 33
+    heads = HydraHeads(NUM, 1, 32, 32)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.model.embed_tokens.weight.copy_(torch.eye(32))
+        model.lm_head.weight.copy_(torch.eye(32)[follows.argsort()])
+        for head in heads:  # a step of 100 E(token), larger than all that was there before
+            head.step.weight[:, 32:].copy_(
+                100.0 ** (1 + int(head is heads[1]) + 2 * int(head is heads[2])) * torch.eye(32)
+            )
+            head.projection.weight.copy_(model.lm_head.weight)
+    row = Decoder(model, heads, chain(3)).generate([[7]], 21)[0]
+    assert row.tokens == reference(model, [7], 21, eos_token_id=33)
+    assert row.accepted == [4, 4, 4, 4, 4]
+
+
+@torch.no_grad()
+def test_ranks_are_those_along_the_answer():
+    """Mutation: the states of the tokens one place on."""
+    model, heads, prompt = build("llama"), random_heads(), [9, 40, 77, 12]
+    text = prompt + reference(model, prompt, 40, eos_token_id=VOCAB)
+    hidden_TH = model.base_model(input_ids=torch.tensor([text])).last_hidden_state[0]
+    ranks = head_ranks(model, heads, prompt, text[4:]).tolist()
+    assert len(ranks) == 40 - NUM
+    for t, row in enumerate(ranks, 3):
+        for k, rank in enumerate(row, 1):
+            order = best(model, heads, hidden_TH[t], text[t + 1 : t + k + 1], VOCAB)
+            assert order.index(text[t + k + 1]) == rank
