@@ -5,6 +5,7 @@ Kept apart from `recipe`, which says what the data may hold. Nothing here opens 
 """
 
 import difflib
+import json
 import os
 import re
 from pathlib import Path
@@ -18,6 +19,8 @@ STUB_LAST = '# """; from medusa_ds.train import main; main(__file__)'
 DATA_SUFFIXES = (".json", ".jsonl", ".parquet")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 _PACKAGE = Path(__file__).resolve().parents[1]
+SHAPES: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("shapes.json").read_text(encoding="utf-8"))
+"""Configs of the shipped recipes' models, less what changes no shape."""
 
 
 class Origin:
@@ -181,6 +184,7 @@ def resolve_paths(raw: dict[str, Any], at: Origin, planning: bool) -> list[str]:
     path = section("data").get("path")
     sources = [(section("data"), "data.path")] if isinstance(path, str) else []
     if isinstance(path, list):
+        path[:] = [{"path": item} if isinstance(item, str) else item for item in path]
         sources = [(item, f"data.path.{i}.path") for i, item in enumerate(path) if isinstance(item, dict)]
     for holder, key in sources:
         value = holder.get("path")
@@ -217,6 +221,25 @@ def _check_data(path: Path, key: str, at: Origin) -> list[str]:
     elif path.suffix not in DATA_SUFFIXES:
         return [at.say(key, f"found {path}; a data file ends in {', '.join(DATA_SUFFIXES)}")]
     return []
+
+
+def config_at_hand(name: str, overrides: dict[str, Any]) -> dict[str, Any]:
+    """What is known of a model's config without the hub: a directory's, that of a shipped recipe's model, or nothing.
+
+    Args:
+        name: `model.name`.
+        overrides: `model.config`; with a `model_type` they are all of it.
+    """
+    config: Any = {}
+    if "model_type" not in overrides:
+        try:
+            with open(Path(name) / "config.json", encoding="utf-8") as file:
+                config = json.load(file)
+        except (OSError, ValueError):
+            config = SHAPES.get(name, {})
+    config = config if isinstance(config, dict) else {}
+    inner = config.get("text_config")
+    return {**config, **(inner if isinstance(inner, dict) else {}), **overrides}
 
 
 def saved_heads(path: Path) -> tuple[Path, dict[str, Any]]:

@@ -13,15 +13,17 @@ import copy
 import difflib
 import json
 import os
+import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from medusa_ds.config import deepspeed as ds_config
 from medusa_ds.config.loading import (
     Origin,
     apply_overrides,
+    config_at_hand,
     find_recipe,
     read_recipe,
     resolve_paths,
@@ -40,6 +42,7 @@ from medusa_ds.config.sections import (
     SourceSpec,
     TrainSpec,
 )
+from medusa_ds.config.types import Stage, allowed, parts
 from medusa_ds.errors import UserError
 
 __all__ = [
@@ -61,7 +64,7 @@ class Recipe(Section):
 
     model: ModelSpec
     heads: HeadsSpec = HeadsSpec()
-    stage: Annotated[int, Field(ge=1, le=2)]
+    stage: Stage
     """1: heads on a frozen backbone (Medusa-1). 2: heads and backbone together (Medusa-2)."""
     loss: LossSpec = LossSpec()
     data: DataSpec
@@ -94,7 +97,10 @@ class Recipe(Section):
         file = find_recipe(str(path))
         raw, lines = read_recipe(file)
         at = Origin(file, lines, overrides)
+        written = raw["model"].get("name") if isinstance(raw.get("model"), dict) else None
         problems = apply_overrides(raw, overrides)
+        if isinstance(raw.get("model"), dict) and isinstance(package := raw["model"].get("package"), dict):
+            package.setdefault("stands_for", written)
         problems += secrets(raw, at)
         problems += resolve_paths(raw, at, planning)
         recipe: Recipe | None = None
@@ -157,6 +163,18 @@ class Recipe(Section):
         except UserError as error:
             return [("heads.init_from", text) for text in error.problems]
         saved.setdefault("kind", "medusa")
+        base, name = saved.get("base_model"), self.model.name
+        config = config_at_hand(name, self.model.config)
+        unlike = [
+            f"{key} {saved[key]} and {config[key]}"
+            for key in ("hidden_size", "vocab_size")
+            if key in saved and key in config and saved[key] != config[key]
+        ]
+        if isinstance(base, str) and base != name and not (os.path.isdir(base) or os.path.isdir(name)):
+            unlike.insert(0, "two models")
+        if unlike:
+            text = f"found heads of {base or 'another model'} for model.name {name} ({', '.join(unlike)})"
+            return [("heads.init_from", f"{text}; name a run of the same base model")]
         return [
             (f"heads.{key}", f"found {getattr(heads, key)}, but {file} has {saved.get(key)}; make them equal")
             for key in ("kind", "num", "layers", "lm_head")
@@ -228,63 +246,58 @@ class Recipe(Section):
 
 def _key(loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
     """A pydantic location without the branches of a union."""
-    return tuple(part for part in loc if isinstance(part, int) or (part != "str" and "[" not in part))
+    return tuple(part for part in loc if isinstance(part, int) or re.fullmatch(r"(?!str$)\w+", part))
 
 
 def _explain(error: ValidationError, raw: dict[str, Any], at: Origin) -> list[str]:
-    """Pydantic's errors as `FILE:LINE: KEY: what was found; what is allowed`."""
-    problems = []
+    """Pydantic's errors as `FILE:LINE: KEY: what was found; what is allowed`, one a key."""
+    problems: dict[str, str] = {}
     hidden = [key.split(".") for key in secret_keys(raw)]
     for item in error.errors():
         loc, kind = _key(item["loc"]), item["type"]
         key = ".".join(map(str, loc))
-        if kind == "string_type" and item["loc"][-1] == "str" and isinstance(item["input"], list):
-            continue  # `data.path` is a list: what is wrong stands in the list's own errors
         found = json.dumps(item["input"], default=str, ensure_ascii=False)
         found = found if len(found) <= 80 else found[:77] + "..."
         if any(list(map(str, loc)) == path[: len(loc)] for path in hidden):
             found = "a secret"
-        allowed = _ALLOWED.get(kind) or item["msg"].removeprefix("Input should be ").removeprefix("String should ")
-        if key == "stage" and kind != "missing":
-            allowed = "1 or 2"
         if kind == "extra_forbidden":
-            problems.append(at.say(key, _unknown_key(loc)))
+            problems[key] = _unknown_key(loc)
         elif kind == "missing":
-            problems.append(at.say(key, "missing; it has no default"))
-        elif not (kind == "list_type" and key == "data.path"):
-            problems.append(at.say(key, f"found {found}; allowed is {allowed}"))
-    return problems
+            problems[key] = "missing; it has no default"
+        elif not (key == "data.path" and isinstance(item["input"], list)):  # its items say what is wrong
+            problems[key] = f"found {found}; allowed is {_allowed(loc)}"
+    return [at.say(key, text) for key, text in problems.items()]
 
 
-_ALLOWED = {
-    "bool_type": "true or false",
-    "int_type": "a whole number",
-    "float_type": "a number",
-    "string_type": "text",
-    "model_type": "a section with keys of its own",
-    "dict_type": "a section with keys of its own",
-    "list_type": "a list",
-}
+def sections(section: type[BaseModel] | None = None, prefix: str = "") -> dict[str, type[BaseModel]]:
+    """The sections of a recipe by dotted key; the recipe itself has the empty one."""
+    section = section or Recipe
+    found = {prefix: section}
+    for name, field in section.model_fields.items():
+        for kind in parts(field.annotation):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                found |= sections(kind, f"{prefix}.{name}".removeprefix("."))
+    return found
 
 
 def _unknown_key(loc: tuple[int | str, ...]) -> str:
-    sections: dict[str, type[BaseModel]] = {
-        "": Recipe,
-        "model": ModelSpec,
-        "heads": HeadsSpec,
-        "loss": LossSpec,
-        "data": DataSpec,
-        "train": TrainSpec,
-        "model.package": ModelPackage,
-        "data.path": SourceSpec,
-    }
-    here = sections[".".join(str(part) for part in loc[:-1] if not isinstance(part, int))]
+    known = sections()
+    here = known[".".join(str(part) for part in loc[:-1] if not isinstance(part, int))]
     name = str(loc[-1])
     near = difflib.get_close_matches(name, here.model_fields, 1)
     if near:
         return f"unknown key; did you mean {near[0]}?"
-    for prefix, section in sections.items():
+    for prefix, section in known.items():
         other = difflib.get_close_matches(name, section.model_fields, 1, cutoff=0.85)
         if other:
             return f"unknown key; did you mean {prefix}{'.' if prefix else ''}{other[0]}?"
     return f"unknown key; allowed are {', '.join(here.model_fields)}"
+
+
+def _allowed(loc: tuple[int | str, ...]) -> str:
+    """What a key may be: the words of its type."""
+    *parents, name = (str(part) for part in loc if not isinstance(part, int))
+    if isinstance(loc[-1], int):
+        return f"text or {allowed(SourceSpec)}"
+    field = sections()[".".join(parents)].model_fields[name]
+    return allowed(field.annotation, field.metadata)

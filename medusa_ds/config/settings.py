@@ -7,14 +7,14 @@ and answers a mistake with several lines.
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
 from medusa_ds.config.recipe import Recipe
-from medusa_ds.config.types import allowed
+from medusa_ds.config.types import allowed, parts
 from medusa_ds.errors import UserError
 
 _T = TypeVar("_T")
@@ -97,30 +97,23 @@ def _option(name: str, field: FieldInfo) -> tuple[str, dict[str, Any]]:
     kind, markers = field.annotation, field.metadata
     key = field.alias or name
     bare = next((marker for marker in markers if isinstance(marker, Bare)), None)
-    parts = [*markers, *_parts(kind)]
-    choices = next((get_args(part) for part in parts if get_origin(part) is Literal), None)
-    metavar = field.title or ("N" if int in parts else "X" if float in parts else "TEXT")
+    inner = [*markers, *parts(kind)]
+    choices = next((get_args(part) for part in inner if get_origin(part) is Literal), None)
+    metavar = field.title or ("N" if int in inner else "X" if float in inner else "TEXT")
     options: dict[str, Any] = {"help": _help(field), "default": argparse.SUPPRESS}
     if kind is bool:
         return f"--{key.replace('_', '-')}", options | {"action": "store_true"}
-    several = any(get_origin(part) is list for part in parts)
+    several = any(get_origin(part) is list for part in inner)
     if _POSITIONAL in markers:
         more = {"nargs": "*", "metavar": "key=value"} if several else {} if field.is_required() else {"nargs": "?"}
         return key, options | more
-    if any(isinstance(part, BeforeValidator) for part in parts):
+    if any(isinstance(part, BeforeValidator) for part in inner):
         options["metavar"] = f"{metavar},{metavar}"
     else:
         options |= {"choices": choices, "metavar": None if choices else metavar}
         options |= {"action": "append"} if several else {}
         options |= {"nargs": "?", "const": bare.value} if bare else {}
     return f"--{key.replace('_', '-')}", options | {"dest": key, "required": field.is_required()}
-
-
-def _parts(kind: Any) -> Iterator[Any]:
-    """A type with all that it is made of."""
-    yield kind
-    for inner in get_args(kind):
-        yield from _parts(inner)
 
 
 def _help(field: FieldInfo) -> str:

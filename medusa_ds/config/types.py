@@ -1,10 +1,10 @@
 """Types of the keys of a recipe and of the options of a command, and their bounds in words."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -32,10 +32,16 @@ def allowed(kind: Any, metadata: Iterable[Any] = ()) -> str:
     if origin is Literal:
         return either([str(choice) for choice in inner])
     if origin is list:
-        return f"a list of {allowed(inner[0])}"
+        size = next((f"{bound.max_length} times " for bound in metadata if hasattr(bound, "max_length")), "")
+        return f"a list of {size}{allowed(inner[0])}"
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return f"a section of the keys {', '.join(kind.model_fields)}"
     if kind not in _WORDS:
         return "a section with keys of its own"
     bounds = [bound for item in metadata for bound in getattr(item, "metadata", [item])]
+    low, high = (next((getattr(b, name) for b in bounds if hasattr(b, name)), None) for name in ("ge", "le"))
+    if kind is int and low is not None and high == low + 1:
+        return f"{low} or {high}"
     words = [
         text.format(getattr(bound, name))
         for bound in bounds
@@ -43,6 +49,13 @@ def allowed(kind: Any, metadata: Iterable[Any] = ()) -> str:
         if getattr(bound, name, None) is not None
     ]
     return " ".join([_WORDS[kind], " and ".join(words)]).strip()
+
+
+def parts(kind: Any) -> Iterator[Any]:
+    """A type with all that it is made of."""
+    yield kind
+    for inner in get_args(kind):
+        yield from parts(inner)
 
 
 def either(choices: list[str]) -> str:

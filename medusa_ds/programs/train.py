@@ -38,6 +38,7 @@ NON_FINITE_STATUS = 3
 _STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
 
 FREE_TO_CHANGE = (
+    "model.package.stands_for",
     "output",
     "deepspeed",
     "data.hidden_cache",

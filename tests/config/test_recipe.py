@@ -28,7 +28,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "empty").mkdir()
     heads = tmp_path / "old" / "heads"
     heads.mkdir(parents=True)
-    saved = {"num": 5, "layers": 1, "lm_head": "own", "hidden_size": 32, "vocab_size": 99}
+    saved = {"num": 5, "layers": 1, "lm_head": "own", "hidden_size": 32, "vocab_size": 99, "base_model": "owner/model"}
     (heads / "heads.json").write_text(json.dumps(saved))
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -153,6 +153,35 @@ def test_overrides_replace_nested_and_listed_values(place: Path) -> None:
         ("owner/chat", 0.5),
     ]
     assert recipe.loss.decay == 0.7
+
+
+def test_plain_paths_stand_in_a_list_of_sources(place: Path) -> None:
+    recipe = Recipe.load("r.yaml", ["data.path=[chat.jsonl, {path: sample, weight: 2}, owner/chat]"])
+    assert [(source.path, source.weight) for source in recipe.data.path if not isinstance(source, str)] == [
+        (str(place / "chat.jsonl"), 1.0),
+        ("sample", 2.0),
+        ("owner/chat", 1.0),
+    ]
+
+
+def test_a_package_stands_for_the_name_that_its_file_has(place: Path) -> None:
+    """Mutation: take the name after the overrides."""
+    package = f"{{requirement: a==1, file: b, sha256: {'0' * 64}}}"
+    (place / "r.yaml").write_text(edit("owner/model", f"owner/model\n  package: {package}"))
+    found = [Recipe.load("r.yaml", overrides).model.package for overrides in ([], ["model.name=other/model"])]
+    assert [package.stands_for for package in found if package] == ["owner/model"] * 2
+
+
+def test_a_directory_says_its_positions_and_sizes(place: Path) -> None:
+    """Mutation: look into the outer config of a model of several parts alone."""
+    (place / "model").mkdir()
+    config = {"hidden_size": 1, "text_config": {"hidden_size": 64, "vocab_size": 99, "max_position_embeddings": 100}}
+    (place / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="found 101; the model has 100 positions"):
+        Recipe.load("r.yaml", ["model.name=model", "data.max_length=101"])
+    Recipe.load("r.yaml", ["model.name=model", "data.max_length=100"])
+    with pytest.raises(UserError, match=r"heads of owner/model for model.name .*model \(hidden_size 32 and 64\)"):
+        Recipe.load("r.yaml", ["model.name=model", "data.max_length=100", "heads.init_from=old", "heads.num=5"])
 
 
 def test_defaults_follow_the_stage(place: Path) -> None:
