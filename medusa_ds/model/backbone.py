@@ -12,6 +12,7 @@ import fcntl
 import functools
 import hashlib
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -90,10 +91,11 @@ def _remote_path(name: str, revision: str | None, package: ModelPackage | None) 
             if isinstance(error, kind):
                 raise UserError(message.format(name=name, revision=revision)) from None
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:150]  # no route, HF_HUB_OFFLINE, ...
-    if package is None:
+    if package is None or package.stands_for not in (None, name):
+        other = f" (that of the recipe stands for {package.stands_for} alone)" if package else ""
         raise UserError(
             f"model.name: {name} is neither a directory nor cached, and the hub cannot be reached ({reason}); connect, "
-            "name a local directory, or give model.package"
+            f"name a local directory, or give model.package{other}"
         )
     return str(_from_package(package, f"hub cannot be reached ({reason})"))
 
@@ -204,7 +206,7 @@ def load_backbone(
             if device is not None:
                 options["device_map"] = {"": device}
             backbone = AutoModelForCausalLM.from_pretrained(**_where(spec), config=config, **options)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, pickle.UnpicklingError) as error:
         raise UserError(f"model.name: {spec.name} cannot be loaded ({_one_line(error)})") from None
     if liger or (liger is None and on_gpu and config.model_type in FAMILIES):
         import liger_kernel.transformers  # needs Triton: not on a CPU
@@ -248,6 +250,16 @@ def _where(spec: ModelSpec) -> dict[str, Any]:
 
 
 def _one_line(error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return (
+            "it has code of its own: read it, then set model.trust_remote_code: true, and model.revision to the "
+            "commit that you have read"
+        )
+    if isinstance(error, pickle.UnpicklingError):
+        return (
+            "its weights are a pickle that may run code, which is not read; where you trust it, load it with "
+            "torch.load(FILE, weights_only=False) and write model.safetensors with safetensors.torch.save_file"
+        )
     return " ".join(str(error).split())[:300]
 
 

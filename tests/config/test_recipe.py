@@ -166,7 +166,7 @@ def test_plain_paths_stand_in_a_list_of_sources(place: Path) -> None:
 
 def test_a_package_stands_for_the_name_that_its_file_has(place: Path) -> None:
     """Mutation: take the name after the overrides."""
-    package = f"{{requirement: a==1, file: b, sha256: {'0' * 64}}}"
+    package = "{requirement: a==1, file: b, sha256: '" + "0" * 64 + "'}"
     (place / "r.yaml").write_text(edit("owner/model", f"owner/model\n  package: {package}"))
     found = [Recipe.load("r.yaml", overrides).model.package for overrides in ([], ["model.name=other/model"])]
     assert [package.stands_for for package in found if package] == ["owner/model"] * 2

@@ -1,6 +1,7 @@
 """Configs, random twins, messages, and the package that stands in for the hub."""
 
 import hashlib
+import json
 import os
 import subprocess
 import types
@@ -197,6 +198,37 @@ def test_a_package_stands_in_for_the_hub_once(pip, tmp_path, capsys):
     assert sorted(p.name for p in (tmp_path / "cache" / "models").iterdir() if not p.name.endswith(".lock")) == [
         module.Path(path).name
     ]
+
+
+def test_a_package_stands_for_no_other_model(pip):
+    """Mutation: take it whatever the name."""
+    spec = packaged()
+    package = spec.package.model_copy(update={"stands_for": "o/m"})
+    with pytest.raises(UserError, match=r"model.name: no-such/model .*the recipe stands for o/m alone"):
+        model_path(spec.model_copy(update={"name": "no-such/model", "package": package}))
+    assert not pip
+    model_path(spec.model_copy(update={"package": package}))
+    assert len(pip) == 1
+
+
+def test_pickled_weights_and_code_of_its_own_are_a_line(tmp_path):
+    """Mutation: let `UnpicklingError` pass."""
+    load_config(random()).save_pretrained(tmp_path)
+    torch.save({"x": _Runs()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"are a pickle that may run code.*safetensors.torch.save_file") as error:
+        load_backbone(ModelSpec(name=str(tmp_path)), torch.float32, device="cpu")
+    assert len(error.value.problems) == 1 and "\n" not in error.value.problems[0] and not _Runs.ran
+    own = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}}
+    (tmp_path / "config.json").write_text(json.dumps(own))
+    with pytest.raises(UserError, match=r"set model.trust_remote_code: true, and model.revision to the commit"):
+        load_config(ModelSpec(name=str(tmp_path)))
+
+
+class _Runs:
+    ran = False
+
+    def __reduce__(self):
+        return (setattr, (_Runs, "ran", True))
 
 
 def test_processes_that_start_together_convert_once(pip):
