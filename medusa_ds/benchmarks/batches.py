@@ -9,7 +9,7 @@ import torch
 from medusa_ds.benchmarks.cases import ORIGINALS, Case
 from medusa_ds.config.recipe import Recipe
 from medusa_ds.data.packing import Data, MicroBatch, load_data
-from medusa_ds.model.backbone import load_tokenizer
+from medusa_ds.model.backbone import load_tokenizer, settled
 
 Feed = Callable[[int], MicroBatch]
 
@@ -47,7 +47,7 @@ def load_conversations(recipe: Recipe) -> tuple[Data, Any]:
         data_spec = recipe.data if _is_local(recipe) else recipe.data.model_copy(update={"path": "sample"})
         recipe = recipe.model_copy(update={"data": data_spec})
     tokenizer = load_tokenizer(named.model)
-    return load_data(recipe, tokenizer), tokenizer
+    return load_data(settled(recipe), tokenizer), tokenizer
 
 
 def _is_local(recipe: Recipe) -> bool:

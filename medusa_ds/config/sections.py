@@ -205,8 +205,9 @@ class DataSpec(Section):
     """Most conversations held out."""
     max_length: Annotated[int, Field(ge=16)] = 1024
     """Tokens of a sequence; longer conversations are cut at the end."""
-    packing: bool = True
-    """Several conversations share a sequence, without attention or labels across their borders."""
+    packing: bool | None = None
+    """Several conversations share a sequence, without attention or labels across their borders. None: where the model
+    keeps them apart, which it is asked before training."""
     hidden_cache: str = "off"
     """Stage 1: compute the frozen backbone's hidden states once, before the first step, and train from disk, without
     the backbone. `auto`: in $MEDUSA_DS_CACHE, shared by all recipes that they fit; else a directory for them. All nodes

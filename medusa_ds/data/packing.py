@@ -296,7 +296,7 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Data:
         raise UserError(f"data: no supervised token in {conversations.rows} rows: {summary(rejected)}")
     pad = tokenizer.pad_token_id or 0
     train, validation = (
-        Sequences(part, rows, max_length=spec.max_length, packing=spec.packing, seed=spec.seed, pad_id=pad)
+        Sequences(part, rows, max_length=spec.max_length, packing=spec.packing is not False, seed=spec.seed, pad_id=pad)
         for part, rows in zip(parts, usable, strict=True)
     )
     return Data(train, validation, report)

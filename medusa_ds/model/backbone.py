@@ -36,7 +36,7 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from medusa_ds.config.recipe import ModelPackage, ModelSpec
+from medusa_ds.config.recipe import ModelPackage, ModelSpec, Recipe
 from medusa_ds.errors import UserError
 from medusa_ds.model import attention
 from medusa_ds.model.facts import Asked, Facts, find_facts, find_logits
@@ -138,6 +138,25 @@ def facts_of(spec: ModelSpec) -> Facts:
         UserError: see `load_config` and `find_facts`.
     """
     return find_facts(Asked(load_config(spec), spec.attention, spec.trust_remote_code))
+
+
+def settled(recipe: Recipe) -> Recipe:
+    """The recipe with what it leaves to its model: the attention, and whether conversations share sequences.
+
+    Raises:
+        UserError: see `facts_of`; or the model cannot do what the recipe asks for.
+    """
+    facts, asked, length = facts_of(recipe.model), recipe.data.packing, recipe.data.max_length
+    if facts.limit is not None and length > facts.limit:
+        raise UserError(
+            f"data.max_length: found {length}; beyond {facts.limit} tokens the model has no positions, or turns those "
+            f"of all tokens otherwise: at most {facts.limit}"
+        )
+    if asked and facts.packing:
+        raise UserError(f"data.packing: found true, but {facts.packing}; leave it out")
+    packing = facts.packing is None if asked is None else asked
+    model = recipe.model.model_copy(update={"attention": facts.attention})
+    return recipe.model_copy(update={"model": model, "data": recipe.data.model_copy(update={"packing": packing})})
 
 
 def load_tokenizer(spec: ModelSpec) -> Any:

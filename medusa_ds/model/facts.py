@@ -285,3 +285,15 @@ def _find_limit(twin: PreTrainedModel) -> int | None:
         except (IndexError, RuntimeError):
             limits.append(most)
     return min(limits, default=None)
+
+
+def describe(facts: Facts) -> list[str]:
+    """Lines on a model for people."""
+    logits, (first, then) = facts.logits, ("one conversation a sequence", "conversations share sequences")
+    parts = [f"times {logits.factor:g}" if logits.factor != 1 else "", "with a bias" if logits.bias else ""]
+    parts += [f"capped at {logits.cap:g}" if logits.cap else ""]
+    return [
+        "logits: hidden states times the LM head" + "".join(f", {part}" for part in parts if part),
+        f"packing: {first}, since {facts.packing}" if facts.packing else f"packing: {then}",
+        f"attention: {facts.attention}" + (f"; texts of up to {facts.limit} tokens" if facts.limit else ""),
+    ]

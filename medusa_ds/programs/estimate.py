@@ -60,9 +60,9 @@ class Settings(RecipeSettings):
 def run(settings: Settings) -> None:
     """Print the estimate."""
     from medusa_ds.data.packing import load_data
-    from medusa_ds.model.backbone import load_config, load_tokenizer
+    from medusa_ds.model.backbone import load_config, load_tokenizer, settled
 
-    recipe = settings.load_recipe()
+    recipe = settled(settings.load_recipe())
     data = load_data(recipe, load_tokenizer(recipe.model)) if settings.count_data else None
     config = load_config(recipe.model).get_text_config()
     parts = count_parameters(recipe, config)

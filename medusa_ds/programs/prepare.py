@@ -17,7 +17,7 @@ from medusa_ds.config.settings import RecipeSettings
 from medusa_ds.data.packing import Data, load_data
 from medusa_ds.data.vocabulary import always_in, coverage, label_counts, most_frequent
 from medusa_ds.errors import UserError
-from medusa_ds.model.backbone import load_config, load_tokenizer
+from medusa_ds.model.backbone import load_config, load_tokenizer, settled
 from medusa_ds.training.report import quiet_libraries
 
 _SIZES = (8192, 16384, 32768)  # of vocabularies to tell about where the recipe names none
@@ -41,7 +41,7 @@ def run(settings: Settings) -> None:
         raise UserError("--hidden: found data.hidden_cache: off; set it to auto or to a directory")
     rank = int(os.environ.get("RANK", "0"))
     quiet_libraries(rank)
-    tokenizer = load_tokenizer(recipe.model)
+    recipe, tokenizer = settled(recipe), load_tokenizer(recipe.model)
     data = load_data(recipe, tokenizer)
     if rank == 0:
         print(data.summary(recipe.train.global_batch_size))

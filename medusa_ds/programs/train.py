@@ -81,12 +81,16 @@ def main(recipe_file: str | None = None) -> None:
 
 def run(recipe: Recipe, recipe_file: Path) -> None:
     """Train a validated recipe, on every rank."""
+    from medusa_ds.model.backbone import facts_of, settled
     from medusa_ds.training.supervisor import Supervisor, end_with_others
 
     ranks, output = Ranks(), Path(recipe.output)
     supervisor = Supervisor(ranks.rank, ranks.local_size, recipe.train.hang_timeout)
     try:
         with ExitStack() as stack, end_with_others(ranks.rank), _failures(output):
+            recipe = settled(recipe)
+            if (reason := facts_of(recipe.model).packing) is not None:
+                _say(ranks.rank, f"data: one conversation a sequence, since {reason}")
             if ranks.rank == 0:
                 _claim(output, recipe, stack)
             _run(recipe, recipe_file, ranks, output, supervisor)

@@ -13,10 +13,18 @@ import torch
 from huggingface_hub import errors as hub_errors
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from medusa_ds.config.recipe import ModelPackage, ModelSpec
+from medusa_ds.config.recipe import DataSpec, ModelPackage, ModelSpec, Recipe, TrainSpec
 from medusa_ds.errors import UserError
 from medusa_ds.model import backbone as module
-from medusa_ds.model.backbone import FAMILIES, lm_head_weight, load_backbone, load_config, load_tokenizer, model_path
+from medusa_ds.model.backbone import (
+    FAMILIES,
+    lm_head_weight,
+    load_backbone,
+    load_config,
+    load_tokenizer,
+    model_path,
+    settled,
+)
 
 TINY = {
     "hidden_size": 32,
@@ -281,3 +289,33 @@ def test_the_shipped_package_becomes_a_chat_model():
     answer = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt.input_ids.shape[1] :]
     assert "Paris" in tokenizer.decode(answer)
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_recipe_leaves_attention_and_packing_to_its_model():
+    """Mutation: leave `data.packing` as the recipe has it."""
+
+    def recipe(family="opt", **data):
+        config = {
+            "model_type": family,
+            **TINY,
+            "word_embed_proj_dim": 32,
+            "ffn_dim": 32,
+            "max_position_embeddings": 128,
+        }
+        known = AutoConfig.for_model(family)
+        model = ModelSpec(name="x", init="random", config={k: v for k, v in config.items() if hasattr(known, k)})
+        spec = {
+            "model": model,
+            "data": DataSpec(path="sample", **{"max_length": 64, **data}),
+            "stage": 1,
+            "output": "o",
+        }
+        return settled(Recipe(**spec, train=TrainSpec(global_batch_size=1, lr=1e-3)))
+
+    assert [recipe(family).data.packing for family in ("opt", "llama")] == [False, True]
+    assert [recipe(family).model.attention for family in ("bloom", "llama")] == ["eager", "sdpa"]
+    assert recipe("llama", packing=False).data.packing is False
+    with pytest.raises(UserError, match=r"data\.packing: found true, but opt does not keep documents .* leave it out"):
+        recipe(packing=True)
+    with pytest.raises(UserError, match=r"data\.max_length: found 129; beyond 128 tokens"):
+        recipe(max_length=129)
