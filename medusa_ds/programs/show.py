@@ -1,23 +1,30 @@
-"""Print the resolved recipe and DeepSpeed config, or training examples; the output is a recipe again.
+"""Print the resolved recipe and DeepSpeed config (a recipe again), training examples, or the keys of recipes.
 
 Example:
     medusa-ds show llama3_8b_stage2 train.lr=3e-5 --world-size 4
+    medusa-ds show --keys lr
 """
 
 import json
 import os
 import sys
+from typing import Annotated
 
 from pydantic import Field
 
-from medusa_ds.config.recipe import Recipe
-from medusa_ds.config.settings import RecipeSettings
+from medusa_ds.config.recipe import Recipe, manual
+from medusa_ds.config.settings import Bare, Positional, RecipeSettings
 from medusa_ds.config.types import Count
+from medusa_ds.errors import UserError
 
 
 class Settings(RecipeSettings):
     """What the command line says."""
 
+    recipe: Positional[str | None] = None  # type: ignore[assignment]
+    """Recipe file, or name of a shipped one."""
+    keys: Annotated[str | None, Bare("")] = Field(None, title="PATTERN")
+    """Print the keys that a recipe may have, or those that hold PATTERN, with type, default and meaning."""
     world_size: Count = 1
     """Ranks that train."""
     examples: Count | None = Field(None, alias="data")
@@ -30,6 +37,13 @@ def run(settings: Settings) -> None:
     Raises:
         UserError: a mistake of the recipe or its data.
     """
+    if settings.keys is not None:
+        print(manual(settings.keys))
+        return
+    if settings.recipe is None:
+        raise UserError(
+            "medusa-ds show: found neither a recipe nor --keys; name a recipe, as medusa-ds list shows them"
+        )
     recipe = settings.load_recipe()
     if settings.examples:
         _show_examples(recipe, settings.examples)

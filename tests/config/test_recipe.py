@@ -1,6 +1,7 @@
 """Recipes: what is refused and in which words, overrides, paths, and fuzzed input."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from medusa_ds.cli import main
 from medusa_ds.config.loading import STUB_FIRST, STUB_LAST
-from medusa_ds.config.recipe import Recipe, find_recipe, shipped
+from medusa_ds.config.recipe import Recipe, find_recipe, manual, shipped
 from medusa_ds.errors import UserError
 
 SHIPPED = sorted(shipped("recipes").glob("*.yaml"))
@@ -251,6 +252,18 @@ def test_unstubbed_recipe_equals_stubbed(place: Path) -> None:
     assert Recipe.load("s.yaml") == Recipe.load("r.yaml")
     (place / "s.yaml").write_bytes(b"\xef\xbb\xbf" + (place / "s.yaml").read_bytes().replace(b"\n", b"\r\n"))
     assert Recipe.load("s.yaml") == Recipe.load("r.yaml")
+
+
+def test_the_manual_of_keys_is_made_from_the_sections() -> None:
+    """Every key once, with its docstring. Mutation: change a docstring and leave the page."""
+    page = shipped("recipes").parent / "docs" / "recipe.md"
+    assert page.read_text() == manual() + "\n", "run medusa-ds show --keys > docs/recipe.md"
+    keys = re.findall(r"^- `([\w.]+)` \((.+?); (needed|default)", manual(), re.M | re.S)
+    assert len({key for key, _, _ in keys}) == len(keys) > 60
+    assert {"train.lr", "data.path.N.weight", "model.package.file", "stage"} <= {key for key, _, _ in keys}
+    assert [line.split("`")[1] for line in manual("lr_mul").splitlines() if line.startswith("- ")] == [
+        "train.lr_multiplier"
+    ]
 
 
 KEYS = [
