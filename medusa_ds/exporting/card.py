@@ -87,7 +87,8 @@ def read_figures(run: Path, step: int | None) -> tuple[dict[str, float], str]:
         figures |= {f"{name}_acc": tops["top1"] for name, tops in report["heads"].items() if isinstance(tops, dict)}
         figures["mean_tokens_per_step"] = report["accepted"]["mean_tokens_per_step"]
         on = [_without_directories(str(report.get("prompts", {}).get("file", ""))), report.get("device", "")]
-        figures |= {name: value for name, value in report["speed"].items() if name.startswith("speed_up")}
+        speed = report["speed"].items()
+        figures |= {name: value for name, value in speed if name.startswith("speed_up") and isinstance(value, float)}
         return figures, ", ".join(filter(None, on))
     lines = read_text(run / "metrics.jsonl").splitlines() if (run / "metrics.jsonl").is_file() else []
     records = [record for record in map(json.loads, lines) if record["kind"] == "validation"]

@@ -89,42 +89,71 @@ def _accepted(answers: list[Answer]) -> Report:
 
 
 def _speed(run: Run, answers: list[Answer], plain: Decoder, medusa: Decoder, max_new_tokens: int) -> Report:
-    def rate(rows: list[Generation]) -> float:
-        return sum(len(row.tokens) for row in rows) / sum(row.prefill_s + row.decode_s for row in rows)
+    """Rates of both decoders on the same prompts, decoding alone and with prefill, and what a step allows at most.
 
-    context = max(len(answer.prompt) + len(answer.plain.tokens) for answer in answers)
-    rates = [rate([a.plain for a in answers]), rate([a.medusa for a in answers if a.medusa])]
-    steps = [step_ms(plain, context), step_ms(medusa, context)]
+    The first token comes from the prefill, so decoding alone is without it.
+    """
+    rows = {"plain": [a.plain for a in answers], "medusa": [a.medusa for a in answers if a.medusa is not None]}
+    context = sum(len(answer.prompt) + len(answer.plain.tokens) // 2 for answer in answers) // len(answers)
+    steps = {"plain": step_ms(plain, context), "medusa": step_ms(medusa, context)}
+    report: Report = {}
+    for name, own in rows.items():
+        report |= {
+            f"{name}_decoding_tokens_per_s": _decoding_rate(own),
+            f"{name}_end_to_end_tokens_per_s": _end_to_end_rate(own),
+            f"{name}_prefill_ms": 1000 * sum(row.prefill_s for row in own) / len(own),
+            f"{name}_step_ms": steps[name],
+        }
+    for kind in ("decoding", "end_to_end"):
+        report[f"speed_up_{kind}"] = report[f"medusa_{kind}_tokens_per_s"] / report[f"plain_{kind}_tokens_per_s"]
+    emitted = [count for row in rows["medusa"] for count in row.accepted]
+    overhead = steps["medusa"] / steps["plain"]
     few = answers[:4]
-    report = {
-        "plain_tokens_per_s": rates[0],
-        "medusa_tokens_per_s": rates[1],
-        "speed_up": rates[1] / rates[0],
-        "plain_step_ms": steps[0],
-        "medusa_step_ms": steps[1],
-        "step_overhead": steps[1] / steps[0],
+    report |= {
+        "step_overhead": overhead,
+        "most_that_a_step_allows": _mean(emitted) / overhead,
         "context": context,
+        "speed_up_decoding_by_category": {
+            category: _decoding_rate([a.medusa for a in own if a.medusa]) / _decoding_rate([a.plain for a in own])
+            for category in sorted({answer.category for answer in answers})
+            if (own := [answer for answer in answers if answer.category == category])
+        },
         "transformers_generate_tokens_per_s": _transformers_rate(run, few, max_new_tokens),
-        "plain_tokens_per_s_on_the_same": rate([a.plain for a in few]),
+        "plain_tokens_per_s_on_the_same": _end_to_end_rate([a.plain for a in few]),
     }
     if run.backbone.device.type == "cuda":
         bandwidth = copy_bandwidth(run.backbone.device)
         report["copy_gb_per_s"] = bandwidth / 1e9
-        report["plain_share_of_bandwidth"] = plain_step_bytes(run.backbone) / (steps[0] / 1000) / bandwidth
+        report["plain_share_of_bandwidth"] = plain_step_bytes(run.backbone) / (steps["plain"] / 1000) / bandwidth
     return report
 
 
+def _decoding_rate(rows: list[Generation]) -> float:
+    seconds = sum(row.decode_s for row in rows)
+    return sum(len(row.tokens) - 1 for row in rows) / seconds if seconds else float("nan")
+
+
+def _end_to_end_rate(rows: list[Generation]) -> float:
+    return sum(len(row.tokens) for row in rows) / sum(row.prefill_s + row.decode_s for row in rows)
+
+
 def _transformers_rate(run: Run, answers: list[Answer], max_new_tokens: int) -> float:
-    def generate(answer: Answer) -> int:
+    """Tokens a second of transformers' own greedy `generate`, prefill included, each prompt's length warmed up."""
+
+    def generate(answer: Answer, limit: int) -> int:
         ids = torch.tensor([answer.prompt], device=run.backbone.device)
         out: torch.Tensor = run.backbone.generate(  # type: ignore[operator]
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=limit, do_sample=False, pad_token_id=0
         )
         return len(out[0, ids.shape[1] :].tolist())  # waits for the device
 
-    generate(answers[0])  # warms up
-    started = time.perf_counter()
-    return sum(map(generate, answers)) / (time.perf_counter() - started)
+    tokens, seconds = 0, 0.0
+    for answer in answers:
+        generate(answer, 2)
+        started = time.perf_counter()
+        tokens += generate(answer, max_new_tokens)
+        seconds += time.perf_counter() - started
+    return tokens / seconds
 
 
 def _differences(run: Run, answers: list[Answer]) -> Report:
@@ -157,14 +186,22 @@ def _table(report: Report) -> str:
         f"steps by tokens                    {shares}",
     ]
     lines += [f"  {name or '(none)':32} {mean:.3f}" for name, mean in accepted["by_category"].items()]
+    for kind, what in (("decoding", "decoding alone"), ("end_to_end", "end to end, with prefill")):
+        rates = speed[f"plain_{kind}_tokens_per_s"], speed[f"medusa_{kind}_tokens_per_s"]
+        lines.append(
+            f"{what:34} plain {rates[0]:.1f}, heads {rates[1]:.1f} tokens/s = {speed[f'speed_up_{kind}']:.2f} x"
+        )
+    categories = speed["speed_up_decoding_by_category"].items()
+    lines += [f"  {name or '(none)':32} {ratio:.2f} x" for name, ratio in categories if len(categories) > 1]
     lines += [
-        f"plain decoding                     {speed['plain_tokens_per_s']:.1f} tokens/s",
-        f"with the heads                     {speed['medusa_tokens_per_s']:.1f} tokens/s = {speed['speed_up']:.2f} x",
-        f"transformers' generate             {speed['transformers_generate_tokens_per_s']:.1f} tokens/s "
+        f"transformers' generate             {speed['transformers_generate_tokens_per_s']:.1f} tokens/s end to end "
         f"(plain on the same prompts: {speed['plain_tokens_per_s_on_the_same']:.1f})",
         f"step at {speed['context']} tokens of text: plain {speed['plain_step_ms']:.3f} ms, tree "
-        f"{speed['medusa_step_ms']:.3f} ms = {speed['step_overhead']:.2f} x",
+        f"{speed['medusa_step_ms']:.3f} ms = {speed['step_overhead']:.2f} x: decoding alone can be at most "
+        f"{speed['most_that_a_step_allows']:.2f} x",
     ]
+    if speed["speed_up_decoding"] > 1.05 * speed["most_that_a_step_allows"]:
+        lines.append("warning: measured more than a step allows; the machine was not quiet, measure again")
     if "copy_gb_per_s" in speed:
         lines.append(f"plain step: {speed['plain_share_of_bandwidth']:.0%} of {speed['copy_gb_per_s']:.0f} GB/s (copy)")
     if "texts" in report:

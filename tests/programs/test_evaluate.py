@@ -108,7 +108,11 @@ def test_run_heads_folder_and_checkpoint_give_the_same_figures(output, prompts, 
     ]
     for report in reports:
         report.pop("run")
-        assert report.pop("speed")["speed_up"] > 0
+        speed = report.pop("speed")
+        assert speed["speed_up_decoding"] > 0 < speed["speed_up_end_to_end"]
+        assert speed["most_that_a_step_allows"] == pytest.approx(
+            report["accepted"]["mean_tokens_per_step"] / speed["step_overhead"], rel=0.1
+        )
     assert reports[0] == reports[1] == reports[2] == reports[3]
     report = reports[0]
     assert report["texts"] == {"compared": 4, "differ": 0, "differ_by_a_tie": 0, "differences": []}
