@@ -16,6 +16,9 @@ from medusa_ds.config.parsing import parse_yaml, read_json, read_text
 from medusa_ds.config.recipe import HeadsSpec, ModelSpec
 from medusa_ds.config.settings import Positional, ProgramSettings
 from medusa_ds.config.types import Count
+from medusa_ds.data.dialogues import Chat
+from medusa_ds.data.layouts import UnusableRow
+from medusa_ds.decoding.decoder import end_at
 from medusa_ds.decoding.trees import Path as TreePath
 from medusa_ds.decoding.trees import Tree, default_tree
 from medusa_ds.errors import UserError
@@ -23,7 +26,7 @@ from medusa_ds.files import write_json
 from medusa_ds.heads.base import Heads
 from medusa_ds.heads.files import META, load_heads
 from medusa_ds.heads.kinds import make_heads
-from medusa_ds.model.backbone import load_backbone, load_config, load_tokenizer, logits_of
+from medusa_ds.model.backbone import family_template, load_backbone, load_config, load_tokenizer, logits_of
 from medusa_ds.training.checkpoint import Reader, check, completed
 
 PRETRAINED = Path(__file__).with_name("pretrained")
@@ -72,8 +75,13 @@ class Saved:
         return (self.folder / "tokenizer_config.json").is_file()
 
     def load_tokenizer(self) -> Any:
-        """The tokenizer beside the heads, or else the base model's."""
-        return AutoTokenizer.from_pretrained(self.folder) if self.has_tokenizer else load_tokenizer(self.model)
+        """The tokenizer beside the heads, or else the base model's, with the chat template of the training."""
+        template = self.template_args.get("chat_template")
+        if not self.has_tokenizer:
+            return load_tokenizer(self.model, template)
+        tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        tokenizer.chat_template = template or tokenizer.chat_template or family_template(self.meta["base_model"])
+        return tokenizer
 
     def load_backbone(self, device: torch.device, dtype: torch.dtype, liger: bool | None = None) -> PreTrainedModel:
         """The backbone that the heads belong to, with what stage 2 made of it.
@@ -134,17 +142,15 @@ class Run(NamedTuple):
     template_args: dict[str, Any]
 
     def encode(self, messages: list[dict[str, Any]]) -> list[int]:
-        """Tokens of a conversation by the model's chat template, up to where the assistant begins.
+        """Tokens of a conversation by the run's chat template, up to where the assistant begins.
 
         Raises:
-            UserError: the tokenizer has no template.
+            UserError: there is no template, or it refuses the conversation.
         """
-        if not self.tokenizer.chat_template:
-            raise UserError("tokenizer: has no chat template; decode a model that was trained for conversations")
-        text = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, **self.template_args
-        )
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        try:
+            return Chat(self.tokenizer, self.template_args).prompt(messages)
+        except UnusableRow as error:
+            raise UserError(f"prompt: {error}") from None
 
     def decode(self, tokens: list[int]) -> str:
         """The text of an answer's tokens."""
@@ -270,8 +276,10 @@ def load_run(name: str | Path, device: torch.device, dtype: torch.dtype, liger: 
     else:  # shipped ones were found for a GPU; the best paths come first
         few = saved.shipped and device.type == "cpu"
         tree = Tree.parse(saved.tree[: _CPU_NODES - 1] if few else saved.tree, num, str(saved.folder / "heads.json"))
-    measured = saved.tree is not None
-    return Run(backbone, heads, saved.load_tokenizer(), tree, measured, saved.config_file, saved.template_args)
+    measured, tokenizer = saved.tree is not None, saved.load_tokenizer()
+    if tokenizer.chat_template is not None:
+        end_at(backbone, Chat(tokenizer, saved.template_args).ends)
+    return Run(backbone, heads, tokenizer, tree, measured, saved.config_file, saved.template_args)
 
 
 def place(device: str | None = None, dtype: str | None = None) -> tuple[torch.device, torch.dtype]:

@@ -25,11 +25,13 @@ from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from medusa_ds.config.recipe import Recipe
-from medusa_ds.data.dialogues import IGNORED, Encoded, UnusableRow, chat_template, check_template, encode
-from medusa_ds.data.sources import load_conversations, summary, usable_rows
+from medusa_ds.data.dialogues import Chat
+from medusa_ds.data.layouts import UnusableRow
+from medusa_ds.data.marks import IGNORED, Encoded
+from medusa_ds.data.sources import Counts, count, load_conversations, summary, usable_rows
 from medusa_ds.errors import UserError
 
-_FORMAT = 1  # of the tokenised rows; counted up when their meaning changes
+_FORMAT = 2  # of the tokenised rows; counted up when their meaning changes
 _MAP_ROWS_PER_PROCESS = 10_000
 _FEATURES = Features(
     {
@@ -39,6 +41,7 @@ _FEATURES = Features(
         "cut": Value("bool"),
         "source": Value("large_string"),
         "reason": Value("large_string"),
+        "notes": List(Value("large_string")),
     }
 )
 
@@ -206,10 +209,11 @@ def best_fit(order: Sequence[int] | np.ndarray, lengths: np.ndarray, capacity: i
 class Data:
     """The data of a run, the same in every process.
 
-    `report`: `rows` read, `used`, `rejected` (reason -> count and first source), `train_rows`, `validation_rows`,
-    `cut` (conversations that lost their end to max_length), `tokens` and `supervised_tokens` of the training rows,
-    `fingerprint`: sha256 over the tokenised training rows, by which a resumed run knows its data;
-    `held_out_fingerprint`: the same of the validation rows. `template`: hash of the chat template and its arguments.
+    `report`: `rows` read, `used`, `rejected` (reason -> count and first source), `notes` (the same of what used rows
+    say and is not followed), `train_rows`, `validation_rows`, `cut` (conversations that lost their end to max_length),
+    `tokens` and `supervised_tokens` of the training rows, `fingerprint`: sha256 over the tokenised training rows, by
+    which a resumed run knows its data; `held_out_fingerprint`: the same of the validation rows. `template`: hash of the
+    chat template and its arguments.
     """
 
     train: Sequences
@@ -224,18 +228,24 @@ class Data:
     def summary(self, global_batch_size: int) -> str:
         """What became of the rows, for people."""
         report, train = self.report, self.train
-        left_out = "".join(
-            f"\n  left out: {count:,} x {reason} (first: {first})"
-            for reason, (count, first) in report["rejected"].items()
-        )
         return (
             f"{report['rows']:,} rows: {report['train_rows']:,} conversations to train on, "
-            f"{report['validation_rows']:,} held out, {report['rows'] - report['used']:,} left out{left_out}\n"
+            f"{report['validation_rows']:,} held out, {report['rows'] - report['used']:,} left out{told(report)}\n"
             f"{report['tokens']:,} tokens to train on, {report['supervised_tokens']:,} of them supervised, in "
             f"{len(train):,} sequences of up to {train.max_length} tokens: "
             f"{train.steps_per_epoch(global_batch_size):,} steps an epoch; {report['cut']:,} conversations were cut at "
             "the end"
         )
+
+
+def told(report: dict[str, Any]) -> str:
+    """Lines on the rows that were left out, and on what the others say and is not followed."""
+    kinds = {"left out": report["rejected"], "in rows that were used": report["notes"]}
+    return "".join(
+        f"\n  {kind}: {number:,} x {what} (first: {first})"
+        for kind, counts in kinds.items()
+        for what, (number, first) in counts.items()
+    )
 
 
 def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Data:
@@ -245,8 +255,8 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Data:
         UserError: no usable data, no supervised token, or a chat template that cannot be masked exactly.
     """
     spec = recipe.data
-    check_template(tokenizer, spec.template_args)
-    template = chat_template(tokenizer, spec.template_args, None)
+    chat = Chat(tokenizer, spec.template_args)
+    chat.check()
     cache = Path(datasets.config.HF_DATASETS_CACHE)
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / "medusa_ds.lock"):
@@ -254,16 +264,14 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Data:
         state = [
             _FORMAT,
             conversations.key,
-            template,
+            chat.template,
             spec.template_args,
             spec.max_length,
             tokenizer.backend_tokenizer.to_str(),
             tokenizer.special_tokens_map,
         ]
         key = hashlib.sha256(json.dumps(state, default=str).encode()).hexdigest()
-        tokenise = functools.partial(
-            _tokenise, tokenizer=tokenizer, template_args=spec.template_args, max_length=spec.max_length
-        )
+        tokenise = functools.partial(_tokenise, chat=chat, max_length=spec.max_length)
         parts = []
         for name, part in (("train", conversations.train), ("validation", conversations.validation)):
             processes = min(os.cpu_count() or 1, len(part) // _MAP_ROWS_PER_PROCESS)
@@ -281,14 +289,21 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Data:
             )
     rejected = dict(conversations.rejected)
     usable = [usable_rows(part, rejected) for part in parts]
+    notes: Counts = {}
+    for part, rows in zip(parts, usable, strict=True):
+        found = part["notes"][:] if len(part) else []
+        for row in rows:
+            for note in found[row]:
+                count(notes, note, part, [row])
     report = _measure(parts[0], usable[0])
     unused = len(parts[0]) - len(usable[0]) + len(parts[1]) - len(usable[1])
     report["held_out_fingerprint"] = _measure(parts[1], usable[1])["fingerprint"]
-    report["template"] = hashlib.sha256(json.dumps([template, spec.template_args]).encode()).hexdigest()[:32]
+    report["template"] = hashlib.sha256(json.dumps([chat.template, spec.template_args]).encode()).hexdigest()[:32]
     report |= {
         "rows": conversations.rows,
         "used": conversations.used - unused,
         "rejected": rejected,
+        "notes": notes,
         "train_rows": len(usable[0]),
         "validation_rows": len(usable[1]),
     }
@@ -302,12 +317,12 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Data:
     return Data(train, validation, report)
 
 
-def _tokenise(
-    row: dict[str, str], tokenizer: PreTrainedTokenizerBase, template_args: dict[str, Any], max_length: int
-) -> dict[str, Any]:
+def _tokenise(row: dict[str, Any], chat: Chat, max_length: int) -> dict[str, Any]:
     out = {"input_ids": [], "supervised": [], "length": 0, "cut": False, "source": row["source"], "reason": ""}
+    conversation = json.loads(row["messages"])
+    out["notes"] = row["notes"] + chat.unread(conversation["messages"])
     try:
-        ids, labels = encode(tokenizer=tokenizer, template_args=template_args, **json.loads(row["messages"]))
+        ids, labels = chat.encode(**conversation)
         supervised = [label != IGNORED for label in labels[:max_length]]
         if not any(supervised[1:]):
             raise UnusableRow("no supervised token within data.max_length")

@@ -1,12 +1,14 @@
 """What users say in a source, to be answered anew."""
 
 import json
+import sys
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any, NamedTuple
 
 from medusa_ds.config.recipe import SourceSpec
-from medusa_ds.data.dialogues import UnusableRow
-from medusa_ds.data.sources import open_source, read_messages, read_turn
+from medusa_ds.data.layouts import Message, UnusableRow, read_row
+from medusa_ds.data.sources import open_source
 from medusa_ds.errors import UserError
 
 _A_ROW = '{"turns": ["Hello"]} is a row, or what data.path takes'
@@ -15,7 +17,7 @@ _A_ROW = '{"turns": ["Hello"]} is a row, or what data.path takes'
 class Prompt(NamedTuple):
     """A conversation's system and user turns as messages, and what its row has as `category`, or an empty text."""
 
-    messages: list[dict[str, Any]]
+    messages: list[Message]
     category: Any
 
 
@@ -36,11 +38,9 @@ def load_prompts(where: str, path: str, split: str = "train") -> Iterator[tuple[
     for at, row in open_source(where, SourceSpec(path=path, split=split))[0]():
         try:
             turns, category = (row.get("turns"), row.get("category", "")) if isinstance(row, dict) else (None, "")
-            if not isinstance(turns, list):
-                messages, _ = read_messages(row)
-                messages = [message for message in messages if message["role"] != "assistant"]
-            else:
-                messages = [read_turn({"role": "user", "content": turn}) for turn in turns]
+            if isinstance(turns, list):
+                row = {"messages": [{"role": "user", "content": turn} for turn in turns]}
+            messages = [message for message in read_row(row).messages if message["role"] != "assistant"]
             if any(message["role"] == "tool" for message in messages):
                 raise UnusableRow("turns of tools")
             if not any(message["role"] == "user" for message in messages):
@@ -54,10 +54,10 @@ def load_prompts(where: str, path: str, split: str = "train") -> Iterator[tuple[
 
 
 def read_prompts(where: str, path: str, limit: int | None = None) -> list[Prompt]:
-    """The first prompts of a source, all of whose rows must be usable and have texts as categories.
+    """The first usable prompts of a source, with texts as categories; rows that are left out are named.
 
     Raises:
-        UserError: the source cannot be found or read, every row that cannot be used, or there is no row.
+        UserError: the source cannot be found or read, or has no prompt.
     """
     prompts, problems = [], []
     for at, row in load_prompts(where, path):
@@ -67,8 +67,10 @@ def read_prompts(where: str, path: str, limit: int | None = None) -> list[Prompt
             problems.append(f"{at}: category: found {str(row.category)[:60]}; a text")
         else:
             prompts.append(row)
-    if not prompts and not problems:
-        problems.append(f"{where}: {path}: found no prompt; {_A_ROW}")
+    if not prompts:
+        raise UserError(*(problems or [f"{where}: {path}: found no prompt; {_A_ROW}"]))
+    for problem in islice(problems, 20):
+        print(f"left out: {problem}", file=sys.stderr)
     if problems:
-        raise UserError(*problems)
+        print(f"{len(problems)} of {len(problems) + len(prompts)} prompts were left out", file=sys.stderr)
     return prompts[:limit]

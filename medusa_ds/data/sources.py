@@ -1,63 +1,62 @@
 """Hub datasets, local files and the shipped sample become conversations, in one format and fully accounted for.
 
 Every row of a source is kept as a row here, usable or not, with where it came from and why it was rejected, so that
-rows in = rows used + rows rejected, from the cache too. Local JSON is parsed by `json`, strictly, a line a row:
-`datasets` reads a line that holds a lone surrogate or `1e999` as several rows.
+rows in = rows used + rows rejected, from the cache too. JSON is parsed by `json`, strictly, a line a row, that of the
+hub too: `datasets` takes the types of all rows from the first ones, and reads a line that holds a lone surrogate or
+`1e999` as several rows.
 """
 
 import functools
-import hashlib
 import json
-import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset
+from datasets import (
+    Dataset,
+    DownloadManager,
+    Features,
+    List,
+    ReadInstruction,
+    Value,
+    concatenate_datasets,
+    load_dataset_builder,
+)
 from datasets.exceptions import DatasetGenerationError
 
 from medusa_ds.config.recipe import DataSpec, SourceSpec
-from medusa_ds.data.dialogues import UnusableRow
+from medusa_ds.data.layouts import DECODER, Row, UnusableRow, read_row
 from medusa_ds.errors import UserError
+from medusa_ds.files import DATA_SUFFIXES, digest
 
 MAX_ROW_BYTES = 16 << 20
 MAX_ARRAY_BYTES = 4 << 30
-SUFFIXES = (".json", ".jsonl", ".parquet")
-_FORMAT = 1  # of the cached rows; counted up when their meaning changes
+_FORMAT = 2  # of the cached rows; counted up when their meaning changes
 _SAMPLE = Path(__file__).with_name("sample")
-_FEATURES = Features({name: Value("large_string") for name in ("messages", "source", "reason")})
-_ROLES = {
-    "system": "system",
-    "developer": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "model": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-}
+_TEXTS = ("messages", "source", "reason", "layout")
+_FEATURES = Features({name: Value("large_string") for name in _TEXTS} | {"notes": List(Value("large_string"))})
+
+Counts = dict[str, tuple[int, str]]
+"""How often something was met, and where first."""
 
 
 @dataclass(frozen=True)
 class Conversations:
-    """Datasets with columns `messages` (JSON of `{"messages": [...], "tools": [...] or null}`) and `source`.
+    """Datasets with columns `messages` (JSON, see `Row.text`), `source`, `layout` and `notes` (see `Row`).
 
-    `rows` read = `used` + the counts of `rejected` (reason -> count and first source); a weight above 1 repeats rows in
-    `train`, which counts as one use. `key` tells the state of the files and of the settings.
+    `rows` read = `used` + the counts of `rejected`; a weight above 1 repeats rows in `train`, which counts as one use.
+    `key` tells the state of the files and of the settings.
     """
 
     train: Dataset
     validation: Dataset
-    rejected: dict[str, tuple[int, str]]
+    rejected: Counts
     rows: int
     used: int
     key: str
@@ -73,20 +72,27 @@ def load_conversations(spec: DataSpec) -> Conversations:
         UserError: a source cannot be found or read, or nothing usable is left.
     """
     sources = [SourceSpec(path=spec.path, split=spec.split)] if isinstance(spec.path, str) else spec.path
-    rejected: dict[str, tuple[int, str]] = {}
+    rejected: Counts = {}
+    held_texts: set[str] = set()
     train, validation, keys, rows, used = [], [], [], 0, 0
+    if isinstance(spec.validation, str):
+        data, usable, key = _read("data.validation", SourceSpec(path=spec.validation), rejected)
+        validation.append(data.select(usable))
+        held_texts, rows, used = set(validation[0]["messages"][:]), len(data), len(usable)
+        keys.append([key, "validation"])
     for number, source in enumerate(sources):
         where = "data.path" if isinstance(spec.path, str) else f"data.path.{number}.path"
-        data, key = _read(where, source)
-        usable = usable_rows(data, rejected)
-        if not len(usable):
-            raise UserError(f"{where}: {source.path}: no usable conversation in {len(data)} rows: {summary(rejected)}")
+        data, usable, key = _read(where, source, rejected)
         held = _held_out(data, usable, spec, source.path == "sample")
         kept = np.setdiff1d(usable, held)
+        if held_texts:
+            twice = [row for row in kept if data[int(row)]["messages"] in held_texts]
+            count(rejected, "stands in data.validation too", data, twice)
+            kept = np.setdiff1d(kept, twice)
         drawn = np.random.default_rng([spec.seed, number]).permutation(kept)
         repeats, rest = divmod(round(source.weight * len(kept)), max(len(kept), 1))
         chosen = kept if source.weight == 1 else np.concatenate([np.tile(drawn, repeats), drawn[:rest]])
-        reject(rejected, "left out by the source's weight", data, np.setdiff1d(kept, chosen))
+        count(rejected, "left out by the source's weight", data, np.setdiff1d(kept, chosen))
         train.append(data.select(chosen))
         validation.append(data.select(held))
         rows, used = rows + len(data), used + len(held) + len(np.unique(chosen))
@@ -95,32 +101,36 @@ def load_conversations(spec: DataSpec) -> Conversations:
     if not len(joined[0]):
         raise UserError("data: no conversation is left to train on; lower data.validation or raise the weights")
     state = [keys, spec.validation, spec.validation_max, spec.seed]
-    return Conversations(joined[0], joined[1], rejected, rows, used, _digest(state))
+    return Conversations(joined[0], joined[1], rejected, rows, used, _key(state))
 
 
-def usable_rows(data: Dataset, rejected: dict[str, tuple[int, str]]) -> np.ndarray:
+def usable_rows(data: Dataset, rejected: Counts) -> np.ndarray:
     """Numbers of the rows without a `reason`; the others are counted into `rejected`."""
-    reasons = np.array(data["reason"][:] if len(data) else [], dtype=object)
-    for reason in dict.fromkeys(filter(None, reasons)):
-        reject(rejected, reason, data, np.flatnonzero(reasons == reason))
-    return np.flatnonzero(reasons == "")
+    usable = []
+    for row, reason in enumerate(data["reason"][:] if len(data) else []):
+        if reason:
+            count(rejected, reason, data, [row])
+        else:
+            usable.append(row)
+    return np.array(usable, dtype=int)
 
 
-def reject(rejected: dict[str, tuple[int, str]], reason: str, data: Dataset, rows: np.ndarray) -> None:
-    """Count rows under a reason and keep the first one's source."""
-    if len(rows):
-        count, first = rejected.get(reason) or (0, data[int(rows[0])]["source"])
-        rejected[reason] = (count + len(rows), first)
+def count(counts: Counts, text: str, data: Dataset, rows: Iterable[int]) -> None:
+    """Count rows under a text."""
+    for row in rows:
+        number, first = counts.get(text) or (0, data[int(row)]["source"])
+        counts[text] = (number + 1, first)
 
 
-def summary(rejected: dict[str, tuple[int, str]]) -> str:
+def summary(rejected: Counts) -> str:
     """One line for messages."""
-    return "; ".join(f"{count} x {reason}, first {at}" for reason, (count, at) in rejected.items()) or "nothing in it"
+    told = [f"{number} x {reason}, first {at}" for reason, (number, at) in rejected.items()]
+    return "; ".join(told[:5] + [f"{len(told) - 5} other reasons"] * (len(told) > 5)) or "nothing in it"
 
 
 def _held_out(data: Dataset, usable: np.ndarray, spec: DataSpec, sample: bool) -> np.ndarray:
     """Rows for validation: the sample's own, or those whose text has the lowest seeded hashes."""
-    if not spec.validation:
+    if not spec.validation or isinstance(spec.validation, str):
         return usable[:0]
     if sample:
         return np.array([row for row in usable if "validation.jsonl:" in data[int(row)]["source"]], dtype=int)
@@ -129,17 +139,21 @@ def _held_out(data: Dataset, usable: np.ndarray, spec: DataSpec, sample: bool) -
     texts: dict[bytes, list[int]] = {}
     for row in usable:
         text = column[int(row)].as_py().encode()
-        texts.setdefault(hashlib.blake2b(text, key=str(spec.seed).encode()).digest(), []).append(int(row))
+        texts.setdefault(blake2b(text, key=str(spec.seed).encode()).digest(), []).append(int(row))
     held: list[int] = []
-    for digest in sorted(texts)[1:]:
-        held += texts[digest] if len(held) + len(texts[digest]) <= goal else []
+    for text_hash in sorted(texts)[1:]:
+        held += texts[text_hash] if len(held) + len(texts[text_hash]) <= goal else []
     return np.sort(np.array(held, dtype=int))
 
 
-def _read(where: str, source: SourceSpec) -> tuple[Dataset, str]:
-    """A source's rows, and a digest of its state."""
+def _read(where: str, source: SourceSpec, rejected: Counts) -> tuple[Dataset, np.ndarray, str]:
+    """A source's rows, the numbers of the usable ones, and a digest of its state."""
     rows, key = open_source(where, source)
-    return _convert(rows, key), key
+    data = _convert(rows, key)
+    usable = usable_rows(data, rejected)
+    if not len(usable):
+        raise UserError(f"{where}: {source.path}: no usable conversation in {len(data)} rows: {summary(rejected)}")
+    return data, usable, key
 
 
 _Rows = Callable[[], Iterator[tuple[str, Any]]]
@@ -153,16 +167,16 @@ def open_source(where: str, source: SourceSpec) -> tuple[_Rows, str]:
     """
     path = _SAMPLE if source.path == "sample" else Path(source.path)
     if not path.exists():
-        if path.suffix in SUFFIXES:
+        if path.suffix in DATA_SUFFIXES:
             raise UserError(f"{where}: {path}: found no such file; name a file, a directory or a hub id")
         return _open_hub(where, source)
     if source.split != "train":
         raise UserError(f"{where}: {path}: found split {source.split!r}, which only hub datasets have; remove it")
     files = sorted(path.iterdir()) if path.is_dir() else [path]
-    files = [file for file in files if file.suffix in SUFFIXES and file.is_file()]
+    files = [file for file in files if file.suffix in DATA_SUFFIXES and file.is_file()]
     if not files:
-        raise UserError(f"{where}: {path}: found no file that ends with {', '.join(SUFFIXES)}; name one")
-    key = _digest([[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files])
+        raise UserError(f"{where}: {path}: found no file that ends with {', '.join(DATA_SUFFIXES)}; name one")
+    key = _key([[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files])
     return functools.partial(_file_rows, files), key
 
 
@@ -172,27 +186,42 @@ def _open_hub(where: str, source: SourceSpec) -> tuple[_Rows, str]:
         raise UserError(
             f"{where}: found {source.path}; allowed are `sample`, an existing file or directory, or a hub id"
         )
+    split, _, part = source.split.partition("[")
     try:
-        data = load_dataset(source.path, split=source.split)
+        builder = load_dataset_builder(source.path)
+        if builder.name == "json" and not builder.config.field:
+            files = [Path(file) for file in DownloadManager().download_and_extract(builder.config.data_files[split])]
+            rows: Callable[[], Iterator[Any]] = lambda: (row for _, row in _file_rows(files))  # noqa: E731
+            if part:
+                total = sum(1 for _ in rows())
+                (span,) = ReadInstruction.from_spec(source.split).to_absolute({split: total})
+                whole, rows = rows, lambda: islice(whole(), span.from_, span.to)
+            key = _key([name, [file.name for file in files]])
+        else:
+            builder.download_and_prepare()
+            data = builder.as_dataset(split=source.split)
+            rows, key = data.__iter__, _key([name, data._fingerprint])
     except Exception as error:  # whatever the HTTP, file and format layers below the hub client raise
         why = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"
         raise UserError(f"{where}: {name}: cannot be loaded ({why}); check id, split, network and HF_TOKEN") from None
-    key = _digest([name, data._fingerprint])
-    return lambda: ((f"{name}:{number}", row) for number, row in enumerate(data)), key
+    return lambda: ((f"{name}:{number}", row) for number, row in enumerate(rows())), key
 
 
 def _convert(rows: _Rows, key: str) -> Dataset:
     """Write rows in our one format into the cache of `datasets`, under a name that tells the source's state."""
 
-    def generate() -> Iterator[dict[str, str]]:
+    def generate() -> Iterator[dict[str, Any]]:
         for source, row in rows():
+            left_out = {"messages": "", "source": source, "layout": "", "notes": []}
             try:
-                yield {"messages": _conversation(row), "source": source, "reason": ""}
+                read = read_conversation(row)
+                yield left_out | {"messages": read.text(), "reason": "", "layout": read.layout, "notes": read.notes}
             except UnusableRow as error:
-                yield {"messages": "", "source": source, "reason": str(error)}
+                yield left_out | {"reason": str(error)}
             except (TypeError, ValueError, RecursionError):
-                reason = "not text that UTF-8 and JSON can hold (a lone surrogate, a date, too deep)"
-                yield {"messages": "", "source": source, "reason": reason}
+                yield left_out | {
+                    "reason": "not text that UTF-8 and JSON can hold (a lone surrogate, a date, too deep)"
+                }
 
     try:
         return Dataset.from_generator(generate, features=_FEATURES, fingerprint=key)
@@ -232,7 +261,7 @@ def _line_rows(file: Path) -> Iterator[tuple[str, Any]]:
                 if not line.strip():
                     continue
                 try:
-                    row = _DECODER.decode(line.decode("utf-8-sig"))
+                    row = DECODER.decode(line.decode("utf-8-sig"))
                 except (ValueError, RecursionError):
                     row = UnusableRow("not valid JSON")
             while len(line) > MAX_ROW_BYTES and not line.endswith(b"\n"):
@@ -250,7 +279,7 @@ def _array_rows(file: Path) -> Iterator[tuple[str, Any]]:
         border = re.compile(r"\s*\[\s*").match(text)
         while border and not (text.startswith("]", border.end()) and not at) and "]" not in border[0]:
             line += text.count("\n", at, border.end())
-            row, end = _DECODER.raw_decode(text, border.end())
+            row, end = DECODER.raw_decode(text, border.end())
             yield f"{file}:{line}", row
             line, at = line + text.count("\n", border.end(), end), end
             border = re.compile(r"\s*[,\]]\s*").match(text, at)
@@ -260,89 +289,20 @@ def _array_rows(file: Path) -> Iterator[tuple[str, Any]]:
         raise UserError(f"{file}:{line}: not a valid JSON array ({str(error)[:120]})") from None
 
 
-def _finite(text: str) -> float:
-    if not math.isfinite(float(text)):
-        raise ValueError(f"{text} is not a JSON number in range")
-    return float(text)
+def read_conversation(row: Any) -> Row:
+    """A row with something to learn from.
+
+    Raises:
+        UnusableRow: there is nothing, or see `read_row`.
+    """
+    read = read_row(row)
+    turns = [message for message in read.messages if message["role"] == "assistant"]
+    if not turns:
+        raise UnusableRow("no assistant turn" if read.messages else "an empty conversation")
+    if all("untrained" in message for message in turns):
+        raise UnusableRow("every assistant turn is marked as one not to learn from")
+    return read
 
 
-_DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
-
-
-def _conversation(row: Any) -> str:
-    """One row, ShareGPT or chat messages, in our one format."""
-    messages, row = read_messages(row)
-    if not any(turn["role"] == "assistant" for turn in messages):
-        raise UnusableRow("no assistant turn" if messages else "an empty conversation")
-    tools = _parsed(row.get("tools"))
-    if not isinstance(tools, list | None):
-        raise UnusableRow("tools that are not a list")
-    text = json.dumps({"messages": messages, "tools": tools or None}, ensure_ascii=False)
-    text.encode()
-    return text
-
-
-def read_messages(row: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The messages of a row, and the row without nulls."""
-    if isinstance(row, UnusableRow):
-        raise row
-    row = _without_none(row) if isinstance(row, dict) else {}
-    turns = row.get("messages", row.get("conversations"))
-    if not isinstance(turns, list):
-        raise UnusableRow("no list of messages or conversations")
-    messages = [read_turn(turn) for turn in turns]
-    if isinstance(row.get("system"), str) and messages and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": row["system"]})
-    return [turn for turn in messages if turn["role"] != "system" or turn["content"].strip()], row
-
-
-def read_turn(turn: Any) -> dict[str, Any]:
-    """One turn, ShareGPT or chat message, as a message."""
-    turn = turn if isinstance(turn, dict) else {}
-    role = turn.get("from", turn.get("role"))
-    role = _ROLES.get(role.strip().lower()) if isinstance(role, str) else None
-    content, calls = turn.get("value", turn.get("content")), turn.get("tool_calls") or []
-    if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
-        content = "".join(part["text"] for part in content)
-    if content is None and calls:
-        content = ""
-    if role is None:
-        raise UnusableRow("unknown role")
-    if not isinstance(content, str) or not isinstance(turn.get("reasoning_content", ""), str):
-        raise UnusableRow("a content that is not text")
-    if not content.strip() and not calls and role in ("user", "assistant"):
-        raise UnusableRow(f"an empty {role} turn")
-    kept = {key: turn[key] for key in ("reasoning_content", "tool_call_id", "name") if key in turn}
-    if role == "assistant" and turn.get("unfinished") is True:
-        kept["unfinished"] = True
-    if calls:
-        kept["tool_calls"] = [_call(call) for call in calls] if isinstance(calls, list) else [_call(calls)]
-    return {"role": role, "content": content, **kept}
-
-
-def _call(call: Any) -> dict[str, Any]:
-    """A tool call, its arguments an object as templates want them and not text as the OpenAI API sends them."""
-    function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise UnusableRow("a tool call without a function name")
-    function["arguments"] = _parsed(function.get("arguments", {}))
-    return call
-
-
-def _parsed(value: Any) -> Any:
-    """The JSON in a text; anything else as it is."""
-    try:
-        return _DECODER.decode(value) if isinstance(value, str) else value
-    except (ValueError, RecursionError):
-        return value
-
-
-def _without_none(value: Any) -> Any:
-    """Without the nulls that Arrow fills in for keys that other rows have."""
-    if isinstance(value, dict):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
-    return [_without_none(item) for item in value] if isinstance(value, list) else value
-
-
-def _digest(state: Any) -> str:
-    return hashlib.sha256(json.dumps([_FORMAT, state]).encode()).hexdigest()[:40]
+def _key(state: Any) -> str:
+    return digest(json.dumps([_FORMAT, state]))[:40]

@@ -11,14 +11,14 @@ Shape suffixes: B rows, P longest prompt, N tree nodes, D tree depth + 1, H hidd
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from medusa_ds.decoding.acceptance import Acceptance
 from medusa_ds.decoding.kernels.compiled import CompiledBackbone, compile_part
@@ -280,6 +280,16 @@ def end_tokens(backbone: PreTrainedModel) -> list[int]:
     """The tokens that end a text."""
     ends = backbone.generation_config.eos_token_id if backbone.generation_config else backbone.config.eos_token_id
     return ends if isinstance(ends, list) else [] if ends is None else [ends]
+
+
+def end_at(backbone: PreTrainedModel, ends: Collection[int]) -> None:
+    """Have more tokens end a text: those that the chat template writes after an answer; says so where they are more."""
+    known = end_tokens(backbone)
+    if more := sorted(set(ends) - set(known)):
+        config = backbone.generation_config or GenerationConfig.from_model_config(backbone.config)
+        config.eos_token_id = [*known, *more]
+        backbone.generation_config = config
+        print(f"answers end at token {more[0]} too, as by the chat template; generation_config.json ends none there")
 
 
 def prefill(backbone: PreTrainedModel, session: Session, prompts: Sequence[Sequence[int]]) -> Tensor:

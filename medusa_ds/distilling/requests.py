@@ -34,8 +34,8 @@ class Request(NamedTuple):
     Attributes:
         row: number of the conversation.
         turn: which of its answers, from 0, or `MAKE_PROMPT`.
-        text: what the model reads: the conversation by its chat template, up to where the answer begins.
-        messages: the conversation; empty for a prompt that is to be made.
+        text: how a prompt begins that is to be made; else empty.
+        messages: the conversation to answer; empty for a prompt that is to be made.
     """
 
     row: int

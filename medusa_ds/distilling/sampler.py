@@ -16,8 +16,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
+from medusa_ds.data.dialogues import Chat
+from medusa_ds.data.layouts import UnusableRow
 from medusa_ds.decoding.acceptance import Acceptance
 from medusa_ds.decoding.decoder import capture, end_tokens, lm_head_logits, prefill
 from medusa_ds.decoding.session import Session, static_attention
@@ -50,15 +52,13 @@ class Sampler:
 
     Args:
         backbone: a causal language model of transformers, on its device.
-        tokenizer: its tokenizer.
+        chat: its tokenizer and chat template.
         sampling: how to draw, and the room of a row.
         batch: rows at once.
     """
 
-    def __init__(
-        self, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, batch: int
-    ) -> None:
-        self.backbone, self.tokenizer, self.sampling = backbone.eval(), tokenizer, sampling
+    def __init__(self, backbone: PreTrainedModel, chat: Chat, sampling: Sampling, batch: int) -> None:
+        self.backbone, self.chat, self.sampling = backbone.eval(), chat, sampling
         device = backbone.device
         room = sampling.max_prompt_tokens + sampling.max_new_tokens
         limit = getattr(backbone.config, "max_position_embeddings", None)
@@ -96,7 +96,11 @@ class Sampler:
             ended.clear()
             while requests and len(ready) < len(rows):
                 request = requests.popleft()
-                ids = self.tokenizer(request.text, add_special_tokens=False, verbose=False)["input_ids"]
+                try:
+                    ids = self._read(request)
+                except UnusableRow as error:
+                    ended.append((request, Reply("", 0, str(error))))
+                    continue
                 if len(ids) <= self.sampling.max_prompt_tokens:
                     ready.append((request, ids))
                 else:
@@ -113,6 +117,11 @@ class Sampler:
                 settle()  # while the GPU runs
                 if any(rows):
                     self._collect(rows, ended)
+
+    def _read(self, request: Request) -> list[int]:
+        if request.messages:
+            return self.chat.prompt(request.messages)
+        return self.chat.tokenizer(request.text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def _captured(self) -> Callable[[], None]:
         if self.backbone.device.type != "cuda":
@@ -175,7 +184,7 @@ class Sampler:
             if active[place] and not repeated:
                 continue
             finish = "end" if row.tokens[-1] in ends else "repetition" if repeated else "cut off"
-            text = str(self.tokenizer.decode(row.tokens, skip_special_tokens=True))
+            text = str(self.chat.tokenizer.decode(row.tokens, skip_special_tokens=True))
             ended.append((row.request, Reply(text, len(row.tokens), finish)))
             rows[place] = None
             looping.append(place)

@@ -159,8 +159,26 @@ def settled(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"model": model, "data": recipe.data.model_copy(update={"packing": packing})})
 
 
-def load_tokenizer(spec: ModelSpec) -> Any:
-    """The model's own tokenizer, with its chat template.
+# Vicuna's tokenizers ship no template; FastChat's conversation format `vicuna_v1.1` in Jinja.
+VICUNA = (
+    "{{ bos_token }}{% if messages[0].role == 'system' %}{% set system = messages[0].content %}"
+    "{% set turns = messages[1:] %}{% else %}{% set system = 'A chat between a curious user and an artificial "
+    "intelligence assistant. The assistant gives helpful, detailed, and polite answers to the user\\'s questions.' %}"
+    "{% set turns = messages %}{% endif %}{{ system + ' ' }}{% for turn in turns %}"
+    "{% if (turn.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{% if turn.role == 'user' %}{{ 'USER: ' + turn.content + ' ' }}"
+    "{% else %}{{ 'ASSISTANT: ' + turn.content + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+def family_template(name: str) -> str | None:
+    """The chat template of a family whose tokenizers ship none."""
+    return VICUNA if "vicuna" in name.lower() else None
+
+
+def load_tokenizer(spec: ModelSpec, template: str | None = None) -> Any:
+    """The model's own tokenizer, with a chat template: the given one, its own, or one of a family that ships none.
 
     Raises:
         UserError: see `model_path`; or it has none.
@@ -169,6 +187,7 @@ def load_tokenizer(spec: ModelSpec) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(**_where(spec))
         if len(tokenizer) <= len(tokenizer.get_added_vocab()):
             raise ValueError("it would know only special tokens")  # what some families make of missing files
+        tokenizer.chat_template = template or tokenizer.chat_template or family_template(spec.name)
         return tokenizer
     except (ValueError, OSError, ImportError) as error:
         raise UserError(f"model.name: no tokenizer in {spec.name} ({_one_line(error)})") from None

@@ -27,8 +27,9 @@ from pydantic import Field
 from medusa_ds.config.recipe import Recipe
 from medusa_ds.config.settings import Bare, RecipeSettings
 from medusa_ds.config.types import Count, Positive
-from medusa_ds.data.dialogues import chat_template, check_template
+from medusa_ds.data.dialogues import Chat
 from medusa_ds.data.prompts import Prompt, load_prompts
+from medusa_ds.decoding.decoder import end_at
 from medusa_ds.decoding.kernels.packed import pack_projections
 from medusa_ds.distilling.journal import Journal
 from medusa_ds.distilling.output import Output
@@ -45,7 +46,6 @@ from medusa_ds.training.supervisor import Supervisor, end_with_others
 
 MADE_PROMPT_TOKENS = 256
 OPENINGS = Path(__file__).parents[1] / "data" / "openings.txt"
-_MARK = "\U0010fff0"
 Messages = list[dict[str, Any]]
 
 
@@ -131,14 +131,15 @@ def run(settings: Settings) -> dict[str, Any]:
 
 
 def _distill(recipe: Recipe, settings: Settings, ranks: Ranks) -> dict[str, Any]:
-    chat = _Chat(recipe)
+    chat = Chat(load_tokenizer(recipe.model), recipe.data.template_args)
+    chat.check()
     asked = _read("--prompts", settings.prompts, settings.split)[: settings.limit] if settings.prompts else []
     excluded = [row for source in settings.exclude for row in _read("--exclude", source) if not isinstance(row, str)]
     unwanted = [message["content"] for row in excluded for message in row if message["role"] == "user"]
     openings = read_openings(settings.openings) if settings.openings else [""]
     output = Output(Path(settings.out), _state(recipe, settings, asked, unwanted, openings), ranks)
     try:
-        engines = _Engines(recipe, settings, chat.tokenizer, ranks)
+        engines = _Engines(recipe, settings, chat, ranks)
         prompts = asked + _make_prompts(settings, openings, chat, engines, output, len(asked))
         removed = _removed(prompts, Excluded(unwanted), chat.tokenizer.all_special_tokens, len(asked))
         failed = _answer(settings, chat, engines, prompts, removed, output)
@@ -151,28 +152,11 @@ def _distill(recipe: Recipe, settings: Settings, ranks: Ranks) -> dict[str, Any]
     return ranks.first(lambda: _summary(settings.out, len(prompts), failed, removed))
 
 
-class _Chat:
-    """The model's chat template."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        self.tokenizer, args = load_tokenizer(recipe.model), recipe.data.template_args
-        check_template(self.tokenizer, args)
-        self.args = {**args, "chat_template": chat_template(self.tokenizer, args, None), "tokenize": False}
-
-    def before_answer(self, messages: Messages) -> str:
-        return str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, **self.args))
-
-    def before_prompt(self) -> str:
-        """What the template writes before a user's first turn."""
-        text = str(self.tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], **self.args))
-        return text.partition(_MARK)[0]
-
-
 class _Engines:
     """Makes engines; the model is loaded once, when it is first needed."""
 
-    def __init__(self, recipe: Recipe, settings: Settings, tokenizer: Any, ranks: Ranks) -> None:
-        self.recipe, self.settings, self.tokenizer, self.ranks = recipe, settings, tokenizer, ranks
+    def __init__(self, recipe: Recipe, settings: Settings, chat: Chat, ranks: Ranks) -> None:
+        self.recipe, self.settings, self.chat, self.ranks = recipe, settings, chat, ranks
         self.backbone: Any = None
 
     def make(self, sampling: Sampling, rows: int) -> Engine:
@@ -188,8 +172,9 @@ class _Engines:
                 torch.cuda.set_device(device)
             self.backbone = load_backbone(self.recipe.model, dtype, device=device)
             pack_projections(self.backbone)
+            end_at(self.backbone, self.chat.ends)
         batch = settings.batch or (512 if self.backbone.device.type == "cuda" else 8)
-        return Sampler(self.backbone, self.tokenizer, sampling, min(batch, rows))
+        return Sampler(self.backbone, self.chat, sampling, min(batch, rows))
 
 
 def _read(where: str, source: str, split: str = "train") -> list[Any]:
@@ -221,7 +206,7 @@ def _state(
 
 
 def _make_prompts(
-    settings: Settings, openings: list[str], chat: _Chat, engines: _Engines, output: Output, first: int
+    settings: Settings, openings: list[str], chat: Chat, engines: _Engines, output: Output, first: int
 ) -> list[Any]:
     """The prompts that the model makes, kept in the progress file: messages, or why one cannot be used."""
     ranks = engines.ranks
@@ -283,7 +268,7 @@ def _removed(prompts: list[Any], excluded: Excluded, controls: list[str], asked:
 
 
 def _answer(
-    settings: Settings, chat: _Chat, engines: _Engines, prompts: list[Any], removed: dict[int, str], output: Output
+    settings: Settings, chat: Chat, engines: _Engines, prompts: list[Any], removed: dict[int, str], output: Output
 ) -> Counter[str]:
     """Answer this rank's part of what is neither answered nor removed; the reasons of rows that failed."""
     removed |= {row["row"]: row["removed"] for row in output.before if "removed" in row}
@@ -296,7 +281,7 @@ def _answer(
         while rest:
             messages.append(rest.popleft())
             if messages[-1]["role"] == "user":
-                return Request(number, turn, chat.before_answer(messages), list(messages))
+                return Request(number, turn, "", list(messages))
         return None
 
     missing = [number for number in range(len(prompts)) if number not in output.written and number not in removed]

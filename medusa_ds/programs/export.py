@@ -120,7 +120,8 @@ def _untrained(recipe_file: str, dtype: torch.dtype | None) -> Source:
     weight = lm_head_weight(model).detach()
     heads = make_heads(meta, dtype=dtype, logits=logits_of(model))
     heads.initialize(weight, model.get_output_embeddings().bias)
-    source = Source(heads.state_dict(), meta, model, load_tokenizer(recipe.model))
+    tokenizer = load_tokenizer(recipe.model, recipe.data.template_args.get("chat_template"))
+    source = Source(heads.state_dict(), meta, model, tokenizer)
     return source if recipe.heads.vocab == "full" else _truncate(source, recipe, int(recipe.heads.vocab))
 
 
@@ -128,7 +129,10 @@ def _truncate(source: Source, recipe: Recipe, number: int) -> Source:
     """Keep the rows of the most frequent tokens of the recipe's training labels."""
     if "token_map" in source.heads:
         raise UserError(f"--vocab: found {number}, but the heads have {len(source.heads['token_map'])} tokens already")
-    tokenizer, config = load_tokenizer(recipe.model), load_config(recipe.model).get_text_config()
+    tokenizer, config = (
+        load_tokenizer(recipe.model, recipe.data.template_args.get("chat_template")),
+        load_config(recipe.model).get_text_config(),
+    )
     tokens = token_map(number, load_data(recipe, tokenizer), tokenizer, config)
     assert tokens is not None
     source.heads = {name: weight[tokens] if "projection" in name else weight for name, weight in source.heads.items()}

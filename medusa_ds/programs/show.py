@@ -8,7 +8,7 @@ Example:
 import json
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -57,21 +57,36 @@ def run(settings: Settings) -> None:
 
 
 def _show_examples(recipe: Recipe, number: int) -> None:
-    """The first conversations of the training split, what the heads learn from in green, and counts."""
-    from medusa_ds.data.dialogues import IGNORED, describe
+    """The first conversations of the training split: layout, turns, what the heads learn from in green; and counts."""
+    from medusa_ds.data.dialogues import describe
+    from medusa_ds.data.marks import IGNORED
     from medusa_ds.data.packing import load_data
+    from medusa_ds.data.sources import load_conversations
     from medusa_ds.model.backbone import load_tokenizer
     from medusa_ds.training.report import quiet_libraries
 
     quiet_libraries(rank=0)
     tokenizer = load_tokenizer(recipe.model)
     data = load_data(recipe, tokenizer)
+    rows = load_conversations(recipe.data).train
     colour = sys.stdout.isatty() or bool(os.environ.get("FORCE_COLOR"))
     for index in range(min(number, len(data.train.rows))):
         example = data.train.example(index)
         supervised = sum(label != IGNORED for label in example.labels)
         print(f"--- example {index + 1}: {len(example.input_ids)} tokens, {supervised} supervised (green)")
+        row = rows[int(data.train.rows[index])]
+        turns = ", ".join(_verdict(message) for message in json.loads(row["messages"])["messages"])
+        print(f"{row['source']}, layout: {row['layout']}; turns: {turns}")
         text = describe(example, tokenizer)
         print(text if colour else text.replace("\x1b[32m", "[[").replace("\x1b[0m", "]]"))
     print("---" if colour else "--- not a terminal: supervised tokens stand in [[ ]]")
     print(data.summary(recipe.train.global_batch_size))
+
+
+def _verdict(message: dict[str, Any]) -> str:
+    """A turn's role, and whether the heads learn from it or why not."""
+    if message["role"] != "assistant":
+        return f"{message['role']} (no label)"
+    if "untrained" in message:
+        return f"assistant (no label: {message['untrained']})"
+    return "assistant (label, but not on its end: unfinished)" if message.get("unfinished") else "assistant (label)"

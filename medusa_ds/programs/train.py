@@ -121,7 +121,7 @@ def _run(recipe: Recipe, recipe_file: Path, ranks: Ranks, output: Path, supervis
     from medusa_ds.training.step import memory_hint
 
     quiet_libraries(rank)
-    tokenizer = load_tokenizer(recipe.model)
+    tokenizer = load_tokenizer(recipe.model, recipe.data.template_args.get("chat_template"))
     data = load_data(recipe, tokenizer)  # before any process group exists, whose timeout it could outlast
     steps = recipe.train.steps or max(
         1, round(recipe.train.epochs * data.train.steps_per_epoch(recipe.train.global_batch_size))
@@ -253,12 +253,11 @@ def _git_state(directory: Path) -> dict[str, Any] | None:
 
 
 def _describe_data(report: dict[str, Any], steps: int) -> str:
-    rejected = "".join(
-        f"\n  left out: {count} x {reason} (first: {first})" for reason, (count, first) in report["rejected"].items()
-    )
+    from medusa_ds.data.packing import told
+
     return (
         f"data: {report['train_rows']} conversations to train on, {report['validation_rows']} held out, "
-        f"{report['supervised_tokens']:,} of {report['tokens']:,} tokens supervised; {steps} steps{rejected}"
+        f"{report['supervised_tokens']:,} of {report['tokens']:,} tokens supervised; {steps} steps{told(report)}"
     )
 
 

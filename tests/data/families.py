@@ -1,4 +1,4 @@
-"""Small tokenizers of five families: their kinds of pre-tokenisation, their control tokens, their chat templates."""
+"""Small tokenizers of seven families: their kinds of pre-tokenisation, their control tokens, their chat templates."""
 
 import json
 from functools import cache
@@ -6,6 +6,8 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from medusa_ds.model.backbone import VICUNA
 
 TEMPLATES = Path(__file__).with_name("templates")
 TEXT = [
@@ -31,8 +33,20 @@ SPECIAL = {
         "[/TOOL_RESULTS]",
     ],
     "vicuna": ["<unk>", "<s>", "</s>"],
+    "deepseek": ["<|begin|>", "<|end|>"],
+    "glm": ["<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"],
 }
 ADDED = {
+    "deepseek": [
+        "<|User|>",
+        "<|Assistant|>",
+        "<think>",
+        "</think>",
+        "<|tool_call|>",
+        "<|tool_output|>",
+        "<|tool_end|>",
+    ],
+    "glm": ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"],
     "qwen3": [
         "<think>",
         "</think>",
@@ -41,7 +55,7 @@ ADDED = {
         "<tool_response>",
         "</tool_response>",
         "<|fim_prefix|>",
-    ]
+    ],
 }
 BOS_EOS = {
     "llama3": ("<|begin_of_text|>", "<|eot_id|>"),
@@ -49,6 +63,8 @@ BOS_EOS = {
     "smollm2": ("<|im_start|>", "<|im_end|>"),
     "mistral": ("<s>", "</s>"),
     "vicuna": ("<s>", "</s>"),
+    "deepseek": ("<|begin|>", "<|end|>"),
+    "glm": (None, "<|endoftext|>"),
 }
 FAMILIES = tuple(SPECIAL)
 
@@ -99,7 +115,9 @@ def tokenizer_of(family: str, template: str | None = None) -> PreTrainedTokenize
     special = [AddedToken(text, special=True, normalized=False) for text in SPECIAL[family]]
     tokenizer.add_tokens(special, special_tokens=True)
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in ADDED.get(family, [])])
-    if family != "vicuna":
+    if family == "vicuna":
+        tokenizer.chat_template = VICUNA
+    else:
         tokenizer.chat_template = (TEMPLATES / f"{template or family}.jinja").read_text(encoding="utf-8")
     return tokenizer
 

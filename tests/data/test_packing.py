@@ -12,7 +12,7 @@ from families import tokenizer_of
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from medusa_ds.config.recipe import DataSpec, HeadsSpec, ModelSpec, Recipe, TrainSpec
-from medusa_ds.data.dialogues import encode
+from medusa_ds.data.dialogues import Chat
 from medusa_ds.data.packing import Data, best_fit, load_data
 from medusa_ds.errors import UserError
 
@@ -124,7 +124,7 @@ def test_documents_are_the_encoded_conversations(file):
     for batch in train.micro_batches(0, 4, 2, 0, 1):
         sources = [source for sequence in batch.sources for source in sequence]
         for source, (ids, labels) in zip(sources, real_documents(batch), strict=True):
-            expected = encode(rows[int(source.rsplit(":")[-1]) - 1], tokenizer, {})
+            expected = Chat(tokenizer, {}).encode(rows[int(source.rsplit(":")[-1]) - 1])
             assert (ids, labels) == (expected.input_ids, expected.labels)
 
 
@@ -236,14 +236,14 @@ def _work(path: Path, queue: multiprocessing.Queue) -> None:
     from medusa_ds.data import packing
 
     tokenised = 0
-    real = packing.encode
+    real = packing.Chat.encode
 
     def counting(*args, **kwargs):
         nonlocal tokenised
         tokenised += 1
         return real(*args, **kwargs)
 
-    packing.encode = counting
+    packing.Chat.encode = counting
     data = load(path)
     queue.put((data.fingerprint, [row.tolist() for row in data.train.epoch(1)], tokenised))
 

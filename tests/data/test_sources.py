@@ -6,9 +6,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import load_dataset_builder
 
 from medusa_ds.config.recipe import DataSpec, SourceSpec
 from medusa_ds.data import sources
+from medusa_ds.data.layouts import LAYOUTS
 from medusa_ds.data.sources import Conversations, load_conversations
 from medusa_ds.errors import UserError
 
@@ -78,8 +80,8 @@ BAD = [
     ('{"a": ' + "9" * 5000 + "}", "not valid JSON"),
     ("[" * 100_000, "not valid JSON"),
     (json.dumps(row("\ud800")), "not text that UTF-8 and JSON can hold (a lone surrogate, a date, too deep)"),
-    ("3", "no list of messages or conversations"),
-    ({"text": "x"}, "no list of messages or conversations"),
+    ("3", f"no known layout in its keys: none; known are {LAYOUTS}"),
+    ({"text": "x", "n": 1}, f"no known layout in its keys: n, text; known are {LAYOUTS}"),
     ({"messages": []}, "an empty conversation"),
     ({"messages": ["x"]}, "unknown role"),
     ({"messages": [{"role": "narrator", "content": "x"}]}, "unknown role"),
@@ -144,7 +146,7 @@ def test_parquet_and_directory(tmp_path):
     write(folder / "notes.txt", "not data")
     found = load(folder)
     assert [turns[0]["content"] for turns in messages(found.train)] == ["p", "l"]
-    assert found.rejected == {"no list of messages or conversations": (1, f"{folder}/a.parquet:2")}
+    assert found.rejected == {f"no known layout in its keys: none; known are {LAYOUTS}": (1, f"{folder}/a.parquet:2")}
     (folder / "a.parquet").write_bytes(b"PAR1 nonsense")
     with pytest.raises(UserError, match=r"a.parquet: not a readable Parquet file"):
         load(folder)
@@ -215,18 +217,40 @@ def test_a_source_that_cannot_be_used(tmp_path, path, spec, found):
         load(path.format(tmp=tmp_path), **spec)
 
 
-def test_hub_rows_carry_dataset_split_and_row(monkeypatch):
-    """The hub itself is out of reach of tests: a dataset stands in for what `load_dataset` returns."""
-    from datasets import Dataset
+def hub(monkeypatch, kind: str, *files: Path) -> None:
+    """The hub itself is out of reach of tests: local files stand in for those that it names."""
+    data_files = {"train": [str(file) for file in files]}
+    monkeypatch.setattr(sources, "load_dataset_builder", lambda _: load_dataset_builder(kind, data_files=data_files))
 
-    def stand_in(name, split):
-        if split == "test":
-            raise ValueError("Unknown split \"test\". Should be one of ['train'].")
-        return Dataset.from_list([row("a"), {"messages": []}, row("b")])
 
-    monkeypatch.setattr(sources, "load_dataset", stand_in)
+def test_hub_rows_carry_dataset_split_and_row(monkeypatch, tmp_path):
+    pq.write_table(pa.Table.from_pylist([row("a"), {"messages": []}, row("b")]), tmp_path / "x.parquet")
+    hub(monkeypatch, "parquet", tmp_path / "x.parquet")
     found = load("org/name", split="train[:3]")
     assert [item["source"] for item in found.train] == ["org/name[train[:3]]:0", "org/name[train[:3]]:2"]
     assert found.rejected == {"an empty conversation": (1, "org/name[train[:3]]:1")}
     with pytest.raises(UserError, match=r"org/name\[test\]: cannot be loaded \(ValueError: Unknown split \"test\""):
         load("org/name", split="test")
+
+
+def test_json_of_the_hub_is_read_as_the_same_file_here(monkeypatch, tmp_path):
+    """Mutation: let `datasets` read it, which takes the types of all rows from its first rows."""
+    parts = [{"type": "text", "text": "Y"}, {"type": "text", "text": "es"}]
+    rows = [row(f"{number}") for number in range(400)]
+    rows += [
+        row("list", parts),
+        {**row("new key"), "weight": 1},
+        row("\ud800"),
+        {"messages": json.dumps(row()["messages"])},
+    ]
+    file = write(tmp_path / "x.jsonl", *rows)
+    here = load(file)
+    hub(monkeypatch, "json", file)
+    there = load("org/name")
+    assert there.train["messages"][:] == here.train["messages"][:]
+    assert messages(there.train)[400][1]["content"] == "Yes"
+    assert [n for n, _ in there.rejected.values()] == [n for n, _ in here.rejected.values()] == [1]
+    assert load("org/name", split="train[25%:50%]").train["source"][:] == [
+        f"org/name[train[25%:50%]]:{number}" for number in range(101)
+    ]
+    assert messages(load("org/name", split="train[403:]").train)[0] == row()["messages"]

@@ -28,6 +28,7 @@ def make_sequences(number=1500):
                 "cut": False,
                 "source": "a:1",
                 "reason": "",
+                "notes": [],
             }
         )
     data = Dataset.from_list(rows, features=_FEATURES)

@@ -1,6 +1,7 @@
 """The built-in engine against transformers' own greedy decoding, and its draws against their law."""
 
 from collections import deque
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def answers(model, prompts, sampling, batch, order=None, follow=None):
 
     rows = order or range(len(prompts))
     requests = deque(Request(row, 0, " ".join(map(str, prompts[row])), []) for row in rows)
-    Sampler(model, Letters(), sampling, batch).run(requests, handle)
+    Sampler(model, SimpleNamespace(tokenizer=Letters()), sampling, batch).run(requests, handle)
     return found
 
 

@@ -187,16 +187,19 @@ def test_stage_two_takes_the_tuned_backbone(output, prompts):
     assert finished == sealed != before
 
 
-def test_every_bad_row_of_prompts_is_named(tmp_path):
+def test_every_bad_row_of_prompts_is_left_out_and_named(tmp_path, capsys):
     file = tmp_path / "bad.jsonl"
     lines = ['{"turns": ["a"]}', "{", "[]", '{"turns": []}', '{"turns": ["a", 3]}', '{"turns": ["a"], "category": 1}']
     lines.append('{"turns": ["a", " "]}')
     file.write_text("\n".join(lines))
+    assert read_prompts("--prompts", str(file)) == [Prompt([{"role": "user", "content": "a"}], "")]
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[1] for line in said[:-1]] == [f"{file}:{n}" for n in range(2, 8)]
+    assert said[-1] == "6 of 7 prompts were left out"
+    file.write_text("\n".join(lines[1:]))
     with pytest.raises(UserError) as caught:
         read_prompts("--prompts", str(file))
-    assert [problem.split(": ")[0] for problem in caught.value.problems] == [f"{file}:{n}" for n in range(2, 8)]
-    with pytest.raises(UserError):
-        read_prompts("--prompts", str(file), 1)
+    assert [problem.split(": ")[0] for problem in caught.value.problems] == [f"{file}:{n}" for n in range(1, 7)]
     file.write_text("\n".join([lines[0]] * 2))
     assert read_prompts("--prompts", str(file), 1) == [Prompt([{"role": "user", "content": "a"}], "")]
     file.write_text("\n")

@@ -20,8 +20,8 @@ from support import group_of_one
 
 from medusa_ds.config import deepspeed as ds_config
 from medusa_ds.config.recipe import Recipe
-from medusa_ds.data.dialogues import UnusableRow
-from medusa_ds.data.sources import _conversation, _line_rows
+from medusa_ds.data.layouts import UnusableRow
+from medusa_ds.data.sources import _line_rows, read_conversation
 from medusa_ds.errors import UserError
 from medusa_ds.heads.files import load_heads, save_heads
 from medusa_ds.heads.medusa import MedusaHeads
@@ -179,7 +179,7 @@ def test_data_row(folder: Path, row: Any, changes: Any, raw: bool) -> None:
         with contextlib.suppress(
             UnusableRow, TypeError, ValueError, RecursionError
         ):  # `_convert` makes reasons of these
-            json.loads(_conversation(found))
+            json.loads(read_conversation(found).text())
 
 
 META = {
