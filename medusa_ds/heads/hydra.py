@@ -1,10 +1,13 @@
 """Hydra heads (arXiv 2402.05109): each also sees the tokens before the one that it guesses.
 
-    state_k = state_{k-1} + SiLU(W_k [state_{k-1}; E(token t+k)] + b_k),    head_k = projection(blocks_k(state_k))
+    state_k = state_{k-1} + SiLU(W_k [state_{k-1}; e_k] + b_k),    head_k = projection(blocks_k(state_k))
+    e_k     = E(token t+k) / rms(E(token t+k))
 
 The paper concatenates all embeddings; this is the recurrent form, as in ReDrafter (arXiv 2403.09919): one state of the
-hidden size goes from head to head. The first of a head's `layers` is the state's update W_k, the others are residual
-blocks of Medusa's between the state and the projection, which later heads do not see. All start as the identity.
+hidden size goes from head to head. Embeddings are brought to the size of hidden states, since Adam moves the weights of
+both alike: SmolLM2's are a sixteenth of that size and would hardly be heard. The first of a head's `layers` is the
+state's update W_k, the others are residual blocks of Medusa's between the state and the projection, which later heads
+do not see. All start as the identity.
 """
 
 import torch
@@ -14,15 +17,18 @@ from medusa_ds.heads.base import Head
 from medusa_ds.heads.medusa import MedusaHeads
 from medusa_ds.model.projection import VocabularyProjection, ZeroLinear
 
+EPSILON = 1e-6
+
 
 class Step(ZeroLinear):
-    """`s + SiLU(W [s; e] + b)`, the state s unchanged at the start."""
+    """`s + SiLU(W [s; e / rms(e)] + b)`, the state s unchanged at the start."""
 
     def __init__(self, hidden_size: int, dtype: torch.dtype | None = None):
         super().__init__(2 * hidden_size, hidden_size, dtype=dtype)
 
     def forward(self, states: Tensor, tokens: Tensor) -> Tensor:
         """From states and embedded tokens, both [..., H], to the next states."""
+        tokens = nn.functional.rms_norm(tokens, tokens.shape[-1:], eps=EPSILON)
         return states + nn.functional.silu(super().forward(torch.cat([states, tokens], -1)))
 
 

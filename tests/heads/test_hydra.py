@@ -10,7 +10,7 @@ from torch import nn
 
 from medusa_ds.heads.hydra import HydraHeads
 from medusa_ds.heads.joint import JointModel
-from medusa_ds.model.backbone import hidden_states
+from medusa_ds.model.attention import hidden_states
 from medusa_ds.model.rows import any_head_rows
 
 CASES = [
@@ -34,6 +34,10 @@ def student(stage=1, own=True, target="label", impl="torch", tokens=None):
     return JointModel(model.backbone, model.heads, stage, loss_impl=impl, chunk_mib=1, target=target, start=start)
 
 
+def unit(embedded):
+    return embedded / embedded.square().mean(-1, keepdim=True).add(1e-6).sqrt()
+
+
 def reference(model, target):
     """Loss sums by head, and gradients of their weighted sum, by autograd over whole float64 logits."""
     backbone = copy.deepcopy(model.backbone).double()
@@ -47,7 +51,7 @@ def reference(model, target):
         for k in range(NUM + 1):
             x = state
             if k and k < len(tokens):
-                pair = torch.cat([state[: len(tokens) - k], embedded_VH[tokens[k:]]], 1)
+                pair = torch.cat([state[: len(tokens) - k], unit(embedded_VH[tokens[k:]])], 1)
                 update = pair @ heads[f"{k - 1}.step.weight"].T + heads[f"{k - 1}.step.bias"]
                 state = state[: len(tokens) - k] + F.silu(update)
                 x = state + F.silu(state @ heads[f"{k - 1}.blocks.0.weight"].T + heads[f"{k - 1}.blocks.0.bias"])

@@ -56,6 +56,14 @@ def _start_jobs(*zeros: str) -> list[Any]:
     ]
 
 
+def _hydra_jobs(*zeros: str) -> list[Any]:
+    return [
+        (f"{zero}-{stage}-hydra", "trajectory", {"zero": zero, "stage": stage, "heads": {"kind": "hydra", "layers": 2}})
+        for zero in zeros
+        for stage in (1, 2)
+    ]
+
+
 @pytest.fixture(scope="session")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Every ZeRO config and stage on two ranks, each trained through and resumed in the middle, and failures."""
@@ -83,6 +91,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         (f"{zero}-layers0", "trajectory", {"zero": zero, "stage": 1, "heads": {"layers": 0}})
         for zero in ("zero0", "zero2", "zero3")
     ]
+    jobs += _hydra_jobs("zero0", "zero2_offload", "zero3")
     jobs += [(f"{zero}-export", "export", {"zero": zero}) for zero in ("zero2", "zero3")]
     jobs += _target_jobs("zero0", "zero3") + _start_jobs("zero0", "zero2_offload", "zero3")
     jobs.append(("zero3-start-export", "export", {"zero": "zero3", "loss": {"target": "distribution"}}))
@@ -104,7 +113,7 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory, two_ranks: Runs) -> Runs:
         for size in (2, 4):
             arguments = {"zero": "zero0", "stage": stage, "train": {"micro_batch_size": size}}
             jobs.append((f"micro{size}-{stage}", "trajectory", arguments))
-    jobs += _target_jobs("zero0") + _start_jobs("zero0")
+    jobs += _target_jobs("zero0") + _start_jobs("zero0") + _hydra_jobs("zero3")
     arguments = {"zero": "zero0", "stage": 2, "source": str(two_ranks.folder / "zero3-distribution-stage2")}
     jobs.append(("start-elsewhere", "resumed", arguments | {"loss": {"target": "distribution"}}))
     return Runs(folder, run_ranks(1, folder, jobs))

@@ -12,7 +12,9 @@ from worker import STEPS, make_recipe, make_sequences
 RATES = (0.5, 1.0, 1.0, 0.55)  # warm-up over half of four steps, then half a cosine down to a tenth
 
 
-def train(weights: Path, stage: int, layers: int = 1) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
+def train(
+    weights: Path, stage: int, layers: int = 1, kind: str = "medusa"
+) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
     """Train from the weights of a file.
 
     Returns:
@@ -44,9 +46,15 @@ def train(weights: Path, stage: int, layers: int = 1) -> tuple[list[float], list
                 ids, labels = batch.input_ids[:, start:stop], batch.labels[0, start:stop]
                 with torch.set_grad_enabled(stage == 2):
                     hidden = backbone.model(input_ids=ids).last_hidden_state[0]
+                embedded = backbone.get_input_embeddings()(ids[0]).detach()
+                embedded = embedded / embedded.square().mean(-1, keepdim=True).add(1e-6).sqrt()
                 for k in range(0 if stage == 2 else 1, 4):
+                    if k and kind == "hydra":  # the hidden states become those that saw k more tokens
+                        name, known = f"heads.{k - 1}.step", max(len(labels) - k, 0)
+                        pair = torch.cat([hidden[:known], embedded[k:]], 1)
+                        hidden = hidden[:known] + F.silu(pair @ heads[f"{name}.weight"].T + heads[f"{name}.bias"])
                     x = hidden
-                    for layer in range(layers if k else 0):
+                    for layer in range(layers - (kind == "hydra") if k else 0):
                         name = f"heads.{k - 1}.blocks.{layer}"
                         x = x + F.silu(x @ heads[f"{name}.weight"].T + heads[f"{name}.bias"])
                     matrix = heads[f"heads.{k - 1}.projection.weight"] if k else backbone.lm_head.weight

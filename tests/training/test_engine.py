@@ -95,6 +95,24 @@ def test_heads_of_stage_2_learn_at_the_multiplied_rate(two_ranks: Runs) -> None:
         assert step["heads"] == step["heads_no_decay"] == 4 * step["backbone"] == 4 * step["backbone_no_decay"]
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("zero", ["zero0", "zero2_offload", "zero3"])
+def test_heads_that_see_tokens_train_as_plain_pytorch_does(
+    zero: str, stage: int, two_ranks: Runs, one_rank: Runs
+) -> None:
+    """Mutations: a step's weight read outside of its module; learn the embeddings through the heads."""
+    name = f"{zero}-{stage}-hydra"
+    folder = two_ranks.folder / name
+    losses, norms, final = reference.train(folder / "before.safetensors", stage, layers=2, kind="hydra")
+    for run in (two_ranks[name], one_rank[f"zero3-{stage}-hydra"]):
+        assert numbers(run["loss"]) == pytest.approx(losses, rel=2e-6)
+        assert numbers(run["grad_norm"]) == pytest.approx(norms, rel=2e-5)
+    before, after = weights(folder, "before"), weights(folder, "after")
+    for key, wanted in final.items():
+        moved = relative(after[key].double() - before[key], wanted - before[key])
+        assert moved < 5e-3, key
+
+
 @pytest.mark.parametrize("zero", ["zero0", "zero2", "zero3"])
 def test_heads_without_layers_learn(zero: str, two_ranks: Runs) -> None:
     folder = two_ranks.folder / f"{zero}-layers0"
