@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -116,3 +117,23 @@ def test_heavy_libraries_wait_for_their_command() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "smollm2_135m_stage1" in done.stdout
+
+
+def test_every_import_is_a_dependency_with_a_lower_bound() -> None:
+    """Mutation: import a package that another one happens to bring, or write a requirement without a version."""
+    setup = ast.parse((PACKAGE.parent / "setup.py").read_text())
+    call = next(node for node in ast.walk(setup) if isinstance(node, ast.Call) and ast.unparse(node.func) == "setup")
+    given = {keyword.arg: keyword.value for keyword in call.keywords}
+    required = [*ast.literal_eval(given["install_requires"]), *ast.literal_eval(given["extras_require"])["distill"]]
+    assert [text for text in required if ">=" not in text] == []
+    names = {text.split(">=")[0] for text in required}
+    found = {name.split(".")[0] for file in MODULES.values() for name, _ in imports(file)}
+    others = found - {"medusa_ds", "__future__"} - sys.stdlib_module_names
+    assert len(others) > 15
+    owners = packages_distributions()
+    missing = [
+        name
+        for name in others
+        if not {d.lower().replace("_", "-") for d in owners[name]} & {n.replace("_", "-") for n in names}
+    ]
+    assert missing == []

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from medusa_ds.benchmarks import trace, worker
+from medusa_ds.benchmarks import report, trace, worker
 from medusa_ds.benchmarks.batches import load_conversations, make_feed
 from medusa_ds.benchmarks.cases import IMPLS, Case, matrix
 from medusa_ds.benchmarks.head import measure_head
@@ -128,7 +128,7 @@ def test_several_gpus_are_compared_with_one_and_with_the_original():
         case(impl=impl, gpus=gpus).to_json() | {"median_s": 1.0, "supervised_tokens_per_s": speed, "tflops": tflops}
         for impl, gpus, speed, tflops in (("ours", 1, 30.0, 6.0), ("ours", 2, 57.0, 12.0), ("original", 1, 20.0, 4.0))
     ]
-    bench.compare({"machine": {"matmul_tflops": 10.0}, "results": results})
+    report.compare({"machine": {"matmul_tflops": 10.0}, "results": results})
     assert [result.get("times_original") for result in results] == [1.5, 57 / 40, 1.0]
     assert [result.get("times_one_gpu") for result in results] == [None, 1.9, None]
     assert [result["of_ceiling"] for result in results] == [0.6, 0.6, 0.4]
@@ -243,7 +243,7 @@ def test_out_of_memory_is_a_result_and_other_errors_are_not(place, monkeypatch):
         worker.main("case.json", "result.json")
     result = json.loads((place / "result.json").read_text())
     assert list(result) == ["out_of_memory"]
-    assert "out of memory" in bench.describe(
+    assert "out of memory" in report.describe(
         {"machine": {"device": "x", "matmul_tflops": 1.0, "copy_gb_per_s": 1.0}, "results": [case().to_json() | result]}
     )
     monkeypatch.setattr(worker, "measure_step", fail(UserError("no such model")))
