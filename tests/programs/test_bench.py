@@ -22,7 +22,7 @@ model:
   name: tiny
   init: random
   config: {model_type: llama, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, vocab_size: 307,
-           num_attention_heads: 4, num_key_value_heads: 2, max_position_embeddings: 256, initializer_range: 0.2}
+           num_attention_heads: 4, num_key_value_heads: 2, max_position_embeddings: 8192, initializer_range: 0.2}
 stage: 1
 data: {path: sample}
 train: {global_batch_size: 2, lr: 1e-3}
@@ -59,7 +59,7 @@ def case(**changes):
     [
         (["--part", "stpe"], "--part: found 'stpe'; allowed is step, head, chat or epochs"),
         (["--impl", "ours,theirs"], "--impl: found 'theirs'; allowed is ours, ours_fp8"),
-        (["--stage", "3"], "--stage: found '3'; allowed is a whole number of at least 1 and at most 2"),
+        (["--stage", "3"], "--stage: found '3'; allowed is 1 or 2"),
         (["--heads", "3,many"], "--heads: found 'many'; allowed is a whole number"),
         (["--sequence", "8", "--heads", "5"], "data.max_length"),
         (["--heads", "17"], "heads.num"),
