@@ -1,0 +1,229 @@
+"""Layouts and keys of rows: each is read as what it says, and what is not followed is counted."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from families import FAMILIES, tokenizer_of
+
+from medusa_ds.config.recipe import DataSpec, HeadsSpec, ModelSpec, Recipe, TrainSpec
+from medusa_ds.data.dialogues import Chat
+from medusa_ds.data.layouts import LAYOUTS, UnusableRow, read_row
+from medusa_ds.data.packing import load_data
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+U, A = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"x": 2}}}
+SCHEMA = {"name": "add", "parameters": {"type": "object"}}
+
+
+def share(*turns: dict) -> list[dict]:
+    names = {"user": "human", "assistant": "gpt"}
+    return [{"from": names.get(turn["role"], turn["role"]), "value": turn["content"]} for turn in turns]
+
+
+LAYOUT_ROWS = [
+    ({"messages": [U, A]}, "messages", [U, A]),
+    ({"messages": json.dumps([U, A])}, "messages", [U, A]),
+    ({"conversations": share(U, A)}, "conversations", [U, A]),
+    ({"conversation": [U | {"language": "English", "toxic": False}, A]}, "conversation", [U, A]),
+    ({"data": ["Hi", "Yes", "Hi"]}, "data", [U, A, U]),
+    ({"prompt": "Hi", "completion": "Yes"}, "prompt + completion", [U, A]),
+    ({"prompt": [SYSTEM, U], "completion": [A]}, "prompt + completion", [SYSTEM, U, A]),
+    ({"prompt": "Hi", "chosen": "Yes", "rejected": "No"}, "prompt + chosen", [U, A]),
+    ({"prompt": [U], "chosen": [A], "rejected": []}, "prompt + chosen", [U, A]),
+    ({"prompt": "Hi", "chosen": [U, A], "rejected": [U, A]}, "chosen", [U, A]),
+    ({"instruction": "Hi", "input": "", "output": "Yes"}, "instruction + output", [U, A]),
+    (
+        {"instruction": "Hi", "input": "there", "output": "Yes", "history": [["Hi", "Yes"]]},
+        "instruction + output",
+        [U, A, {"role": "user", "content": "Hi\nthere"}, A],
+    ),
+    ({"conversations": share(U, A), "system_prompt": "Be brief."}, "conversations", [SYSTEM, U, A]),
+    ({"messages": [U, A], "system": "Be brief."}, "messages", [SYSTEM, U, A]),
+    ({"instruction": "Hi", "output": "Yes", "system": "Be brief."}, "instruction + output", [SYSTEM, U, A]),
+    ({"conversations": None, "messages": [U, A]}, "messages", [U, A]),
+]
+
+
+@pytest.mark.parametrize(("row", "layout", "messages"), LAYOUT_ROWS)
+def test_a_layout_is_recognised(row, layout, messages):
+    """Mutation: leave out a layout; drop the system prompt beside the turns."""
+    found = read_row(row)
+    assert (found.layout, found.messages, found.notes) == (layout, messages, [])
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+@pytest.mark.parametrize("text", ["content", "value"])
+def test_thoughts_have_one_name(key, text):
+    turn = {"from": "gpt", text: "Yes", key: "hm"} if text == "value" else {**A, key: "hm"}
+    assert read_row({"messages": [U, turn]}).messages[1] == {**A, "reasoning_content": "hm"}
+    with pytest.raises(UnusableRow, match="thoughts that are not text"):
+        read_row({"messages": [U, {**A, key: 3}]})
+
+
+@pytest.mark.parametrize(
+    ("key", "off", "on"),
+    [
+        ("weight", 0, 1),
+        ("weight", 0.0, 1.0),
+        ("train", False, True),
+        ("trainable", False, True),
+        ("loss_mask", 0, 1),
+        ("loss", False, True),
+    ],
+)
+def test_marks_of_turns_are_obeyed_or_refused_by_value(key, off, on):
+    for turn in (A, share(A)[0]):
+        found = read_row({"messages": [U, turn | {key: off}, U, turn | {key: on}]})
+        assert found.messages == [U, {**A, "untrained": f"{key}: {json.dumps(off)}"}, U, A]
+        assert found.notes == [f"turn that is not learnt from, by {key}: {json.dumps(off)}"]
+        for value in (0.5, 2, "0", [0]):
+            with pytest.raises(
+                UnusableRow, match=rf"{key} of a turn: found .*{value if value != [0] else 0}.*; allowed"
+            ):
+                read_row({"messages": [U, turn | {key: value}]})
+
+
+@pytest.mark.parametrize("key", ["mask", "label", "labels", "prefix", "refusal"])
+def test_keys_that_are_not_known_are_counted(key):
+    assert read_row({"messages": [U, {**A, key: "x"}]}).notes == [f"{key} of a turn, which is not known here"]
+    assert read_row({"prompt": "Hi", "completion": "Yes", "label": False}).notes == [
+        "label of a row, which is not known here"
+    ]
+    assert read_row({"messages": [SYSTEM, U, A], "system": "Other."}).notes == [
+        "system beside a system turn, which stands above it"
+    ]
+    assert read_row({"messages": [{**U, "loss_mask": 1}, A]}).notes == [
+        "loss_mask: 1 of a turn of the user, which heads do not learn from"
+    ]
+
+
+NORMAL_CALL = {**CALL, "function": {"name": "add", "arguments": {"x": 2}}}
+CALLS = [
+    ("object", {"role": "assistant", "tool_calls": [CALL]}, NORMAL_CALL),
+    (
+        "text",
+        {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": '{"x": 2}'}}]},
+        {**NORMAL_CALL, "text": '{"x": 2}'},
+    ),
+    ("flat", {"role": "assistant", "tool_calls": [CALL["function"]]}, NORMAL_CALL),
+    (
+        "old OpenAI",
+        {"role": "assistant", "function_call": {"name": "add", "arguments": '{"x": 2}'}},
+        {**NORMAL_CALL, "text": '{"x": 2}'},
+    ),
+    ("ShareGPT", {"from": "function_call", "value": '{"name": "add", "arguments": {"x": 2}}'}, NORMAL_CALL),
+]
+
+
+@pytest.mark.parametrize(("name", "turn", "call"), CALLS)
+@pytest.mark.parametrize("result", ["tool", "function", "observation", "ipython"])
+def test_calls_and_results_of_all_kinds(name, turn, call, result):
+    answer = {"role": result, "content": "4"} if "role" in turn else {"from": result, "value": "4"}
+    found = read_row({"messages": [U, turn, answer, A], "functions": [SCHEMA]})
+    assert found.messages == [
+        U,
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "4"},
+        A,
+    ]
+    assert found.tools == [{"type": "function", "function": SCHEMA}]
+    assert read_row({"conversations": [U, A], "tools": json.dumps([SCHEMA])}).tools == found.tools
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"text": "x", "meta": 1}, f"no known layout in its keys: meta, text; known are {LAYOUTS}"),
+        ({"a\nb": 1}, "no known layout in its keys: ...; known are"),
+        ({"prompt": "Hi", "rejected": "No"}, "in its keys: prompt, rejected"),
+        ({"messages": [U, {"from": "function_call", "value": "add it"}]}, "a tool call that is not JSON"),
+        ({"messages": [U, {**A, "content": [{"type": "image_url", "text": "x"}]}]}, "parts that are not text"),
+        ({"messages": [U, A], "chat_template_kwargs": {"chat_template": "x"}}, "found chat_template; allowed are"),
+        ({"messages": [U, A], "chat_template_kwargs": [1]}, "found no object; allowed are"),
+    ],
+)
+def test_what_cannot_be_read_has_a_reason(row, reason):
+    with pytest.raises(UnusableRow) as caught:
+        read_row(row)
+    assert reason in str(caught.value)
+
+
+def rows_of(texts: list[str]) -> dict[str, dict]:
+    """One conversation in every layout that can hold it."""
+    turns = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
+    pairs = [texts[n : n + 2] for n in range(0, len(texts) - 2, 2)]
+    return {
+        "messages": {"messages": turns},
+        "JSON text": {"messages": json.dumps(turns)},
+        "parts": {"messages": [{**t, "content": [{"type": "text", "text": t["content"]}]} for t in turns]},
+        "conversations": {"conversations": share(*turns)},
+        "conversation": {"conversation": turns},
+        "data": {"data": texts},
+        "completion": {"prompt": turns[:-1], "completion": turns[-1:]},
+        "chosen": {"prompt": turns[:-1], "chosen": texts[-1]},
+        "whole chosen": {"prompt": texts[0], "chosen": turns, "rejected": turns},
+        "Alpaca": {"instruction": texts[-2], "input": "", "output": texts[-1], "history": pairs},
+    }
+
+
+WORDS = "two four Hi there what is said <|im_end|> </s> é 中 \n 12 . <b>".split(" ")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("seed", range(6))
+def test_every_layout_gives_what_chat_messages_give(family, seed):
+    """Random conversations, fixed seeds."""
+    draw = np.random.default_rng([seed, 26])
+    texts = ["x" + " ".join(draw.choice(WORDS, draw.integers(1, 9))) for _ in range(2 * draw.integers(1, 4))]
+    chat = Chat(tokenizer_of(family), {})
+    encoded = {name: chat.encode(**json.loads(read_row(row).text())) for name, row in rows_of(texts).items()}
+    assert all(found == encoded["messages"] for found in encoded.values())
+    if not any(word in " ".join(texts) for word in WORDS[7:9]):
+        turns = rows_of(texts)["messages"]["messages"]
+        assert encoded["messages"].input_ids == chat.tokenizer.apply_chat_template(turns, return_dict=False)
+
+
+def test_rows_in_are_rows_used_and_rows_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """And what used rows say that is not followed is counted with its first row. Mutation: drop the notes."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    draw = np.random.default_rng(26)
+    rows: list[dict] = []
+    for number in range(120):
+        made = rows_of([f"x{number} {word}" for word in draw.choice(WORDS[:5], 4)])
+        rows.append(made[str(draw.choice(list(made)))])
+    rows[10:10] = [{"text": "x"}, {"messages": [U, {**A, "weight": 0.5}]}, {"messages": [U, {**A, "train": False}]}]
+    rows[50:50] = [
+        {"messages": [U, {**A, "loss_mask": 0}, U, {**A, "mask": 1}]},
+        {"messages": [U, A, U, A | {"mask": 1}]},
+    ]
+    rows.append({"messages": [U, {**A, "reasoning": "hm"}]})
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = Recipe(
+        model=ModelSpec(name="x"),
+        heads=HeadsSpec(),
+        stage=1,
+        data=DataSpec(path=str(file), max_length=256, validation=0.1),
+        output="out",
+        train=TrainSpec(global_batch_size=4, lr=1e-3),
+    )
+    data = load_data(recipe, tokenizer_of("smollm2"))
+    rejected = data.report["rejected"]
+    assert data.report["rows"] == 126 == data.report["used"] + sum(count for count, _ in rejected.values())
+    assert {reason.split(":")[0]: found for reason, found in rejected.items()} == {
+        "no known layout in its keys": (1, f"{file}:11"),
+        "weight of a turn": (1, f"{file}:12"),
+        "every assistant turn is marked as one not to learn from": (1, f"{file}:13"),
+    }
+    assert {note: count for note, (count, _) in data.report["notes"].items()} == {
+        "turn that is not learnt from, by loss_mask: 0": 1,
+        "mask of a turn, which is not known here": 2,
+        "thoughts, which the chat template does not read": 1,
+    }
+    assert (
+        f"in rows that were used: 1 x turn that is not learnt from, by loss_mask: 0 (first: {file}:51)"
+        in data.summary(4)
+    )
