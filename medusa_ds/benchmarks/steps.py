@@ -68,8 +68,8 @@ def start(case: Case, recipe: Recipe, rank: int, folder: Path) -> Training:
             spec = recipe.data.model_copy(update={"hidden_cache": str(folder / "hidden")})
             recipe = recipe.model_copy(update={"data": spec})
             tokens = token_map(recipe.heads.vocab, data, tokenizer, config)
-            lm_head = open_hidden_cache(recipe, data, start_process_group(recipe))
-            build = partial(build_model, token_map=tokens, lm_head=lm_head)
+            ends = open_hidden_cache(recipe, data, start_process_group(recipe))
+            build = partial(build_model, token_map=tokens, ends=ends)
         engine = MedusaEngine(recipe, TOTAL_STEPS, build)
         step, model = lambda batch, step: engine.train_batch([batch], step).loss, engine.model
     return Training(step, model, make_feed(case, data, model.heads.vocab_size, rank), data)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -41,6 +41,16 @@ class LmHeadAlone(nn.Module):
     def get_input_embeddings(self) -> nn.Embedding | None:
         """The input embeddings, as of a model of transformers."""
         return self.embeddings
+
+
+class Ends(NamedTuple):
+    """What training needs of a backbone whose hidden states are cached.
+
+    `lm_head`: its weight [V, H]. `embeddings`: what the input embeddings give for every token [V, H], where needed.
+    """
+
+    lm_head: torch.Tensor
+    embeddings: torch.Tensor | None = None
 
 
 def read_lm_head(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

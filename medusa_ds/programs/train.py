@@ -132,9 +132,9 @@ def _run(recipe: Recipe, recipe_file: Path, ranks: Ranks, output: Path, supervis
 
     try:
         with memory_hint(recipe):
-            lm_head = open_hidden_cache(recipe, data, start_process_group(recipe)) if uses_cache else None
-            engine = MedusaEngine(recipe, steps, partial(build_model, token_map=tokens, lm_head=lm_head))
-        del lm_head
+            ends = open_hidden_cache(recipe, data, start_process_group(recipe)) if uses_cache else None
+            engine = MedusaEngine(recipe, steps, partial(build_model, token_map=tokens, ends=ends))
+        del ends
         state = engine.resume_newest(data.fingerprint)
         report = Report(output, rank, steps, engine.steps_taken)
         if rank == 0:

@@ -19,10 +19,10 @@ from medusa_ds.config.recipe import Recipe
 from medusa_ds.errors import UserError
 from medusa_ds.heads.files import different_maps, load_heads
 from medusa_ds.heads.joint import JointModel
-from medusa_ds.heads.kinds import KINDS, make_heads
+from medusa_ds.heads.kinds import make_heads
 from medusa_ds.model.backbone import facts_of, lm_head_weight, load_backbone, load_config
 from medusa_ds.model.fp8 import check_device, quantise
-from medusa_ds.model.lm_head import LmHeadAlone, read_embeddings
+from medusa_ds.model.lm_head import Ends, LmHeadAlone
 from medusa_ds.model.loss import resolve_impl
 from medusa_ds.model.projection import VocabularyProjection
 
@@ -37,7 +37,7 @@ def build_model(
     partitioned: Partitioned | None,
     gathered: Gathered,
     token_map: torch.Tensor | None = None,
-    lm_head: torch.Tensor | None = None,
+    ends: Ends | None = None,
 ) -> JointModel:
     """Build backbone and heads, and the frozen start where `loss.target` needs it: the recipe's model once more.
 
@@ -48,7 +48,7 @@ def build_model(
         partitioned: context in which modules are constructed partitioned (ZeRO-3), where there is one.
         gathered: context in which the given parameters are whole; what rank 0 leaves there is what all ranks get.
         token_map: tokens that heads project onto, see `data.vocabulary`; None: all.
-        lm_head: weight of the LM head where the hidden states come from a cache, so that no backbone is loaded.
+        ends: of the backbone where the hidden states come from a cache, so that no backbone is loaded.
 
     Raises:
         UserError: the model or the heads cannot be loaded; shapes of `heads.init_from` are refused before the
@@ -57,27 +57,26 @@ def build_model(
     shape = _shape(recipe)
     start = _start(Path(recipe.heads.init_from), shape, token_map) if recipe.heads.init_from else None
     own, sizes = recipe.heads.lm_head == "own", (shape["vocab_size"], shape["hidden_size"])
-    backbone = load_frozen(recipe, dtype, None if partitioned else device) if lm_head is None else None
+    backbone = load_frozen(recipe, dtype, None if partitioned else device) if ends is None else None
     tokens = None if token_map is None else token_map.to(device)
-    embeddings, logits = None, facts_of(recipe.model).logits
-    if backbone is None and KINDS[recipe.heads.kind].sees_tokens:
-        embeddings = read_embeddings(recipe.model, dtype, device)
+    logits = facts_of(recipe.model).logits
     with partitioned() if partitioned else device:
         heads = make_heads(shape, dtype=dtype, token_map=tokens, logits=logits)
         base: Any = backbone or LmHeadAlone(
             load_config(recipe.model),
             None if own else VocabularyProjection(*sizes[::-1], dtype, logits=logits),
-            None if embeddings is None else nn.Embedding(*sizes, dtype=dtype),
+            nn.Embedding(*sizes, dtype=dtype) if heads.sees_tokens else None,
         )
     whole = [*(backbone.get_output_embeddings() if backbone else base).parameters()]
     with gathered([*whole, *heads.parameters()]):
-        if lm_head is None:
-            lm_head = lm_head_weight(base)
-        for end, weight in ((base.get_output_embeddings(), lm_head), (base.get_input_embeddings(), embeddings)):
-            if backbone is None and end is not None:
-                end.weight.data.copy_(weight)
+        if ends is None:
+            ends = Ends(lm_head_weight(base))
+        else:
+            for end, weight in ((base.lm_head, ends.lm_head), (base.embeddings, ends.embeddings)):
+                if end is not None:
+                    end.weight.data.copy_(weight)
         if start is None:
-            heads.initialize(lm_head, base.get_output_embeddings().bias if logits.bias else None)
+            heads.initialize(ends.lm_head, base.get_output_embeddings().bias if logits.bias else None)
         else:
             heads.load_state_dict(start)
     if backbone and recipe.stage == 1 and own and recipe.loss.target == "label":

@@ -35,9 +35,10 @@ from medusa_ds import files
 from medusa_ds.config.recipe import Recipe
 from medusa_ds.data.packing import CachedRows, Data, Sequences, best_fit
 from medusa_ds.errors import UserError
+from medusa_ds.heads.kinds import KINDS
 from medusa_ds.model.attention import hidden_states
 from medusa_ds.model.backbone import cache_directory, facts_of, load_config, model_path
-from medusa_ds.model.lm_head import read_lm_head
+from medusa_ds.model.lm_head import Ends, read_embeddings, read_lm_head
 from medusa_ds.model.rows import any_head_rows
 from medusa_ds.ranks import Ranks
 from medusa_ds.training.build import free_models, load_frozen
@@ -229,13 +230,13 @@ def _expect(mapped: Tensor) -> None:
     _LIBC.madvise(c_void_p(mapped.data_ptr() - before), c_size_t(before + mapped.nbytes), mmap.MADV_WILLNEED)
 
 
-def open_hidden_cache(recipe: Recipe, data: Data, device: torch.device) -> Tensor:
+def open_hidden_cache(recipe: Recipe, data: Data, device: torch.device) -> Ends:
     """Let both splits give the hidden states of the recipe's cache, after filling what the cache lacks.
 
     Every rank calls it, in a process group. The backbone is on this rank's device while there is something to fill.
 
     Returns:
-        The LM head's weight [V, H] on the CPU, which is all that training still needs of the backbone.
+        All that training still needs of the backbone, on the CPU.
 
     Raises:
         UserError: the cache is of something else, another run fills it, or the disk has no room for it.
@@ -262,9 +263,11 @@ def open_hidden_cache(recipe: Recipe, data: Data, device: torch.device) -> Tenso
             print(f"hidden cache: {directory}, {cache.bytes / 2**30:.2f} GiB, complete", flush=True)
     ranks.together(lambda: _see_all(cache, ranks.rank))
     data.train.hidden, data.validation.hidden = cache.reader(0), cache.reader(1)
-    lm_head = read_lm_head(recipe.model, STORED[computed], device).cpu()
+    of = (recipe.model, STORED[computed], device)
+    embeddings = read_embeddings(*of).cpu() if KINDS[recipe.heads.kind].sees_tokens else None
+    ends = Ends(read_lm_head(*of).cpu(), embeddings)
     free_models(device)
-    return lm_head
+    return ends
 
 
 def _claim(directory: Path, key: dict[str, Any]) -> None:
