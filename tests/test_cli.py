@@ -73,7 +73,7 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
 def test_list_names_every_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     rows = {line.split()[0]: line.split() for line in said(capsys, "list").splitlines()}
     assert {file.stem for file in shipped("recipes").glob("*.yaml")} == rows.keys() - {"recipe"}
-    assert rows["vicuna_7b_v15_stage2"][1:] == ["lmsys/vicuna-7b-v1.5", "2", "5", "x", "1", "zero3"]
+    assert rows["vicuna_7b_v15_stage2"][1:] == ["lmsys/vicuna-7b-v1.5", "2", "5", "x", "1", "auto"]
 
 
 def test_copied_recipe_works_where_it_is_and_is_never_overwritten(
@@ -89,9 +89,10 @@ def test_copied_recipe_works_where_it_is_and_is_never_overwritten(
 
 
 def test_shown_recipe_is_a_recipe(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = said(capsys, "show", "llama3_8b_stage2", "--world-size", "4", "train.lr=3e-5")
+    changed = ["train.lr=3e-5", "deepspeed=ds_configs/zero3.json"]
+    out = said(capsys, "show", "llama3_8b_stage2", "--world-size", "4", *changed)
     (place / "shown.yaml").write_text(out)
-    assert Recipe.load("shown.yaml", planning=True) == Recipe.load("llama3_8b_stage2", ["train.lr=3e-5"], planning=True)
+    assert Recipe.load("shown.yaml", planning=True) == Recipe.load("llama3_8b_stage2", changed, planning=True)
     lines = [line.removeprefix("# ") for line in out.splitlines() if line.startswith("#")]
     settings = json.loads("\n".join(lines[lines.index("{") :]))
     assert settings["gradient_accumulation_steps"] == 2

@@ -275,6 +275,8 @@ _RECIPE_KEYS = {
     "seed": "train.seed",
     "tensorboard.enabled": "train.tensorboard",
     "wandb.enabled": "train.wandb",
+    "wandb.project": "train.wandb.project",
+    "wandb.group": "train.wandb.group",
     "optimizer.type": "AdamW is the only optimizer",
     "optimizer.params.lr": "train.lr",
     "optimizer.params.betas": "train.betas",

@@ -148,14 +148,15 @@ def resolve_paths(raw: dict[str, Any], at: Origin, planning: bool) -> list[str]:
         return value if isinstance(value, str) else None
 
     raw.setdefault("deepspeed", "ds_configs/zero2.json")
-    if isinstance(value := raw["deepspeed"], str):
+    if isinstance(value := raw["deepspeed"], str) and value != "auto":
         found = find(value, "deepspeed", shipped("ds_configs").parent)
         if found is None:
             known = ", ".join(sorted(file.name for file in shipped("ds_configs").glob("*.json")))
             problems.append(
                 at.say(
                     "deepspeed",
-                    f"found {value}, which does not exist; name a DeepSpeed JSON file; shipped in ds_configs/: {known}",
+                    f"found {value}, which does not exist; write auto, or name a DeepSpeed JSON file; shipped in "
+                    f"ds_configs/: {known}",
                 )
             )
         raw["deepspeed"] = str(found or value)

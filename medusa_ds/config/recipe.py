@@ -44,6 +44,7 @@ from medusa_ds.config.sections import (
     Section,
     SourceSpec,
     TrainSpec,
+    WandbSpec,
 )
 from medusa_ds.config.types import Stage, allowed, parts
 from medusa_ds.errors import UserError
@@ -73,7 +74,8 @@ class Recipe(Section):
     data: DataSpec
     train: TrainSpec
     deepspeed: str = "ds_configs/zero2.json"
-    """A DeepSpeed JSON that owns ZeRO, offload and buckets; see `ds_config`."""
+    """A DeepSpeed JSON that owns ZeRO, offload and buckets; see `ds_config`. `auto`: of the shipped ones the least ZeRO
+    stage and offload that fit the GPUs, by the estimate; zero2 on a CPU."""
     output: str
     """Directory of checkpoints, metrics and heads."""
 
@@ -215,8 +217,11 @@ class Recipe(Section):
             "fp16.enabled": False,
             "seed": train.seed,
             "tensorboard.enabled": train.tensorboard,
-            "wandb.enabled": train.wandb,
+            "wandb.enabled": bool(train.wandb),
         }
+        if isinstance(train.wandb, WandbSpec):
+            named = {"wandb.project": train.wandb.project, "wandb.group": train.wandb.group}
+            values |= {key: value for key, value in named.items() if value is not None}
         if train.precision != "auto" or on_gpu is not None:
             values["bf16.enabled"] = train.precision == "bf16" or (train.precision == "auto" and bool(on_gpu))
         if world_size is not None:
@@ -230,8 +235,11 @@ class Recipe(Section):
         return values
 
     def ds_config(self, world_size: int, on_gpu: bool) -> dict[str, Any]:
-        """The DeepSpeed config of a run: the JSON file with everything the recipe owns filled in."""
-        path = Path(self.deepspeed)
+        """The DeepSpeed config of a run: the JSON file with everything the recipe owns filled in.
+
+        With `deepspeed: auto`, which a run replaces by what fits its GPUs, it is what a CPU takes: zero2.
+        """
+        path = shipped("ds_configs") / "zero2.json" if self.deepspeed == "auto" else Path(self.deepspeed)
         return ds_config.resolve(ds_config.load(path), path, self.ds_values(world_size, on_gpu), None)
 
     def to_yaml(self) -> str:

@@ -250,6 +250,17 @@ class DataSpec(Section):
             )
 
 
+class WandbSpec(Section):
+    """Where Weights & Biases files a run; its key comes from the environment, WANDB_API_KEY."""
+
+    project: str | None = None
+    """Project; None: that of WANDB_PROJECT, or Weights & Biases' own default."""
+    name: str | None = None
+    """Name of the run."""
+    group: str | None = None
+    """Group of runs that belong together."""
+
+
 class TrainSpec(Section):
     """Optimisation and what is kept of it."""
 
@@ -281,8 +292,9 @@ class TrainSpec(Section):
     """Gradient clipping by global norm; 0 turns it off."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """`auto`: bf16 with fp32 master weights on a GPU, fp32 on a CPU."""
-    activation_checkpointing: bool = False
-    """Recompute the backbone's activations in the backward pass; stage 2."""
+    activation_checkpointing: Literal["auto"] | bool | Count = "auto"
+    """Stage 2: recompute the backbone's activations in the backward pass, of all decoder layers or of the first N.
+    `auto`: of as few as fit the GPU, by the estimate; of none on a CPU."""
     seed: Seed = 0
     """Seed of the initialisation."""
     eval_every: Count | None = None
@@ -294,18 +306,16 @@ class TrainSpec(Section):
     hang_timeout: Annotated[int, Field(ge=30)] = 1800
     """Seconds without a finished step after which a rank counts as hung."""
     tensorboard: bool = False
-    """Write TensorBoard events through DeepSpeed's monitor."""
-    wandb: bool = False
-    """Log to Weights & Biases through DeepSpeed's monitor."""
+    """Write TensorBoard events through DeepSpeed's monitor, to `tensorboard/` in the output."""
+    wandb: bool | WandbSpec = False
+    """Log to Weights & Biases through DeepSpeed's monitor; a section says under which names."""
 
     def _contradictions(self, recipe: Any) -> Iterator[tuple[str, str]]:
         if recipe.stage == 1 and self.lr_multiplier is not None:
             yield "lr_multiplier", "has no meaning in stage 1, where only heads learn; set train.lr"
-        if recipe.stage == 1 and self.activation_checkpointing:
-            yield (
-                "activation_checkpointing",
-                "found true with stage 1, whose backbone has no backward pass; remove it",
-            )
+        if recipe.stage == 1 and self.activation_checkpointing not in ("auto", False):
+            found = str(self.activation_checkpointing).lower()
+            yield "activation_checkpointing", f"found {found} with stage 1, which has no backward pass there; remove it"
         if self.global_batch_size % self.micro_batch_size:
             yield (
                 "global_batch_size",

@@ -198,7 +198,7 @@ def load_backbone(
     dtype: torch.dtype,
     *,
     device: torch.device | str | None,
-    activation_checkpointing: bool = False,
+    recomputed: int | None = 0,
     liger: bool | None = None,
     packed: bool = False,
 ) -> PreTrainedModel:
@@ -208,7 +208,7 @@ def load_backbone(
         spec: `recipe.model`.
         dtype: of its parameters.
         device: where to load it. None under ZeRO-3, where transformers partitions while it loads.
-        activation_checkpointing: recompute the layers' activations in the backward pass.
+        recomputed: decoder layers, the first ones, whose activations the backward pass computes again; None: all.
         liger: Liger's RMSNorm, RoPE and SwiGLU. None: as `spec.liger_kernels`, which when None too means on a GPU
             and for families of `FAMILIES`.
         packed: `hidden_states` will be asked for sequences of several documents: let it tell the layers where they
@@ -253,11 +253,19 @@ def load_backbone(
         patch(
             rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False, model=backbone
         )
-    if activation_checkpointing:
+    if recomputed != 0:
         renamed = hasattr(backbone, "activation_checkpointing_enable")  # not yet in transformers 5.17
         enable = backbone.activation_checkpointing_enable if renamed else backbone.gradient_checkpointing_enable
         enable({"use_reentrant": False})
+        for layer in decoder_layers(backbone)[recomputed:] if recomputed else []:
+            layer.gradient_checkpointing = False
     return backbone
+
+
+def decoder_layers(backbone: Any) -> list[Any]:
+    """The repeated layers: the longest `ModuleList` of the model."""
+    lists = [list(module) for module in backbone.base_model.modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=len, default=[])
 
 
 def lm_head_weight(backbone: PreTrainedModel) -> nn.Parameter:

@@ -6,8 +6,8 @@ Example:
 The arithmetic of memory is `training.memory`'s.
 """
 
-import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,13 @@ from medusa_ds.config.types import Count, Positive
 from medusa_ds.training.memory import (
     CONTEXT_BYTES,
     GIB,
+    GPUS_GIB,
     activations_bytes,
+    choose,
     count_parameters,
     loss_bytes,
+    parts_in_memory,
+    recomputed_layers,
     smallest_gpu,
     states_bytes,
 )
@@ -83,31 +87,30 @@ def run(settings: Settings) -> None:
         print(f"  {name:24}{count / 1e6:12,.2f}  {note}")
     print(f"  {'trained':24}{trained / 1e6:12,.2f}")
 
-    cached = recipe.data.hidden_cache != "off"
-    if cached:  # training needs no backbone, and of the LM head what the heads share
-        needed = config.vocab_size * config.hidden_size if not parts.projections else 0
+    if recipe.data.hidden_cache != "off":
         print(
             f"\n{_hidden_cache(recipe, config, data)}; filling it takes {width * parts.backbone / GIB:.1f} GiB of "
             "backbone on each GPU, before what follows"
         )
-        parts = dataclasses.replace(parts, backbone=0, lm_head=needed)
-    elif recipe.stage == 1 and parts.projections and recipe.loss.target == "label":
-        parts = dataclasses.replace(parts, lm_head=0)  # nobody reads it
-    activations, loss = activations_bytes(recipe, config, width), loss_bytes(recipe, config, width)
+    resident = parts_in_memory(recipe, parts, config)
+    recomputed = recomputed_layers(train.activation_checkpointing)
+    activations = activations_bytes(recipe, config, width, recomputed)
+    loss = loss_bytes(recipe, config, width)
     work = activations + loss + CONTEXT_BYTES
     print(
         f"\nmemory per GPU in {'fp32' if width == 4 else 'bf16'}, GiB: activations {activations / GIB:.1f}, loss "
         f"{loss / GIB:.1f}, CUDA {CONTEXT_BYTES / GIB:.0f} and weights, gradients and optimizer states by ZeRO config:"
     )
     files = {file.stem: file for file in sorted(shipped("ds_configs").glob("*.json"))}
-    own = Path(recipe.deepspeed)
+    auto = recipe.deepspeed == "auto"
+    own = files["zero2"] if auto else Path(recipe.deepspeed)
     if own not in files.values():
         files[own.stem] = own
     print("  GPUs  " + "  ".join(f"{name:>{max(8, len(name))}}" for name in files) + f"  smallest GPU with {own.stem}")
     for ranks in settings.world_size:
         cells, fits, cpu_own = [], "", 0
         for name, file in files.items():
-            gpu, cpu = states_bytes(parts, stage, *ds_config.zero_settings(ds_config.load(file)), ranks, width)
+            gpu, cpu = states_bytes(resident, stage, *ds_config.zero_settings(ds_config.load(file)), ranks, width)
             cells.append(f"{(gpu + work) / GIB:>{max(8, len(name))}.1f}")
             if file == own:
                 fits, cpu_own = smallest_gpu(gpu + work), cpu
@@ -115,6 +118,12 @@ def run(settings: Settings) -> None:
         if train.global_batch_size % (train.micro_batch_size * ranks):
             note += f" (train.global_batch_size {train.global_batch_size} does not divide by {ranks} ranks)"
         print(f"  {ranks:4}  " + "  ".join(cells) + f"  {fits}{note}")
+    if auto or (stage == 2 and train.activation_checkpointing == "auto"):
+        print("\nwhat a run would choose (deepspeed: auto, train.activation_checkpointing: auto):")
+        for ranks in settings.world_size:
+            for gpu_name in ("A100 40GB", "H100 80GB", "H200"):
+                found = choose(recipe, parts, config, ranks, GPUS_GIB[gpu_name] * GIB, math.inf)
+                print(f"  {gpu_name}: {found.why}")
 
     checkpoint = 12 * trained
     heads = width * (parts.blocks + parts.projections)

@@ -52,6 +52,8 @@ def run(settings: Settings) -> None:
     config = json.dumps(recipe.ds_config(ranks, on_gpu=True), indent=2)
     print(recipe.to_yaml())
     print(f"# DeepSpeed config of {ranks} rank{'s'[: ranks > 1]} with a GPU each; without one, precision auto is fp32.")
+    if recipe.deepspeed == "auto":
+        print("# deepspeed: auto takes another where the GPUs' memory asks for it: see medusa-ds estimate.")
     print('# Sizes that say "auto" follow from the hidden size when the model is loaded.')
     print("\n".join(f"# {line}" for line in config.splitlines()))
 

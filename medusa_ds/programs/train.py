@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medusa_ds import files
-from medusa_ds.config.parsing import parse_yaml, read_text
-from medusa_ds.config.recipe import Recipe, find_recipe
+from medusa_ds.config.parsing import parse_yaml, read_json, read_text
+from medusa_ds.config.recipe import Recipe, WandbSpec, find_recipe
 from medusa_ds.errors import UserError, exit_on_user_error
 from medusa_ds.ranks import Ranks
 
@@ -85,12 +85,13 @@ def run(recipe: Recipe, recipe_file: Path) -> None:
     from medusa_ds.training.supervisor import Supervisor, end_with_others
 
     ranks, output = Ranks(), Path(recipe.output)
+    say = print if ranks.rank == 0 else lambda *_, **__: None
     supervisor = Supervisor(ranks.rank, ranks.local_size, recipe.train.hang_timeout)
     try:
         with ExitStack() as stack, end_with_others(ranks.rank), _failures(output):
             recipe = settled(recipe)
             if (reason := facts_of(recipe.model).packing) is not None:
-                _say(ranks.rank, f"data: one conversation a sequence, since {reason}")
+                say(f"data: one conversation a sequence, since {reason}", flush=True)
             if ranks.rank == 0:
                 _claim(output, recipe, stack)
             _run(recipe, recipe_file, ranks, output, supervisor)
@@ -99,15 +100,16 @@ def run(recipe: Recipe, recipe_file: Path) -> None:
 
 
 def _run(recipe: Recipe, recipe_file: Path, ranks: Ranks, output: Path, supervisor: Supervisor) -> None:
-    rank = ranks.rank
+    say = print if ranks.rank == 0 else lambda *_, **__: None
     if (output / "heads" / "heads.json").exists():
-        _say(
-            rank,
+        say(
             f"{output} holds a finished run; its heads are in {output / 'heads'}. Name another output to train anew, "
-            f"with heads.init_from={output} to go on from these heads",
+            f"with heads.init_from={output} to go on from these heads"
         )
         return
     recipe.ds_values(world_size=ranks.size)
+    if isinstance(recipe.train.wandb, WandbSpec) and recipe.train.wandb.name:
+        os.environ["WANDB_NAME"] = recipe.train.wandb.name  # which DeepSpeed's monitor has no setting for
 
     from medusa_ds.data.packing import load_data
     from medusa_ds.data.vocabulary import token_map
@@ -120,13 +122,13 @@ def _run(recipe: Recipe, recipe_file: Path, ranks: Ranks, output: Path, supervis
     from medusa_ds.training.report import Report, quiet_libraries
     from medusa_ds.training.step import memory_hint
 
-    quiet_libraries(rank)
+    quiet_libraries(ranks.rank)
     tokenizer = load_tokenizer(recipe.model, recipe.data.template_args.get("chat_template"))
     data = load_data(recipe, tokenizer)  # before any process group exists, whose timeout it could outlast
     steps = recipe.train.steps or max(
         1, round(recipe.train.epochs * data.train.steps_per_epoch(recipe.train.global_batch_size))
     )
-    _say(rank, _describe_data(data.report, steps))
+    say(_describe_data(data.report, steps), flush=True)
     uses_cache = recipe.data.hidden_cache != "off"
     tokens = token_map(recipe.heads.vocab, data, tokenizer, load_config(recipe.model).get_text_config())
 
@@ -136,20 +138,21 @@ def _run(recipe: Recipe, recipe_file: Path, ranks: Ranks, output: Path, supervis
             engine = MedusaEngine(recipe, steps, partial(build_model, token_map=tokens, ends=ends))
         del ends
         state = engine.resume_newest(data.fingerprint)
-        report = Report(output, rank, steps, engine.steps_taken)
-        if rank == 0:
+        report = Report(output, ranks.rank, steps, engine.steps_taken)
+        if ranks.rank == 0:
             _keep_launch(output, recipe, engine, recipe_file)
+        if recipe.train.tensorboard:
+            report.say(f"TensorBoard's events: {output / 'tensorboard'}")
         if engine.steps_taken:
             report.say(f"resuming after step {engine.steps_taken} of {steps}")
         loop = Loop(recipe, engine, data, report, supervisor, steps)
         loop.run(state)
-        if rank == 0:
+        if ranks.rank == 0:
             tokenizer.save_pretrained(output / "heads")
         engine.export(output)  # heads.json last: it is what makes a run a finished one
-        if rank == 0:
-            report.say(loop.summary(output))
         report.close()
         engine.close()  # waits for all ranks
+        say(loop.summary(output) + _shipped(recipe), flush=True)
     except NonFiniteError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(NON_FINITE_STATUS)
@@ -203,7 +206,7 @@ def _claim(output: Path, recipe: Recipe, stack: ExitStack) -> None:
         return  # nothing is lost
     if kept.exists():
         before, now = _flat(parse_yaml(read_text(kept), str(kept))[0]), _flat(recipe.model_dump(mode="json"))
-        changed = [key for key in {*before, *now} if before.get(key) != now.get(key) and key not in FREE_TO_CHANGE]
+        changed = [key for key in {*before, *now} if before.get(key) != now.get(key) and not _is_free(key)]
         further = f"; to train these heads further, set heads.init_from={output} and another output" if finished else ""
         if changed:
             raise UserError(
@@ -252,6 +255,16 @@ def _git_state(directory: Path) -> dict[str, Any] | None:
     return {"commit": commit.stdout.strip(), "changed": bool(status.stdout)} if commit.returncode == 0 else None
 
 
+def _shipped(recipe: Recipe) -> str:
+    """A line where the package has heads of this model that learned from far more than a first run does."""
+    from medusa_ds.runs import PRETRAINED
+
+    for folder in PRETRAINED.iterdir() if recipe.stage == 1 else ():
+        if read_json(folder / "heads.json")["base_model"] == recipe.model.name:
+            return f"\nfar stronger heads for this model are shipped: medusa-ds generate {folder.name} --prompt ..."
+    return ""
+
+
 def _describe_data(report: dict[str, Any], steps: int) -> str:
     from medusa_ds.data.packing import told
 
@@ -259,6 +272,10 @@ def _describe_data(report: dict[str, Any], steps: int) -> str:
         f"data: {report['train_rows']} conversations to train on, {report['validation_rows']} held out, "
         f"{report['supervised_tokens']:,} of {report['tokens']:,} tokens supervised; {steps} steps{told(report)}"
     )
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in FREE_TO_CHANGE)
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -269,8 +286,3 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
         for name, child in value.items()
         for key, item in _flat(child, f"{prefix}.{name}" if prefix else name).items()
     }
-
-
-def _say(rank: int, text: str) -> None:
-    if rank == 0:
-        print(text, flush=True)

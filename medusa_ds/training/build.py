@@ -25,6 +25,7 @@ from medusa_ds.model.fp8 import check_device, quantise
 from medusa_ds.model.lm_head import Ends, LmHeadAlone
 from medusa_ds.model.loss import resolve_impl
 from medusa_ds.model.projection import VocabularyProjection
+from medusa_ds.training.memory import recomputed_layers
 
 Partitioned = Callable[[], AbstractContextManager[Any]]  # zero.Init
 Gathered = Callable[[Iterable[nn.Parameter]], AbstractContextManager[Any]]  # zero.GatheredParameters
@@ -110,7 +111,7 @@ def load_frozen(recipe: Recipe, dtype: torch.dtype, device: torch.device | None)
         recipe.model,
         dtype,
         device=device,
-        activation_checkpointing=recipe.train.activation_checkpointing,
+        recomputed=recomputed_layers(recipe.train.activation_checkpointing) if recipe.stage == 2 else 0,
         liger=False if fp8 else recipe.model.liger_kernels,
         packed=True,
     )
@@ -151,7 +152,7 @@ def complete_config(config: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
         config["zero_optimization"]["compute_grad_norm"] = config["bf16"]["check_grad_overflow"] = False
     config.setdefault("timers", {"throughput": {"enabled": False}})  # which waits for the GPU twice a step
     if config["tensorboard"]["enabled"]:
-        config["tensorboard"].setdefault("output_path", recipe.output)
+        config["tensorboard"] = {"output_path": recipe.output, "job_name": "tensorboard"} | config["tensorboard"]
     return config
 
 

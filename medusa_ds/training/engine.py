@@ -33,13 +33,15 @@ from medusa_ds.errors import UserError
 from medusa_ds.heads.files import different_maps, save_heads
 from medusa_ds.heads.joint import Counters, JointModel
 from medusa_ds.model.attention import moved
+from medusa_ds.model.backbone import decoder_layers
 from medusa_ds.model.lm_head import LmHeadAlone
 from medusa_ds.model.rows import count_targets
 from medusa_ds.ranks import Ranks
 from medusa_ds.training import checkpoint
 from medusa_ds.training import optimizer as optim
 from medusa_ds.training.build import Gathered, Partitioned, build_model, complete_config, heads_meta
-from medusa_ds.training.launch import share_cores, start_process_group
+from medusa_ds.training.launch import announce, share_cores, start_process_group
+from medusa_ds.training.memory import settle
 from medusa_ds.training.state import LogicalTensors
 from medusa_ds.training.step import NonFiniteError, StepResult, Sums, clip, memory_hint, non_finite, norm_of
 
@@ -49,6 +51,19 @@ if TYPE_CHECKING:
 __all__ = ["MedusaEngine", "NonFiniteError", "StepResult"]
 
 BuildModel = Callable[[Recipe, torch.dtype, torch.device, Partitioned | None, Gathered], JointModel]
+
+
+def fetch_whole_layers(model: JointModel) -> None:
+    """Have ZeRO 3 gather and free a decoder layer as one: its hooks then cost the GPU's host one call a layer.
+
+    Losses and gradients stay what they are up to rounding. Not where layers share a parameter, which is still in use
+    when the first of them frees it.
+    """
+    layers = [layer for each in (model.backbone, model.start) if each is not None for layer in decoder_layers(each)]
+    params = [id(param) for layer in layers for param in layer.parameters()]
+    if len(params) == len(set(params)):
+        for layer in layers:
+            deepspeed.utils.set_z3_leaf_module(layer, True)
 
 
 class MedusaEngine:
@@ -72,9 +87,11 @@ class MedusaEngine:
     """
 
     def __init__(self, recipe: Recipe, total_steps: int, build: BuildModel = build_model) -> None:
-        self.recipe, self.total_steps, on_gpu = recipe, total_steps, torch.cuda.is_available()
-        config = recipe.ds_config(Ranks().size, on_gpu)
+        self.total_steps, on_gpu = total_steps, torch.cuda.is_available()
+        recipe.ds_values(Ranks().size)  # refused before anything is loaded
         self.device = start_process_group(recipe)
+        self.recipe = recipe = settle(recipe, self.device)
+        config = recipe.ds_config(Ranks().size, on_gpu)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.ds_config = config = complete_config(config, recipe)
         self.accumulation: int = config["gradient_accumulation_steps"]
@@ -87,18 +104,27 @@ class MedusaEngine:
         dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
         model = build(recipe, dtype, self.device, partitioned, self._gathered)
         model.one_gradient = recipe.stage == 1 and offloads_optimizer and self._zero_stage < 3
+        if on_gpu and self._zero_stage == 3 and "leaf_module" not in config["zero_optimization"]:
+            fetch_whole_layers(model)
         optimizer = self._optimizer(optim.parameter_groups(model, recipe.train), offloads_optimizer)
         self._engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
         self._tensors = LogicalTensors(self._engine, self._gathered)
         self.steps_taken, self._best = 0, -math.inf
         self._best_step: int | None = None
+        self._interruptible = False
         self._has_states = bool(self._engine.basic_optimizer.state)
         if self._has_states:  # made by a step without gradients, which ZeRO 0 in bf16 takes and Adam has counted
             self._tensors.set_adam_step(0)
         self.model, self.monitor = model, self._engine.monitor
         self._token_map = None if model.heads.token_map is None else model.heads.token_map.tolist()
 
-    def train_batch(self, micro_batches: Sequence[MicroBatch], step: int, stop: bool = False) -> StepResult:
+    def train_batch(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        step: int,
+        stop: Callable[[], bool] = lambda: False,
+        short_of_time: Callable[[], bool] = lambda: False,
+    ) -> StepResult | None:
         """One optimizer step.
 
         `loss = sum_k weight_k * loss_sum_k / count_k` with sums and counts over all micro-batches of all ranks, so
@@ -107,7 +133,13 @@ class MedusaEngine:
         Args:
             micro_batches: this rank's, `accumulation` of them.
             step: number of the step, from 0; learning rates, coefficient and random numbers follow from it.
-            stop: this rank was asked to stop; every rank learns it in the result.
+            stop: whether this rank was asked to stop; every rank learns it in the result.
+            short_of_time: whether one more step might not end, once asked to stop. Where any rank's did not look so
+                after the last step, this one is left between two micro-batches as soon as any rank is asked to stop:
+                weights and optimizer are those of the last step, and can be saved.
+
+        Returns:
+            What was measured; None when the step was left.
 
         Raises:
             NonFiniteError: a loss or gradient is not finite on any rank; no weight was changed.
@@ -123,17 +155,15 @@ class MedusaEngine:
                 self._engine.train()
             targets = [count_targets(each.labels, each.position_ids, num, self.model.known_V) for each in micro_batches]
             weights = optim.loss_weights(step, self.total_steps, num, recipe.stage, recipe.loss)
-            on_host = [
-                torch.stack(targets).sum(0).double(),
-                torch.tensor(weights).double(),
-                torch.tensor([stop]).double(),
-            ]
-            counts, weight, asked = moved(torch.cat(on_host), self.device).split([len(part) for part in on_host])
+            on_host = torch.stack([torch.stack(targets).sum(0).double(), torch.tensor(weights).double()])
+            counts, weight = moved(on_host, self.device)
             dist.all_reduce(counts)
             shares = weight / counts.clamp(min=1)
             scales = shares * (self.world_size if self._zero_stage == 3 else 1)  # which averages over ranks
             loss, counters, finite = torch.zeros((), dtype=torch.float64, device=self.device), [], []
             for batch in micro_batches:
+                if self._interruptible and self._any_rank(stop()):
+                    return None
                 output = self._engine(*self._on_device(batch), scales=scales)
                 losses = [(k, head.loss_sum) for k, head in enumerate(output.losses) if head is not None]
                 self._engine.backward(torch.stack([loss_sum for _, loss_sum in losses]).sum(), scale_wrt_gas=False)
@@ -143,10 +173,14 @@ class MedusaEngine:
                 if len(counters) < self.accumulation:
                     self._engine.step()
             bad = (~torch.stack(finite)).sum()
-            sums = Sums(bad=bad, asked=asked, loss=loss, counters=torch.stack(counters).sum(0)).over_ranks()
-            measured, grad_norm = self._step(sums, finite, [batch.sources for batch in micro_batches], step)
+            asked, short = moved(torch.tensor([stop(), short_of_time()]), self.device)
+            sums = Sums(bad=bad, asked=asked, short=short, loss=loss, counters=torch.stack(counters).sum(0))
+            measured, grad_norm = self._step(
+                sums.over_ranks(), finite, [batch.sources for batch in micro_batches], step
+            )
         rates = {group["name"]: group["lr"] for group in self._engine.optimizer.param_groups}
         now = optim.coefficient(step, self.total_steps, recipe.loss)
+        self._interruptible = bool(measured["short"])
         loss_value, asked_any = float(measured["loss"]), bool(measured["asked"])
         return StepResult(measured["counters"], loss_value, rates, grad_norm, now, asked_any)
 
@@ -181,9 +215,8 @@ class MedusaEngine:
         own: dict[str, Any] = {"step": self.steps_taken, "best_step": self._best_step, "token_map": self._token_map}
         own["best"] = None if self._best_step is None else self._best
         own |= {"world_size": self.world_size, "zero_stage": self._zero_stage, "versions": versions}
-        size = int(4.04 * sum(math.prod(shape) for shape in self._tensors.shapes.values())) + (1 << 20)
-        root = self._root()
-        path = checkpoint.save(root, self.steps_taken, self._tensors.read(), {"engine": own, "loop": state}, size)
+        root, state = self._root(), {"engine": own, "loop": state}
+        path = checkpoint.save(root, self.steps_taken, self._tensors.read(), state, self.checkpoint_bytes)
         checkpoint.keep(root, self.steps_taken, self._best_step, self.recipe.train.keep_last)
         return path
 
@@ -262,6 +295,11 @@ class MedusaEngine:
         dist.destroy_process_group()
 
     @property
+    def checkpoint_bytes(self) -> int:
+        """Estimate of what a checkpoint takes."""
+        return int(4.04 * sum(math.prod(shape) for shape in self._tensors.shapes.values())) + (1 << 20)
+
+    @property
     def device_name(self) -> str:
         """Name of the GPU, or `cpu`."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
@@ -317,6 +355,11 @@ class MedusaEngine:
         self.steps_taken = step + 1
         return sums, norm
 
+    def _any_rank(self, flag: bool) -> bool:
+        flags = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(flags)
+        return bool(flags)
+
     def _on_device(self, batch: MicroBatch) -> list[torch.Tensor | None]:
         parts = (batch.input_ids, *(batch.hidden or ()))  # labels and positions: the model finds its rows on the CPU
         ids, *hidden = [None if part is None else moved(part, self.device) for part in parts]
@@ -331,6 +374,7 @@ class MedusaEngine:
         train = self.recipe.train
         options: dict[str, Any] = {"lr": 0.0, "betas": tuple(train.betas), "eps": train.eps}
         if offloaded:
+            announce("cpu_adam")
             return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
         return torch.optim.AdamW(groups, fused=True, **options)
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
@@ -14,9 +14,11 @@ from medusa_ds.config.recipe import Recipe
 from medusa_ds.data.packing import Data, MicroBatch
 from medusa_ds.heads.joint import Counters, metrics
 from medusa_ds.training.engine import MedusaEngine
-from medusa_ds.training.report import Meter, Report, heads_table, shorten
-from medusa_ds.training.supervisor import Supervisor
+from medusa_ds.training.report import Meter, Report, clock, heads_table
+from medusa_ds.training.supervisor import PATIENCE_S, Supervisor
 
+SAVED_BYTES_PER_S = 2e8
+"""What a checkpoint is taken to write until the first one has been timed (1.03 GB took 5.4 to 6.1 s)."""
 Made = TypeVar("Made")
 
 
@@ -44,6 +46,7 @@ class Loop:
         self.meter = Meter(recipe, engine.model, engine.device, engine.world_size, mean_context)
         self.before: dict[str, float] = {}
         self.after: dict[str, float] = {}
+        self._save_s = engine.checkpoint_bytes / SAVED_BYTES_PER_S
 
     def run(self, state: dict[str, Any]) -> None:
         """Train from the engine's step to the end.
@@ -54,36 +57,69 @@ class Loop:
         Raises:
             SystemExit: a signal asked to stop; a checkpoint has been written.
         """
-        train, engine = self.recipe.train, self.engine
+        train, engine, supervisor = self.recipe.train, self.engine, self.supervisor
         self.before = state.get("before", {})
-        self.supervisor.start()
+        supervisor.start()
         if engine.steps_taken == 0:
             self.before = self.after = self.validate(0)
-        batches = self._batches()
-        for step in range(engine.steps_taken, self.steps):
+        batches, first = self._batches(), engine.steps_taken
+        for step in range(first, self.steps):
             started = time.perf_counter()
             micro_batches = next(batches)
-            result = engine.train_batch(micro_batches, step, stop=self.supervisor.stop_status is not None)
-            done, last = step + 1, step + 1 == self.steps
-            values = self.meter.values(result, micro_batches, time.perf_counter() - started)
+            result = engine.train_batch(micro_batches, step, supervisor.asked_to_stop, supervisor.is_short_of_time)
+            if result is None:
+                self._leave(step)
+            done, last, seconds = step + 1, step + 1 == self.steps, time.perf_counter() - started
+            supervisor.pace_s = seconds + self._save_s
+            values = self.meter.values(result, micro_batches, seconds)
             self.report.step(done, values)
             events = [(f"train/{key}", value, done) for key, value in values.items() if value is not None]
             engine.monitor.write_events(events)
-            self.supervisor.beat()
+            supervisor.beat()
+            if step == first and supervisor.is_short_of_time():
+                self._warn(seconds)
             length = None
             if last or (train.eval_every is not None and done % train.eval_every == 0 and not result.stop):
                 self.after = self.validate(done)
                 length = self.after.get("acceptance_length")
             if last or result.stop or length is not None or done % train.save_every == 0:
-                engine.save({"before": self.before, "data": self.data.fingerprint}, length)
-                self.supervisor.beat()
+                self._save(length)
             if result.stop and not last:
-                self.report.say(f"stopped after step {done} with a checkpoint; the same command goes on from there")
-                self.report.close()
-                engine.close()
-                sys.exit(self.supervisor.stop_status or 128 + signal.SIGTERM)
+                self._leave(done)
         if not self.after:  # resumed from the checkpoint of the last step
             self.after = self.validate(self.steps)
+
+    def _save(self, acceptance_length: float | None = None) -> None:
+        started = time.perf_counter()
+        self.engine.save({"before": self.before, "data": self.data.fingerprint}, acceptance_length)
+        self._save_s = time.perf_counter() - started
+        self.supervisor.beat()
+
+    def _leave(self, done: int) -> NoReturn:
+        """End after a signal, with a checkpoint of the steps done."""
+        if done:
+            self._save()
+            self.report.say(f"stopped after step {done} with a checkpoint; the same command goes on from there")
+        self.report.close()
+        self.engine.close()
+        sys.exit(self.supervisor.stop_status or 128 + signal.SIGTERM)
+
+    def _warn(self, step_s: float) -> None:
+        """Say at the start what a signal will cost where a step and its checkpoint outlast the launcher's patience."""
+        per_micro_batch_s = step_s / self.engine.accumulation
+        text = (
+            f"warning: a step takes about {step_s:.0f} s and a checkpoint {self._save_s:.0f} s, and {PATIENCE_S:.0f} s "
+            "after Ctrl-C or SIGTERM the launcher kills what still runs: "
+        )
+        if per_micro_batch_s + self._save_s < PATIENCE_S:
+            text += "the run then leaves its step at the next micro-batch and saves the last finished one"
+        else:
+            text += (
+                f"a micro-batch ({per_micro_batch_s:.0f} s) may take too long for the last finished step to be saved; "
+                f"lower train.micro_batch_size (now {self.recipe.train.micro_batch_size}) or train.save_every (now "
+                f"{self.recipe.train.save_every})"
+            )
+        self.report.say(text)
 
     def _batches(self) -> Iterator[list[MicroBatch]]:
         """This rank's micro-batches of the steps to take."""
@@ -116,5 +152,7 @@ class Loop:
         lines.append(f"heads saved in {output / 'heads'}")
         if self.recipe.stage == 2:
             lines.append(f"tuned backbone saved in {output / 'backbone'}")
-        lines.append(f"next: medusa-ds generate {shorten(output)} --prompt 'What is the capital of France?'")
+        lines.append(f"time: {clock(self.report.seconds)} since this start")
+        lines.append(f"next: medusa-ds generate {output} --prompt 'What is the capital of France?'")
+        lines.append(f"      medusa-ds evaluate {output} --prompts FILE")
         return "\n".join(lines)

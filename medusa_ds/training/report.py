@@ -55,6 +55,14 @@ def library_versions() -> dict[str, str | None]:
     return versions
 
 
+def tell(text: str) -> None:
+    """Print a line; nothing more where the reader has gone, as `| tee` has at a Ctrl-C while a checkpoint is due."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class Report:
     """Progress and metrics of a run; every method does nothing on ranks other than 0.
 
@@ -66,7 +74,7 @@ class Report:
     """
 
     def __init__(self, output: Path, rank: int, total_steps: int, first_step: int) -> None:
-        self.active = rank == 0
+        self.active, self._started = rank == 0, time.monotonic()
         if not self.active:
             return
         self.file = output / "metrics.jsonl"
@@ -77,13 +85,18 @@ class Report:
         self._stream = open(self.file, "a", encoding="utf-8")  # noqa: SIM115 - open for the whole run
         self._bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=not sys.stderr.isatty())
         self._total, self._first = total_steps, first_step
-        self._started = self._printed = time.monotonic()
+        self._printed = self._started
+
+    @property
+    def seconds(self) -> float:
+        """Since the start of this launch."""
+        return time.monotonic() - self._started
 
     def say(self, text: str) -> None:
         """A line for the user."""
         if self.active:
             self._bar.clear()
-            print(text, flush=True)
+            tell(text)
             self._bar.refresh()
 
     def record(self, values: dict[str, Any]) -> None:
@@ -113,7 +126,7 @@ class Report:
         if self._bar.disable and (now - self._printed > PLAIN_INTERVAL_S or step in (self._first + 1, self._total)):
             self._printed = now
             left_s = (now - self._started) / (step - self._first) * (self._total - step)
-            print(f"step {step}/{self._total}: {shown}, {_clock(left_s)} left", flush=True)
+            tell(f"step {step}/{self._total}: {shown}, {clock(left_s)} left")
 
     def close(self) -> None:
         """End the bar and the file."""
@@ -132,7 +145,8 @@ def _step_of(line: str) -> int:
         return sys.maxsize  # a line cut off by a kill
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds as a clock shows them."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
@@ -222,8 +236,3 @@ class Meter:
             values["peak_allocated_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
             values["peak_reserved_gib"] = torch.cuda.max_memory_reserved(self.device) / 2**30
         return values
-
-
-def shorten(path: Path) -> str:
-    """A path as a user in the working directory would type it."""
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

@@ -1,10 +1,11 @@
 """What ends a rank early, and how: signals, a lost launcher, a dead, a stopped or a hung rank.
 
-A thread does the watching, because the main thread may be inside a collective call that never returns, where Python's
-signal handlers do not run; signals reach the thread through `signal.set_wakeup_fd`. The stock launcher leaves much to
-its ranks: SIGTERM to `deepspeed` leaves them orphaned, and Ctrl-C reaches each of them twice (from the terminal and
-from the launcher), which counts as one signal here. Before `start` there is nothing to save, so a signal ends the rank
-at once.
+A thread does the watching (`faulthandler.dump_traceback_later` could end a hung rank, but with no status of its own and
+without the name of a stopped one), because the main thread may be inside a collective call that never returns, where
+Python's signal handlers do not run; signals reach the thread through `signal.set_wakeup_fd`. The stock launcher leaves
+much to its ranks: SIGTERM to `deepspeed` leaves them orphaned, and Ctrl-C reaches each of them twice (from the terminal
+and from the launcher), which counts as one signal here. Before `start` there is nothing to save, so a signal ends the
+rank at once.
 """
 
 import contextlib
@@ -21,6 +22,11 @@ from typing import NoReturn
 
 import psutil
 
+PATIENCE_S = 30.0
+"""Seconds after a signal to it at which the stock launcher kills its ranks (`terminate_process_tree`); Slurm's
+`KillWait` is the same by default."""
+SHARE = 0.8
+"""Of that time, which a step and its checkpoint may take before a rank counts as short of it."""
 SAME_SIGNAL_S = 3.0
 """Signals within this time of the first are the same request, seconds."""
 DEAD_RANK_GRACE_S = 5.0
@@ -53,6 +59,8 @@ class Supervisor:
         self._before_start = before_start
         self.stop_status: int | None = None
         """Exit status to end with after the next step's checkpoint, or None to go on."""
+        self.pace_s = 0.0
+        """Seconds that a step and its checkpoint take together, as far as they have been measured."""
         self._stop_at = 0.0
         self._beat_at: float | None = None
         self._dead_at: float | None = None
@@ -80,6 +88,14 @@ class Supervisor:
     def beat(self) -> None:
         """Say that work goes on: after a step, a validation, a checkpoint."""
         self._beat_at = time.monotonic()
+
+    def asked_to_stop(self) -> bool:
+        """Whether a signal has come or the launcher is lost."""
+        return self.stop_status is not None
+
+    def is_short_of_time(self) -> bool:
+        """Whether a step that begins as a signal comes might not be saved before the launcher kills this rank."""
+        return self.pace_s > SHARE * PATIENCE_S
 
     def close(self) -> None:
         """Stop watching and put the previous signal handlers back."""
@@ -120,7 +136,12 @@ class Supervisor:
         if self._beat_at is None:
             self._end(status, f"{reason}; {self._before_start}")
         self.stop_status, self._stop_at = status, time.monotonic()
-        self._say(f"{reason}; a checkpoint is written after this step, then the run ends")
+        if self.is_short_of_time():
+            then = "the last finished step is saved after this micro-batch, then the run ends"
+        else:
+            then = "a checkpoint is written after this step, then the run ends"
+        pace = f" (a step and its checkpoint take about {self.pace_s:.0f} s)" if self.pace_s else ""
+        self._say(f"{reason}; {then}; the launcher leaves {PATIENCE_S:.0f} s for it{pace}")
 
     def _launcher_is_lost(self) -> bool:
         if self._grandparent_pid is None or self._parent is None:
@@ -176,7 +197,8 @@ class Supervisor:
     def _say(self, text: str) -> None:
         after_bar = "\n" if sys.stderr.isatty() else ""
         where = f"{after_bar}rank {self.rank} on {socket.gethostname()} (pid {os.getpid()})"
-        print(f"{where}: {text}", file=sys.stderr, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # a Ctrl-C ends what the lines went to, as `| tee`, too
+            print(f"{where}: {text}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

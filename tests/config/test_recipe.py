@@ -235,7 +235,8 @@ def test_shipped_recipe_has_the_stub_and_validates(file: Path, tmp_path: Path, m
         heads.mkdir(parents=True)
         (heads / "heads.json").write_text(first.heads.model_dump_json())
     assert Recipe.load(file) == recipe
-    assert Path(recipe.deepspeed).name == f"zero{recipe.stage + 1}.json"
+    large = not file.name.startswith("smollm2")
+    assert recipe.deepspeed == "auto" if large else Path(recipe.deepspeed).name == f"zero{recipe.stage + 1}.json"
     assert Path(recipe.output).name == file.stem
     for ranks in (1, 2, 4, 8) if recipe.train.global_batch_size >= 8 else (1,):
         recipe.ds_config(ranks, on_gpu=True)

@@ -66,7 +66,7 @@ def test_random_models_need_no_hub_and_repeat(family):
 
 
 def test_dtype_attention_and_checkpointing_reach_the_model():
-    model = load_backbone(random(attention="eager"), torch.bfloat16, device=None, activation_checkpointing=True)
+    model = load_backbone(random(attention="eager"), torch.bfloat16, device=None, recomputed=None)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert model.config._attn_implementation == "eager"
     assert model.is_gradient_checkpointing

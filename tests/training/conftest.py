@@ -92,6 +92,8 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         for zero in ("zero0", "zero2", "zero3")
     ]
     jobs += _hydra_jobs("zero0", "zero2_offload", "zero3")
+    jobs += [(f"zero3-{stage}-whole-layers", "whole_layers", {"stage": stage}) for stage in (1, 2)]
+    jobs += [(f"{zero}-left", "left", {"zero": zero}) for zero in ("zero0", "zero2", "zero3")]
     jobs += [(f"{zero}-export", "export", {"zero": zero}) for zero in ("zero2", "zero3")]
     jobs += _target_jobs("zero0", "zero3") + _start_jobs("zero0", "zero2_offload", "zero3")
     jobs.append(("zero3-start-export", "export", {"zero": "zero3", "loss": {"target": "distribution"}}))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.utils import get_z3_leaf_modules
 from safetensors.torch import save_file
 
 from medusa_ds.config.recipe import Recipe
@@ -15,6 +16,7 @@ from medusa_ds.data.packing import MicroBatch
 from medusa_ds.errors import UserError
 from medusa_ds.heads.files import load_heads
 from medusa_ds.training import build as builder
+from medusa_ds.training import engine as engines
 from medusa_ds.training import optimizer as optim
 from medusa_ds.training.engine import MedusaEngine, NonFiniteError
 
@@ -132,6 +134,22 @@ def trajectory(
     return {key: result[key] + rest[key] for key in result}
 
 
+def whole_layers(out: Path, stage: int) -> dict[str, Any]:
+    """A trajectory under ZeRO 3 that gathers a decoder layer as one; how many do, and what a forward pass gathers."""
+
+    def build(*args: Any) -> Any:
+        model = builder.build_model(*args)
+        engines.fetch_whole_layers(model)
+        return model
+
+    engine = MedusaEngine(make_recipe(out, "zero3", stage), STEPS, build)
+    result = train(engine)
+    dump(engine, out / "after.safetensors")
+    leaves = get_z3_leaf_modules(engine.model)
+    end(engine)
+    return result | {"leaves": [type(leaf).__name__ for leaf in leaves]}
+
+
 def resumed(
     out: Path, zero: str, stage: int, source: Path, tokens: list[int] | None = None, **sections: Any
 ) -> dict[str, Any]:
@@ -184,10 +202,30 @@ class _NanGradient(torch.autograd.Function):
 
 def stop_flag(out: Path) -> dict[str, Any]:
     engine = MedusaEngine(make_recipe(out), STEPS)
-    asked = [engine.train_batch(micro_batches(step, engine), step, stop=engine.rank == step).stop for step in range(3)]
+    steps = [engine.train_batch(micro_batches(step, engine), step, lambda: engine.rank == step) for step in range(3)]  # noqa: B023
     counters = engine.eval_batch(micro_batches(0, engine))
     end(engine)
-    return {"stop": asked, "eval": counters.tolist()}
+    return {"stop": [result.stop for result in steps], "eval": counters.tolist()}
+
+
+def left(out: Path, zero: str) -> dict[str, Any]:
+    """A step left after its first micro-batch: one rank had no time after step 2, the other is asked to stop in step 3.
+
+    Then it is saved, as the loop does, and another engine goes on.
+    """
+    recipe = make_recipe(out, zero)
+    engine = MedusaEngine(recipe, STEPS)
+    first = train(engine, 0, 1)["loss"]
+    first.append(engine.train_batch(micro_batches(1, engine), 1, short_of_time=lambda: engine.rank == 1).loss.hex())
+    asked = iter([False, True])
+    result = engine.train_batch(micro_batches(2, engine), 2, lambda: engine.rank == 0 and next(asked))
+    engine.save({"data": "fingerprint"})
+    end(engine)
+    engine = MedusaEngine(recipe, STEPS)
+    engine.resume_newest("fingerprint")
+    second = train(engine, engine.steps_taken)["loss"]
+    end(engine)
+    return {"left": result is None, "loss": first + second}
 
 
 def export(out: Path, zero: str, **sections: Any) -> dict[str, Any]:
