@@ -250,8 +250,7 @@ def _open_checkpoint(folder: Path) -> Saved:
     config, weights = load_config(model).get_text_config(), _masters(reader, "heads.")
     if token_map := reader.state.get("engine", {}).get("token_map"):
         weights["token_map"] = torch.tensor(token_map, dtype=torch.int64)
-    meta = {"base_model": model.name, "revision": model.revision, "recipe": text}
-    meta |= {key: getattr(heads, key) for key in ("kind", "num", "layers", "lm_head")}
+    meta = {"base_model": model.name, "revision": model.revision, "recipe": text} | heads.shape
     meta |= {"hidden_size": config.hidden_size, "vocab_size": config.vocab_size}
     return Saved(folder, output, meta, weights, None, model, stage, template_args, checkpoint=reader)
 

@@ -182,7 +182,7 @@ class Recipe(Section):
             return [("heads.init_from", f"{text}; name a run of the same base model")]
         return [
             (f"heads.{key}", f"found {getattr(heads, key)}, but {file} has {saved.get(key)}; make them equal")
-            for key in ("kind", "num", "layers", "lm_head")
+            for key in heads.shape
             if saved.get(key) != getattr(heads, key)
         ]
 

@@ -103,6 +103,11 @@ class HeadsSpec(Section):
     init_from: str | None = None
     """Output directory of a finished run (or its `heads` folder) whose heads are the start; weights only."""
 
+    @property
+    def shape(self) -> dict[str, Any]:
+        """What heads are made by, beside the sizes of their model; see `heads.kinds.make_heads`."""
+        return {key: getattr(self, key) for key in ("kind", "num", "layers", "lm_head")}
+
     def rows(self, vocab_size: int) -> int:
         """Rows of a head's projection for a model of so many tokens."""
         return vocab_size if self.vocab == "full" else self.vocab

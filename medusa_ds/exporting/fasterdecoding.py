@@ -11,6 +11,8 @@ import torch
 from medusa_ds.exporting.layouts import to_medusa
 from medusa_ds.exporting.source import Files, Source
 
+KINDS: tuple[str, ...] = ("medusa",)
+
 
 def files(source: Source) -> Files:
     """What it reads."""

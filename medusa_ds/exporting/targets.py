@@ -1,4 +1,4 @@
-"""The programs that heads are exported for. Another one is a file beside this with `files` and `code`, named here."""
+"""The programs that heads are exported for. Another one is a file beside this: `KINDS`, `files`, `code`; named here."""
 
 from pathlib import Path
 from typing import Protocol
@@ -11,7 +11,13 @@ from medusa_ds.heads.files import save_heads
 
 
 class Target(Protocol):
-    """A program that reads an export."""
+    """A program that reads an export.
+
+    Attributes:
+        KINDS: of heads that it runs.
+    """
+
+    KINDS: tuple[str, ...]
 
     def files(self, source: Source) -> Files:
         """What it reads beside `config.json`, the tokenizer and our own `heads`."""

@@ -5,6 +5,8 @@ from functools import partial
 from medusa_ds.exporting import tgi
 from medusa_ds.exporting.source import Files, Source
 
+KINDS: tuple[str, ...] = ("medusa",)
+
 
 def files(source: Source) -> Files:
     """What it reads."""

@@ -13,6 +13,7 @@ from medusa_ds.exporting.layouts import to_medusa
 from medusa_ds.exporting.source import Files, Source
 
 FILE = "medusa_lm_head.safetensors"
+KINDS: tuple[str, ...] = ("medusa",)
 
 
 def files(source: Source) -> Files:

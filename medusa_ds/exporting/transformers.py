@@ -6,6 +6,8 @@ from pathlib import Path
 from medusa_ds.exporting import custom_generate
 from medusa_ds.exporting.source import Files, Source
 
+KINDS: tuple[str, ...] = ("medusa", "hydra")
+
 
 def files(source: Source) -> Files:
     """What it reads."""

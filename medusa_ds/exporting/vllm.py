@@ -16,6 +16,7 @@ from medusa_ds.exporting.source import Files, Source
 from medusa_ds.files import write_json
 
 MAX_SHARD_SIZE = "5GB"  # transformers' and huggingface_hub's own
+KINDS: tuple[str, ...] = ("medusa",)
 
 
 def files(source: Source) -> Files:

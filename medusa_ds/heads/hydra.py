@@ -10,6 +10,8 @@ state's update W_k, the others are residual blocks of Medusa's between the state
 do not see. All start as the identity.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -21,15 +23,14 @@ EPSILON = 1e-6
 
 
 class Step(ZeroLinear):
-    """`s + SiLU(W [s; e / rms(e)] + b)`, the state s unchanged at the start."""
+    """`s + SiLU(W [s; e] + b)`, the state s unchanged at the start."""
 
     def __init__(self, hidden_size: int, dtype: torch.dtype | None = None):
         super().__init__(2 * hidden_size, hidden_size, dtype=dtype)
 
-    def forward(self, states: Tensor, tokens: Tensor) -> Tensor:
-        """From states and embedded tokens, both [..., H], to the next states."""
-        tokens = nn.functional.rms_norm(tokens, tokens.shape[-1:], eps=EPSILON)
-        return states + nn.functional.silu(super().forward(torch.cat([states, tokens], -1)))
+    def forward(self, pairs: Tensor) -> Tensor:
+        """From states and tokens side by side [..., 2H] to the next states [..., H]."""
+        return pairs[..., : self.out_features] + nn.functional.silu(super().forward(pairs))
 
 
 class HydraHeads(MedusaHeads):
@@ -49,4 +50,6 @@ class HydraHeads(MedusaHeads):
 
     def advance(self, k: int, states: Tensor, tokens: Tensor) -> Tensor:
         """States of head k from those of head k-1 and embedded tokens t+k, all [..., H]."""
-        return self[k - 1].step(states, tokens)
+        head: Any = self[k - 1]
+        unit = nn.functional.rms_norm(tokens, tokens.shape[-1:], eps=EPSILON)
+        return head.step(torch.cat([states, unit], -1))

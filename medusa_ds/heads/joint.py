@@ -237,7 +237,10 @@ class JointModel(nn.Module):
         """What the LM head (in stage 2, else None) and every head learn, and where; found while the GPU computes."""
         first = 0 if self.stage == 2 else 1
         rows = [self._rows(labels, position_ids, k) for k in range(first, len(self.heads) + 1)]
-        found = [Target(*parts, parts[1]) for parts in _moved(rows, input_ids.device)]
+        found = [
+            Target(rows_N, labels_N, missed_M, labels_N)
+            for rows_N, labels_N, missed_M in _moved(rows, input_ids.device)
+        ]
         if self.known_V is not None:
             found = [t._replace(learned=self.heads.rows(t.labels)) if k else t for k, t in enumerate(found, first)]
         if self.target != "label":  # the LM head at t+k predicts the token of head k's label
@@ -264,7 +267,8 @@ class JointModel(nn.Module):
             hidden, row_R = hidden[at_M], moved(some_R.cumsum(0) - 1, input_ids.device)
         ahead_K1 = torch.arange(1, len(self.heads) + 1, device=input_ids.device)[:, None]
         following_KM = input_ids.flatten()[(at_M + ahead_K1).clamp(max=input_ids.numel() - 1)]
-        return self.heads.states(hidden, following_KM, self.backbone.get_input_embeddings()), row_R
+        embed: Any = self.backbone.get_input_embeddings()
+        return self.heads.states(hidden, following_KM, embed), row_R
 
     def _loss(self, k: int, target: Target, states_NH: Tensor, scales: Tensor | None) -> HeadLoss:
         """The loss of head k, or with 0 that of the LM head."""
@@ -283,7 +287,7 @@ class JointModel(nn.Module):
         self, projection: VocabularyProjection, rows_NH: Tensor, learned: Tensor, scale: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         if self.target == "distribution":
-            teacher = (self.backbone if self.start is None else self.start).get_output_embeddings()
+            teacher: Any = (self.backbone if self.start is None else self.start).get_output_embeddings()
             return projection.divergence(rows_NH, teacher, learned, self.temperature, self.chunk_mib, scale)
         return projection.cross_entropy(rows_NH, learned, self.loss_impl, self.chunk_mib, scale)
 

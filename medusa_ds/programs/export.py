@@ -77,7 +77,12 @@ def run(settings: Settings) -> None:
     source = _untrained(untrained, wanted) if untrained else _from_run(str(name), wanted, asked != ["transformers"])
     if settings.vocab is not None:
         source = _truncate(source, _recipe(source.meta["recipe"]), settings.vocab)
-    chosen = [target for target in TARGETS if target in asked or "all" in asked]
+    chosen, kind = [target for target in TARGETS if target in asked or "all" in asked], source.meta["kind"]
+    for lacking in [target for target in chosen if kind not in TARGETS[target].KINDS]:
+        if lacking in asked:
+            able = ", ".join(target for target in TARGETS if kind in TARGETS[target].KINDS)
+            raise UserError(f"--for {lacking}: found heads.kind {kind}, which it does not run; allowed is {able}")
+        chosen.remove(lacking)
     loss = fasterdecoding.loss(source)
     if loss and "fasterdecoding" in chosen and not settings.allow_loss:
         if "fasterdecoding" in asked:

@@ -128,8 +128,7 @@ def heads_meta(recipe: Recipe) -> dict[str, Any]:
 
 def _shape(recipe: Recipe) -> dict[str, Any]:
     config = load_config(recipe.model).get_text_config()
-    shape = {key: getattr(recipe.heads, key) for key in ("kind", "num", "layers", "lm_head")}
-    return shape | {"hidden_size": config.hidden_size, "vocab_size": config.vocab_size}
+    return recipe.heads.shape | {"hidden_size": config.hidden_size, "vocab_size": config.vocab_size}
 
 
 def complete_config(config: dict[str, Any], recipe: Recipe) -> dict[str, Any]:

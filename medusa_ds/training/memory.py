@@ -66,18 +66,21 @@ def count_parameters(recipe: Recipe, config: Any) -> Parameters:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from medusa_ds.heads.kinds import make_heads
+
+    shape = recipe.heads.shape | {"hidden_size": config.hidden_size, "vocab_size": config.vocab_size}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.model.trust_remote_code)
+        tokens = None if recipe.heads.vocab == "full" else torch.zeros(recipe.heads.vocab, dtype=torch.int64)
+        blocks, projections = make_heads(shape, token_map=tokens).count_parameters()
     projection = model.get_output_embeddings().weight
     tied = projection is model.get_input_embeddings().weight
     total = sum(parameter.numel() for parameter in model.parameters())
-    vocab_size, hidden_size = projection.shape
-    heads = recipe.heads
     return Parameters(
         backbone=total if tied else total - projection.numel(),
         lm_head=0 if tied else projection.numel(),
-        blocks=heads.num * heads.layers * (hidden_size * hidden_size + hidden_size),
-        projections=heads.num * heads.rows(vocab_size) * hidden_size if heads.lm_head == "own" else 0,
+        blocks=blocks,
+        projections=projections,
         largest=projection.numel(),
         start=total if recipe.has_frozen_start else 0,
     )
@@ -174,8 +177,10 @@ def recomputed_layers(setting: bool | int | str) -> int | None:
 def parts_in_memory(recipe: Recipe, parts: Parameters, config: Any) -> Parameters:
     """The parameters that training keeps: a hidden cache replaces the backbone, and what nobody reads is left out."""
     if recipe.data.hidden_cache != "off":
-        needed = 0 if parts.projections else config.vocab_size * config.hidden_size
-        return replace(parts, backbone=0, lm_head=needed)
+        from medusa_ds.heads.kinds import KINDS
+
+        ends = (not parts.projections) + KINDS[recipe.heads.kind].sees_tokens  # the LM head, the embeddings
+        return replace(parts, backbone=0, lm_head=ends * config.vocab_size * config.hidden_size)
     if recipe.stage == 1 and parts.projections and recipe.loss.target == "label":
         return replace(parts, lm_head=0)
     return parts

@@ -23,7 +23,8 @@ def best(model, heads, hidden, path_tokens, width):
     """The best tokens of head `len(path_tokens)` after these tokens, the root first."""
     state, k = hidden, len(path_tokens)
     for head, token in zip(heads, path_tokens, strict=False):
-        state = head.step(state, model.get_input_embeddings().weight[token])
+        embedded = model.get_input_embeddings().weight[token]
+        state = head.step(torch.cat([state, embedded / embedded.square().mean().add(1e-6).sqrt()]))
     logits = heads[k - 1].logits(state, model.lm_head)
     return heads.tokens(logits.argsort(descending=True)[:width]).tolist()
 

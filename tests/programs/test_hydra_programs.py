@@ -27,5 +27,10 @@ def test_a_run_from_recipe_to_text(tiny_recipe: Path, tmp_path: Path, capsys: py
         main(["evaluate", str(run), "--prompts", str(prompts), "--max-new-tokens", "24", "--json", str(report)])
         found = json.loads(report.read_text())
         assert found["texts"]["differ"] == found["texts"]["differ_by_a_tie"]
-    main(["estimate", str(tiny_recipe), *HYDRA])
-    assert "frozen" in capsys.readouterr().out
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        main(["export", str(out), str(tmp_path / "exported"), "--for", "tgi"])
+    assert "--for tgi: found heads.kind hydra, which it does not run" in capsys.readouterr().err
+    main(["export", str(out), str(tmp_path / "exported"), "--for", "all"])
+    assert not list((tmp_path / "exported").glob("*.safetensors"))
+    assert json.loads((tmp_path / "exported" / "heads" / "heads.json").read_text())["kind"] == "hydra"
