@@ -3,7 +3,6 @@
 import gc
 import json
 import math
-import os
 import statistics
 import sys
 import time
@@ -20,7 +19,9 @@ from medusa_ds.benchmarks.steps import start
 from medusa_ds.benchmarks.trace import trace_step
 from medusa_ds.data.packing import MicroBatch, Sequences
 from medusa_ds.errors import UserError, exit_on_user_error
+from medusa_ds.files import write
 from medusa_ds.model.rows import count_targets
+from medusa_ds.ranks import Ranks
 from medusa_ds.training.hidden_cache import count_rows
 from medusa_ds.training.loop import ahead
 from medusa_ds.training.report import Meter, library_versions, quiet_libraries
@@ -35,7 +36,7 @@ def measure_step(case: Case, trace: Path | None, folder: Path) -> dict[str, Any]
     Raises:
         UserError: what building the model refuses; out of memory, with that as its cause.
     """
-    recipe, rank, on_gpu = case.load_recipe(), int(os.environ.get("RANK", "0")), torch.cuda.is_available()
+    recipe, rank, on_gpu = case.load_recipe(), Ranks().rank, torch.cuda.is_available()
     started = time.perf_counter()
     training = start(case, recipe, rank, folder)
     step, model, all_steps = training.step, training.model, case.warmup + case.steps
@@ -66,10 +67,7 @@ def measure_step(case: Case, trace: Path | None, folder: Path) -> dict[str, Any]
         "peak_allocated_gib": torch.cuda.max_memory_allocated() / GIB if on_gpu else None,
         "peak_reserved_gib": torch.cuda.max_memory_reserved() / GIB if on_gpu else None,
     }
-    ranks = [own]
-    if case.gpus > 1:
-        ranks = [{}] * case.gpus
-        torch.distributed.all_gather_object(ranks, own)
+    ranks = Ranks().gather(own)
     context = statistics.fmean(float(batch.position_ids.double().mean()) + 1 for batch in batches)
     result = {**_of_all(ranks), "losses": losses}
     tokens, rows, median = result["tokens"], result.pop("rows"), statistics.median(result["seconds"])
@@ -165,7 +163,7 @@ def _out_of_memory(error: BaseException) -> bool:
 
 def main(case_file: str, result_file: str, trace_file: str | None = None) -> None:
     """Measure the case of a file, or the machine where it holds none; the first rank of a case writes."""
-    rank = int(os.environ.get("RANK", "0"))
+    rank = Ranks().rank
     quiet_libraries(rank)
     fields = json.loads(Path(case_file).read_text())
     gc.freeze()
@@ -182,9 +180,7 @@ def main(case_file: str, result_file: str, trace_file: str | None = None) -> Non
             raise
         result, rank, status = {"out_of_memory": str(error).splitlines()[0][:200]}, 0, 1
     if rank == 0:
-        temporary = Path(f"{result_file}.{os.getpid()}")
-        temporary.write_text(json.dumps(result))
-        os.replace(temporary, result_file)
+        write(Path(result_file), json.dumps(result))
     if status:
         sys.exit(status)  # other ranks wait for this one
 

@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 from medusa_ds.config.parsing import KeyPath, parse_yaml, read_json, read_text, secret_keys
 from medusa_ds.errors import UserError
+from medusa_ds.files import DATA_SUFFIXES
 
 STUB_FIRST = re.compile(r'^_: r"""[^"]*$')
 STUB_LAST = '# """; from medusa_ds.train import main; main(__file__)'
-DATA_SUFFIXES = (".json", ".jsonl", ".parquet")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 _PACKAGE = Path(__file__).resolve().parents[1]
 SHAPES: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("shapes.json").read_text(encoding="utf-8"))

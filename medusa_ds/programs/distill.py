@@ -13,9 +13,7 @@ failed, and whatever ended the process, the same command goes on with the rest. 
 becomes depends on none of them.
 """
 
-import hashlib
 import json
-import os
 from collections import Counter, deque
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,6 +22,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 
+from medusa_ds import files
 from medusa_ds.config.recipe import Recipe
 from medusa_ds.config.settings import Bare, RecipeSettings
 from medusa_ds.config.types import Count, Positive
@@ -120,8 +119,7 @@ def run(settings: Settings) -> dict[str, Any]:
             "deepspeed launcher, with more requests in flight (--batch)"
         )
     kept = "ending at once; finished rows are kept, and the same command goes on"
-    local_size = int(os.environ.get("LOCAL_SIZE", "0"))
-    supervisor = Supervisor(ranks.rank, local_size, recipe.train.hang_timeout, before_start=kept)
+    supervisor = Supervisor(ranks.rank, ranks.local_size, recipe.train.hang_timeout, before_start=kept)
     try:
         with end_with_others(ranks.rank):
             ranks.join()
@@ -188,7 +186,7 @@ def _state(
     """What an output depends on."""
 
     def digest(value: Any) -> str:
-        return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+        return files.digest(json.dumps(value))[:16]
 
     return {
         "model": recipe.model.name,

@@ -7,7 +7,6 @@ Example:
     medusa-ds prepare smollm2_135m_stage1 data.path=mine.jsonl
 """
 
-import os
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from medusa_ds.data.packing import Data, load_data
 from medusa_ds.data.vocabulary import always_in, coverage, label_counts, most_frequent
 from medusa_ds.errors import UserError
 from medusa_ds.model.backbone import load_config, load_tokenizer, settled
+from medusa_ds.ranks import Ranks
 from medusa_ds.training.report import quiet_libraries
 
 _SIZES = (8192, 16384, 32768)  # of vocabularies to tell about where the recipe names none
@@ -39,7 +39,7 @@ def run(settings: Settings) -> None:
     recipe = settings.load_recipe()
     if settings.hidden and recipe.data.hidden_cache == "off":
         raise UserError("--hidden: found data.hidden_cache: off; set it to auto or to a directory")
-    rank = int(os.environ.get("RANK", "0"))
+    rank = Ranks().rank
     quiet_libraries(rank)
     recipe, tokenizer = settled(recipe), load_tokenizer(recipe.model)
     data = load_data(recipe, tokenizer)

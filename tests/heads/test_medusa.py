@@ -160,9 +160,9 @@ def test_a_flipped_bit_is_found(saved):
 
 def test_a_file_that_is_no_safetensors_file_is_refused(saved):
     (saved / "heads.safetensors").write_bytes(b"PK\x03\x04 not tensors")
-    from medusa_ds.heads.files import _sha256
+    from medusa_ds.files import digest
 
-    edit(saved, sha256=_sha256(saved / "heads.safetensors"))
+    edit(saved, sha256=digest(saved / "heads.safetensors"))
     with pytest.raises(UserError, match="not a safetensors file"):
         load_heads(saved)
 
@@ -171,7 +171,7 @@ def test_a_write_that_dies_leaves_the_old_heads(saved, monkeypatch):
     def die(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("medusa_ds.heads.files.os.fsync", die)
+    monkeypatch.setattr("os.fsync", die)
     with pytest.raises(KeyboardInterrupt):
         save_heads(saved, make(layers=1).state_dict(), {**META, "layers": 1})
     assert load_heads(saved)[0]["layers"] == 2

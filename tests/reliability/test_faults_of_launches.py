@@ -145,7 +145,7 @@ def test_output_that_cannot_be_written_is_one_line() -> None:
 @pytest.mark.long
 def test_full_disk_in_the_final_save_is_one_line(tiny_recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    run = launch(tiny_recipe, *STEPS, ranks=2, env=fault(out, 0, "ENOSPC", 1, r"heads/\.?heads"), log_dir=tmp_path)
+    run = launch(tiny_recipe, *STEPS, ranks=2, env=fault(out, 0, "ENOSPC", 1, r"heads/\.tmp-heads"), log_dir=tmp_path)
     assert run.wait() == 2
     assert f"error: {out}: the heads cannot be written" in run.text and "Traceback" not in run.text, run.text
     assert "heads saved in" in train(tiny_recipe, *STEPS, ranks=2, log_dir=tmp_path)
