@@ -20,6 +20,7 @@ COMMANDS = {
     "list": "list_recipes",
     "validate": "validate",
     "show": "show",
+    "init": "init",
     "prepare": "prepare",
     "estimate": "estimate",
     "distill": "distill",

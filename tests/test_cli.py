@@ -171,7 +171,7 @@ def test_estimate_takes_the_measured_speed_and_counts_data(
     tiny_recipe: Path, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "run the recipe for some steps first" in said(capsys, "estimate", str(tiny_recipe))
-    assert "add --data" in said(capsys, "estimate", str(tiny_recipe), "train.steps=null")
+    assert "or --data" in said(capsys, "estimate", str(tiny_recipe), "train.steps=null")
     (place / "out").mkdir()
     speeds = [{"kind": "train", "step": i, "tokens_per_s": speed} for i, speed in enumerate((1.0, 500.0, 700.0))]
     lines = [json.dumps(line) for line in (*speeds, {"kind": "validation", "step": 3})]

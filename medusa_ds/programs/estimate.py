@@ -1,26 +1,34 @@
 """Estimate parameters, memory per GPU, disk and hours of a recipe, by arithmetic: nothing is trained or allocated.
 
 Example:
-    medusa-ds estimate llama3_8b_stage1 --world-size 8
+    medusa-ds estimate llama3_8b_stage1 --gpus 8 --gpu a100-80gb --rows 121000
 
 The arithmetic of memory is `training.memory`'s.
 """
 
+import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
 from medusa_ds.config import deepspeed as ds_config
+from medusa_ds.config.deepspeed import zero_settings
+from medusa_ds.config.loading import SHAPES
 from medusa_ds.config.recipe import Recipe, shipped
 from medusa_ds.config.settings import RecipeSettings
-from medusa_ds.config.types import Count, Positive
+from medusa_ds.config.types import Count, Positive, either
+from medusa_ds.errors import UserError
+from medusa_ds.training.flops import peak_tflops, step_flops
 from medusa_ds.training.memory import (
     CONTEXT_BYTES,
     GIB,
     GPUS_GIB,
+    Choice,
+    Parameters,
     activations_bytes,
     choose,
     count_parameters,
@@ -30,6 +38,10 @@ from medusa_ds.training.memory import (
     smallest_gpu,
     states_bytes,
 )
+
+MFU = {(1, False): 0.6, (2, False): 0.26, (1, True): 0.13, (2, True): 0.055}
+"""By stage and offload: model FLOPs over the bf16 peak, with 6 x 1024 tokens on each H200; longer sequences reach more
+(0.45 in stage 2 with 6 x 4096). Other GPUs were not measured."""
 
 
 def measured_speed(output: Path) -> float | None:
@@ -43,39 +55,71 @@ def measured_speed(output: Path) -> float | None:
     return speeds[len(speeds) // 2] if speeds else None
 
 
-def total_steps(recipe: Recipe, data: Any) -> int | None:
-    """Optimizer steps of the recipe; None where they follow from data that was not counted."""
-    if recipe.train.steps is not None:
-        return recipe.train.steps
-    return data and max(1, round(data.train.steps_per_epoch(recipe.train.global_batch_size) * recipe.train.epochs))
-
-
 class Settings(RecipeSettings):
     """What the command line says."""
 
+    gpu: str | None = Field(None, title="KIND")
+    """GPU to plan for: rtx-3060, l4, a100-80gb, h100-80gb, h200, ... (any kind that the table of memory may name)."""
+    gpus: Count = 8
+    """How many of it."""
+    rows: Count | None = None
+    """Conversations of the data, where the recipe's split does not say, as train[:200000] does."""
     world_size: list[Count] = [1, 2, 4, 8]
-    """Ranks; may be given several times."""
+    """Ranks in the table of memory; may be given several times."""
     tokens_per_second: Positive | None = None
-    """Speed of all GPUs together; without it, the one that a run into the recipe's output measured."""
+    """Speed of all GPUs together; without it, what a run into the recipe's output measured, or that of --gpu."""
     count_data: bool = Field(False, alias="data")
     """Tokenise the data, as prepare does, to count its tokens."""
 
 
 def run(settings: Settings) -> None:
-    """Print the estimate."""
+    """Print the estimate.
+
+    Raises:
+        UserError: a mistake of the recipe, a model that cannot be found, or an unknown GPU.
+    """
     from medusa_ds.data.packing import load_data
     from medusa_ds.model.backbone import load_config, load_tokenizer, settled
 
-    recipe = settled(settings.load_recipe())
-    data = load_data(recipe, load_tokenizer(recipe.model)) if settings.count_data else None
+    recipe, gpu = settings.load_recipe(), _find_gpu(settings.gpu)
+    tokenizer = load_tokenizer(recipe.model) if settings.count_data else None
+    shape = SHAPES.get(recipe.model.name) if recipe.model.init == "pretrained" else None
+    if shape and not Path(recipe.model.name).is_dir():  # without the hub
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"config": shape})})
+    recipe = settled(recipe)
+    data = load_data(recipe, tokenizer) if tokenizer else None
     config = load_config(recipe.model).get_text_config()
     parts = count_parameters(recipe, config)
-    stage, train = recipe.stage, recipe.train
-    width = 4 if train.precision == "fp32" else 2
-    trained = parts.trainable(stage)
+    width = 4 if recipe.train.precision == "fp32" else 2
+    _print_parameters(recipe, parts)
+    if recipe.data.hidden_cache != "off":
+        print(
+            f"\n{_hidden_cache(recipe, config, data)}; filling it takes {width * parts.backbone / GIB:.1f} GiB of "
+            "backbone on each GPU, before what follows"
+        )
+    _print_memory(recipe, parts, config, width, settings.world_size)
+    choice = None
+    if gpu:
+        auto = {"deepspeed": "auto"}
+        choice = choose(recipe.model_copy(update=auto), parts, config, settings.gpus, GPUS_GIB[gpu] * GIB, math.inf)
+        largest = _largest_micro_batch(recipe, choice, parts, config, settings.gpus, GPUS_GIB[gpu] * GIB)
+        print(f"\n{settings.gpus} x {gpu}: take deepspeed: ds_configs/{choice.deepspeed.name}; {choice.why}")
+        print(f"  with it, {largest}")
+    trained = parts.trainable(recipe.stage)
+    checkpoint = 12 * trained
+    final = width * (parts.blocks + parts.projections)
+    final += width * (parts.backbone + parts.lm_head) if recipe.stage == 2 else 0
+    most = recipe.train.keep_last + 2  # the best one, and the one being written
+    print(
+        f"\ndisk: {checkpoint / GIB:.2f} GiB a checkpoint (fp32 weights and moments of what is trained), at most "
+        f"{most} at a time: {most * checkpoint / GIB:.1f} GiB; saved at the end: {final / GIB:.2f} GiB"
+    )
+    print(_hours(settings, recipe, _total_steps(recipe, data, settings.rows), parts, config, gpu, choice))
 
+
+def _print_parameters(recipe: Recipe, parts: Parameters) -> None:
     print("parameters, millions")
-    state = "frozen" if stage == 1 else "trained"
+    state = "frozen" if recipe.stage == 1 else "trained"
     tied = "tied to the embeddings" if not parts.lm_head else state
     for name, count, note in (
         ("backbone", parts.backbone, state),
@@ -85,16 +129,13 @@ def run(settings: Settings) -> None:
         *([("frozen start", parts.start, f"loss.target {recipe.loss.target} of stage 2")] if parts.start else []),
     ):
         print(f"  {name:24}{count / 1e6:12,.2f}  {note}")
-    print(f"  {'trained':24}{trained / 1e6:12,.2f}")
+    print(f"  {'trained':24}{parts.trainable(recipe.stage) / 1e6:12,.2f}")
 
-    if recipe.data.hidden_cache != "off":
-        print(
-            f"\n{_hidden_cache(recipe, config, data)}; filling it takes {width * parts.backbone / GIB:.1f} GiB of "
-            "backbone on each GPU, before what follows"
-        )
-    resident = parts_in_memory(recipe, parts, config)
-    recomputed = recomputed_layers(train.activation_checkpointing)
-    activations = activations_bytes(recipe, config, width, recomputed)
+
+def _print_memory(recipe: Recipe, parts: Parameters, config: Any, width: int, world_sizes: list[int]) -> None:
+    """A line for each number of GPUs, a column for each ZeRO config."""
+    train, resident = recipe.train, parts_in_memory(recipe, parts, config)
+    activations = activations_bytes(recipe, config, width, recomputed_layers(train.activation_checkpointing))
     loss = loss_bytes(recipe, config, width)
     work = activations + loss + CONTEXT_BYTES
     print(
@@ -102,15 +143,14 @@ def run(settings: Settings) -> None:
         f"{loss / GIB:.1f}, CUDA {CONTEXT_BYTES / GIB:.0f} and weights, gradients and optimizer states by ZeRO config:"
     )
     files = {file.stem: file for file in sorted(shipped("ds_configs").glob("*.json"))}
-    auto = recipe.deepspeed == "auto"
-    own = files["zero2"] if auto else Path(recipe.deepspeed)
+    own = files["zero2"] if recipe.deepspeed == "auto" else Path(recipe.deepspeed)
     if own not in files.values():
         files[own.stem] = own
     print("  GPUs  " + "  ".join(f"{name:>{max(8, len(name))}}" for name in files) + f"  smallest GPU with {own.stem}")
-    for ranks in settings.world_size:
+    for ranks in world_sizes:
         cells, fits, cpu_own = [], "", 0
         for name, file in files.items():
-            gpu, cpu = states_bytes(resident, stage, *ds_config.zero_settings(ds_config.load(file)), ranks, width)
+            gpu, cpu = states_bytes(resident, recipe.stage, *zero_settings(ds_config.load(file)), ranks, width)
             cells.append(f"{(gpu + work) / GIB:>{max(8, len(name))}.1f}")
             if file == own:
                 fits, cpu_own = smallest_gpu(gpu + work), cpu
@@ -118,22 +158,29 @@ def run(settings: Settings) -> None:
         if train.global_batch_size % (train.micro_batch_size * ranks):
             note += f" (train.global_batch_size {train.global_batch_size} does not divide by {ranks} ranks)"
         print(f"  {ranks:4}  " + "  ".join(cells) + f"  {fits}{note}")
-    if auto or (stage == 2 and train.activation_checkpointing == "auto"):
-        print("\nwhat a run would choose (deepspeed: auto, train.activation_checkpointing: auto):")
-        for ranks in settings.world_size:
-            for gpu_name in ("A100 40GB", "H100 80GB", "H200"):
-                found = choose(recipe, parts, config, ranks, GPUS_GIB[gpu_name] * GIB, math.inf)
-                print(f"  {gpu_name}: {found.why}")
 
-    checkpoint = 12 * trained
-    heads = width * (parts.blocks + parts.projections)
-    final = heads + (width * (parts.backbone + parts.lm_head) if stage == 2 else 0)
-    most = train.keep_last + 2  # the best one, and the one being written
-    print(
-        f"\ndisk: {checkpoint / GIB:.2f} GiB a checkpoint (fp32 weights and moments of what is trained), at most "
-        f"{most} at a time: {most * checkpoint / GIB:.1f} GiB; saved at the end: {final / GIB:.2f} GiB"
-    )
-    print(_hours(recipe, settings.tokens_per_second, total_steps(recipe, data)))
+
+def _find_gpu(kind: str | None) -> str | None:
+    known = {name.lower().replace(" ", "-"): name for name in GPUS_GIB}
+    if kind is not None and kind.lower() not in known:
+        raise UserError(f"--gpu: found {kind!r}; allowed is {either(list(known))}")
+    return known[kind.lower()] if kind else None
+
+
+def _largest_micro_batch(
+    recipe: Recipe, choice: Choice, parts: Parameters, config: Any, gpus: int, gpu_bytes: float
+) -> str:
+    """The largest `train.micro_batch_size` that fits with a choice and divides the global batch."""
+    batch = recipe.train.global_batch_size
+    if batch % gpus:
+        return f"no train.micro_batch_size fits: train.global_batch_size {batch} does not divide by {gpus} GPUs"
+    layers = config.num_hidden_layers if choice.recomputed is None else choice.recomputed
+    for size in range(batch // gpus, 0, -1):
+        train = recipe.train.model_copy(update={"micro_batch_size": size, "activation_checkpointing": layers})
+        tried = recipe.model_copy(update={"train": train, "deepspeed": str(choice.deepspeed)})
+        if batch // gpus % size == 0 and choose(tried, parts, config, gpus, gpu_bytes, math.inf).fits:
+            return f"train.micro_batch_size up to {size} fits and divides train.global_batch_size {batch}"
+    return "not one sequence fits: lower data.max_length, or take more or larger GPUs"
 
 
 def _hidden_cache(recipe: Recipe, config: Any, data: Any) -> str:
@@ -147,13 +194,59 @@ def _hidden_cache(recipe: Recipe, config: Any, data: Any) -> str:
     return f"hidden cache in {stored}: {rows * size / GIB:.2f} GiB for {rows:,} positions that a head learns from"
 
 
-def _hours(recipe: Recipe, stated: float | None, steps: int | None) -> str:
-    speed = stated or measured_speed(Path(recipe.output))
+def _total_steps(recipe: Recipe, data: Any, rows: int | None) -> int | None:
+    """Optimizer steps of the recipe, at most; None where they follow from data of unknown size."""
+    train = recipe.train
+    if train.steps is not None:
+        return train.steps
+    if data:
+        return max(1, round(data.train.steps_per_epoch(train.global_batch_size) * train.epochs))
+    sliced = re.fullmatch(r"\w+\[(\d*):(\d+)\]", recipe.data.split)
+    if rows is None and sliced:
+        rows = int(sliced[2]) - int(sliced[1] or 0)
+    if rows is None:
+        return None
+    rows -= min(int(rows * recipe.data.validation), recipe.data.validation_max)
+    return max(1, math.ceil(rows / train.global_batch_size * train.epochs))  # packing needs fewer sequences than rows
+
+
+def _hours(
+    settings: Settings,
+    recipe: Recipe,
+    steps: int | None,
+    parts: Parameters,
+    config: Any,
+    gpu: str | None,
+    choice: Choice | None,
+) -> str:
+    speed = settings.tokens_per_second or measured_speed(Path(recipe.output))
     if steps is None:
-        return "time: train.steps is not set; add --data to tokenise the data and count its steps"
+        return "time: train.steps is not set; give --rows N, or --data to tokenise the data and count its steps"
     tokens = steps * recipe.train.global_batch_size * recipe.data.max_length
     counted = f"{steps:,} steps of at most {tokens // steps:,} tokens"
-    if speed is None:
-        return f"time: {counted}; state a speed with --tokens-per-second, or run the recipe for some steps first"
-    source = "stated" if stated else "measured in the recipe's output"
-    return f"time: {tokens / speed / 3600:.2f} hours for {counted} at {speed:,.0f} tokens/s ({source})"
+    if speed:
+        source = "stated" if settings.tokens_per_second else "measured in the recipe's output"
+        return f"time: {tokens / speed / 3600:.2f} hours for {counted} at {speed:,.0f} tokens/s ({source})"
+    peak = peak_tflops(gpu) if gpu else None
+    if peak is None or choice is None:
+        more = "or run the recipe for some steps first"
+        return f"time: {counted}; name a GPU with --gpu, state a speed with --tokens-per-second, {more}"
+    embedded = config.vocab_size * config.hidden_size
+    flops = step_flops(
+        config,
+        parts.backbone - embedded,
+        blocks=parts.blocks // recipe.heads.num,
+        own_projection=parts.projections > 0,
+        stage=recipe.stage,
+        rows=recipe.heads.rows(config.vocab_size),
+        target=recipe.loss.target,
+    )
+    if recipe.data.hidden_cache != "off":
+        flops = dataclasses.replace(flops, passes=0)
+    a_token = flops.total(1, recipe.data.max_length / 2, recipe.heads.num, 1)
+    mfu = MFU[recipe.stage, any(zero_settings(ds_config.load(choice.deepspeed))[1])]
+    hours = tokens * a_token / (settings.gpus * peak * 1e12 * mfu) / 3600
+    return (
+        f"time: at most {hours:.1f} hours on {settings.gpus} x {gpu} for {counted}, {a_token / 1e9:.1f} GFLOP each, at "
+        f"an MFU of {mfu} (measured on H200s, docs/benchmarks.md) of {peak:.0f} TFLOP/s"
+    )

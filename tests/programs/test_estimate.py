@@ -1,0 +1,77 @@
+"""Plans of a run: hours, the ZeRO config to take and the largest micro-batch, without the hub."""
+
+import math
+import re
+
+import pytest
+
+from medusa_ds.cli import main
+from medusa_ds.config.recipe import Recipe
+from medusa_ds.model.backbone import load_config
+from medusa_ds.training.memory import GIB, GPUS_GIB, choose, count_parameters
+
+
+@pytest.fixture(autouse=True)
+def no_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("medusa_ds.model.backbone.model_path", lambda spec: pytest.fail(f"asked for {spec.name}"))
+
+
+def said(capsys, *argv):
+    main(["estimate", *argv])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("stage", "gpu", "peak", "mfu"), [(1, "a100-80gb", 312e12, 0.6), (2, "h200", 989e12, 0.26)])
+def test_hours_are_model_flops_over_the_gpus_peak(stage, gpu, peak, mfu, capsys):
+    """Llama-3-8B's FLOPs by hand. Mutation: leave the heads out, or count one pass in stage 2."""
+    out = said(capsys, f"llama3_8b_stage{stage}", "--gpus", "8", "--gpu", gpu, "--rows", "121000")
+    layer = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336
+    forward = 2 * 32 * layer + 4 * 32 * 4096 * 512
+    vocabulary, block = 4096 * 128256, 4096 * 4096
+    head = 6 * block + 6 * vocabulary - (2 * block if stage == 1 else 0)
+    token = (1 if stage == 1 else 3) * forward + 3 * head + (6 * vocabulary if stage == 2 else 0)
+    recipe = Recipe.load(f"llama3_8b_stage{stage}", planning=True)
+    batch = recipe.train.global_batch_size
+    steps = math.ceil((121000 - 512) / batch * recipe.train.epochs)
+    hours = steps * batch * 1024 * token / (8 * peak * mfu) / 3600
+    found = re.search(
+        r"time: at most ([\d.]+) hours on 8 x .* for ([\d,]+) steps of at most [\d,]+ tokens, ([\d.]+) GF", out
+    )
+    assert found is not None, out
+    assert int(found[2].replace(",", "")) == steps
+    assert float(found[1]) == pytest.approx(hours, abs=0.06)
+    assert float(found[3]) == pytest.approx(token / 1e9, rel=2e-3)
+
+
+def test_rows_follow_from_a_split(capsys):
+    asked = ["llama3_8b_stage1", "--gpu", "h200"]
+    assert "give --rows N" in said(capsys, *asked)
+    assert "for 40 steps" in said(capsys, *asked, "data.split=train[80:2080]", "train.global_batch_size=48")
+
+
+def test_the_micro_batch_named_is_the_largest_that_fits(capsys):
+    """Mutation: name the smallest, or one that does not divide the batch."""
+    recipe = Recipe.load("smollm2_135m_stage1", ["train.global_batch_size=960"])
+    out = said(capsys, "smollm2_135m_stage1", "train.global_batch_size=960", "--gpus", "1", "--gpu", "rtx-3060")
+    assert "take deepspeed: ds_configs/zero2.json" in out
+    largest = int(re.search(r"train.micro_batch_size up to (\d+) fits", out)[1])
+    shape = {"model_type": "llama", "tie_word_embeddings": True, "vocab_size": 49152, "hidden_size": 576}
+    shape |= {"intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
+    config = load_config(recipe.model.model_copy(update={"config": shape}))
+    parts = count_parameters(recipe, config)
+
+    def fits(size):
+        train = recipe.train.model_copy(update={"micro_batch_size": size})
+        tried = recipe.model_copy(update={"train": train})
+        return choose(tried, parts, config, 1, GPUS_GIB["RTX 3060"] * GIB, math.inf).fits
+
+    divisors = [size for size in range(1, 961) if 960 % size == 0]
+    assert largest == max(size for size in divisors if fits(size)) < 960
+
+
+def test_an_unknown_gpu_is_a_line(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["estimate", "llama3_8b_stage1", "--gpu", "a100"])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.startswith("error: --gpu: found 'a100'; allowed is") and "a100-80gb" in err
