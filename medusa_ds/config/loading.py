@@ -132,13 +132,14 @@ def resolve_paths(raw: dict[str, Any], at: Origin, planning: bool) -> list[str]:
     """Make input paths absolute, in place; returns a problem for each that must exist and does not."""
     problems = []
 
+    def wrong(key: str, text: str) -> None:
+        problems.append(at.say(key, text))
+
     def find(value: str, key: str, *more: Path) -> Path | None:
         near = (at.file.parent, at.file.parent.parent)
         places = (Path.cwd(), *near) if at.overridden(key) or key == "heads.init_from" else (*near, Path.cwd())
-        for place in (*places, *more):
-            if value and os.path.exists(place / os.path.expanduser(value)):
-                return (place / os.path.expanduser(value)).absolute()
-        return None
+        paths = [place / os.path.expanduser(value) for place in (*places, *more)]
+        return next((path.absolute() for path in paths if value and os.path.exists(path)), None)
 
     def section(name: str) -> dict[str, Any]:
         return raw[name] if isinstance(raw.get(name), dict) else {}
@@ -152,25 +153,15 @@ def resolve_paths(raw: dict[str, Any], at: Origin, planning: bool) -> list[str]:
         found = find(value, "deepspeed", shipped("ds_configs").parent)
         if found is None:
             known = ", ".join(sorted(file.name for file in shipped("ds_configs").glob("*.json")))
-            problems.append(
-                at.say(
-                    "deepspeed",
-                    f"found {value}, which does not exist; write auto, or name a DeepSpeed JSON file; shipped in "
-                    f"ds_configs/: {known}",
-                )
-            )
+            mend = f"write auto, or name a DeepSpeed JSON file; shipped in ds_configs/: {known}"
+            wrong("deepspeed", f"found {value}, which does not exist; {mend}")
         raw["deepspeed"] = str(found or value)
 
     if (value := text_of("heads", "init_from")) is not None:
         found = find(value, "heads.init_from")
         if found is None and not planning:
-            problems.append(
-                at.say(
-                    "heads.init_from",
-                    f"found {value}, which does not exist; run stage 1 first, or "
-                    "name the output directory of a finished run",
-                )
-            )
+            mend = "run stage 1 first, or name the output directory of a finished run"
+            wrong("heads.init_from", f"found {value}, which does not exist; {mend}")
         raw["heads"]["init_from"] = str(found or Path(os.path.expanduser(value)).absolute())
 
     if (value := text_of("model", "name")) is not None:
@@ -178,9 +169,7 @@ def resolve_paths(raw: dict[str, Any], at: Origin, planning: bool) -> list[str]:
         if found is not None and os.path.isdir(found):
             raw["model"]["name"] = str(found)
         elif not _HUB_ID.fullmatch(value):
-            problems.append(
-                at.say("model.name", f"found {value!r}; allowed is an existing directory or a hub id like owner/name")
-            )
+            wrong("model.name", f"found {value!r}; allowed is an existing directory or a hub id like owner/name")
 
     path = section("data").get("path")
     sources = [(section("data"), "data.path")] if isinstance(path, str) else []
@@ -192,17 +181,16 @@ def resolve_paths(raw: dict[str, Any], at: Origin, planning: bool) -> list[str]:
         if not isinstance(value, str) or value == "sample":
             continue
         found = find(value, key)
+        kinds = "a JSON, JSONL or Parquet file"
         if found is not None:
             holder["path"] = str(found)
-            problems += _check_data(found, key, at)
+            if os.path.isdir(found) and not any(file.suffix in DATA_SUFFIXES for file in found.iterdir()):
+                wrong(key, f"found {found}, a directory without {kinds}")
+            elif not os.path.isdir(found) and found.suffix not in DATA_SUFFIXES:
+                wrong(key, f"found {found}; a data file ends in {', '.join(DATA_SUFFIXES)}")
         elif value.endswith(DATA_SUFFIXES) or not _HUB_ID.fullmatch(value):
-            problems.append(
-                at.say(
-                    key,
-                    f"found {value!r}, which does not exist; allowed are sample, a JSON, JSONL or "
-                    "Parquet file, a directory of them, or a hub id like owner/name",
-                )
-            )
+            mend = f"allowed are sample, {kinds}, a directory of them, or a hub id like owner/name"
+            wrong(key, f"found {value!r}, which does not exist; {mend}")
 
     if (value := text_of("data", "hidden_cache")) not in (None, "off", "auto"):
         raw["data"]["hidden_cache"] = str(Path(os.path.expanduser(value)).absolute())
@@ -210,18 +198,9 @@ def resolve_paths(raw: dict[str, Any], at: Origin, planning: bool) -> list[str]:
     if isinstance(value := raw.get("output"), str):
         output = Path(os.path.expanduser(value)).absolute()
         if not value or (os.path.exists(output) and not os.path.isdir(output)):
-            problems.append(at.say("output", f"found {value!r}; allowed is a directory, which is made when missing"))
+            wrong("output", f"found {value!r}; allowed is a directory, which is made when missing")
         raw["output"] = str(output)
     return problems
-
-
-def _check_data(path: Path, key: str, at: Origin) -> list[str]:
-    if os.path.isdir(path):
-        if not any(file.suffix in DATA_SUFFIXES for file in path.iterdir()):
-            return [at.say(key, f"found {path}, a directory without a JSON, JSONL or Parquet file")]
-    elif path.suffix not in DATA_SUFFIXES:
-        return [at.say(key, f"found {path}; a data file ends in {', '.join(DATA_SUFFIXES)}")]
-    return []
 
 
 def config_at_hand(name: str, overrides: dict[str, Any]) -> dict[str, Any]:

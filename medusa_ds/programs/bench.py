@@ -8,19 +8,15 @@ Example:
 """
 
 import json
-import os
-import socket
-import subprocess
 import sys
-import tempfile
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
 from medusa_ds.benchmarks.cases import IMPLS, LLAMA3_8B, Case, Impl, matrix
+from medusa_ds.benchmarks.processes import Workers
 from medusa_ds.benchmarks.report import compare, describe
 from medusa_ds.config.recipe import Recipe
 from medusa_ds.config.settings import Commas, Positional, ProgramSettings
@@ -77,7 +73,7 @@ def run(settings: Settings) -> None:
     trace, timeout_s = settings.profile, settings.timeout_s
     _write(json_file, {})
     report: dict[str, Any] = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv, "results": []}
-    machine = _Workers(None)
+    machine = Workers(None)
     report["machine"] = machine.measure(timeout_s)
     machine.close()
     if failure := report["machine"].get("failed"):
@@ -86,12 +82,12 @@ def run(settings: Settings) -> None:
     for case in cases:
         if case not in able:
             print(f"left out, as this machine or its PyTorch cannot: {case.name}", flush=True)
-    following: _Workers | None = None
+    following: Workers | None = None
     try:
         for case, after in zip(able, [*able[1:], None], strict=True):
-            workers = following or _Workers(case, _trace_file(trace, case))
+            workers = following or Workers(case, _trace_file(trace, case))
             # the next ones start while these build their model, so that no one waits for imports
-            following = _Workers(after, _trace_file(trace, after)) if after else None
+            following = Workers(after, _trace_file(trace, after)) if after else None
             print(case.name, flush=True)
             report["results"].append(case.to_json() | workers.measure(timeout_s))
             workers.close()
@@ -142,78 +138,6 @@ def _trace_file(directory: str | None, case: Case) -> Path | None:
     name = f"{case.part}_stage{case.stage}_heads{case.heads}_{case.batch}x{case.sequence}_{case.impl}"
     name += f"_{case.gpus}gpus" if case.gpus > 1 else ""
     return Path(directory).absolute() / f"{name}.json"
-
-
-class _Workers:
-    """Fresh processes for a case, one a GPU, that import what they need and wait to be told to measure.
-
-    Args:
-        case: None measures the machine.
-        trace: file for a profiler trace of one step.
-    """
-
-    def __init__(self, case: Case | None, trace: Path | None = None) -> None:
-        self.folder = tempfile.TemporaryDirectory()
-        ask, self.answer, self.log = (Path(self.folder.name) / name for name in ("case.json", "result.json", "log.txt"))
-        ask.write_text(json.dumps(case.to_json() if case else {}))
-        command = [sys.executable, "-m", "medusa_ds.benchmarks.worker", str(ask), str(self.answer)]
-        self.processes = _start([*command, *([str(trace)] if trace else [])], case.gpus if case else 1, self.log)
-
-    def measure(self, timeout_s: int) -> dict[str, Any]:
-        """What they found: figures, or `out_of_memory` or `failed` with a line that says why."""
-        status = _end(self.processes, timeout_s)
-        if self.answer.exists():
-            return dict(json.loads(self.answer.read_text()))
-        if status is None:
-            return {"failed": f"took more than {timeout_s} s"}
-        lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-        reason = next((line for line in reversed(lines) if "rror" in line), lines[-1] if lines else "")
-        if status == -9:
-            return {"out_of_memory": "killed: the machine's memory is used up"}
-        return {"failed": reason[:300] or f"exit status {status}"}
-
-    def close(self) -> None:
-        _stop(self.processes)
-        self.folder.cleanup()
-
-
-def _start(command: list[str], ranks: int, log: Path) -> list[subprocess.Popen[str]]:
-    """A command on so many ranks, which each wait for a line of input."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    places = [os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-    with open(log, "w") as stream:
-        return [
-            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stream, stderr=stream, env=env, text=True)
-            for env in places
-        ]
-
-
-def _end(processes: list[subprocess.Popen[str]], timeout_s: float) -> int | None:
-    """Let ranks go on; the exit status of the first that failed, 0, or None: out of time. All have ended then."""
-    for process in processes:
-        assert process.stdin
-        with suppress(BrokenPipeError):  # it has ended already
-            process.stdin.write("go\n")
-            process.stdin.close()
-    end = time.monotonic() + timeout_s
-    try:
-        while time.monotonic() < end:
-            states = [process.poll() for process in processes]
-            if any(states) or None not in states:
-                return next(filter(None, states), 0)
-            time.sleep(0.05)
-        return None
-    finally:
-        _stop(processes)
-
-
-def _stop(processes: list[subprocess.Popen[str]]) -> None:
-    for process in processes:
-        process.kill()
-        process.wait()
 
 
 def _write(file: str, report: dict[str, Any]) -> None:

@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from medusa_ds.benchmarks import report, trace, worker
+from medusa_ds.benchmarks import processes, report, trace, worker
 from medusa_ds.benchmarks.batches import load_conversations, make_feed
 from medusa_ds.benchmarks.cases import IMPLS, Case, matrix
 from medusa_ds.benchmarks.head import measure_head
 from medusa_ds.cli import main
 from medusa_ds.errors import UserError
 from medusa_ds.model.rows import count_targets
-from medusa_ds.programs import bench
 
 TINY = """\
 model:
@@ -167,8 +166,8 @@ def test_a_rank_that_fails_ends_the_others(place):
     """Mutation: wait for every rank."""
     started = time.monotonic()
     command = [sys.executable, "-c", "import os, time; os.environ['RANK'] == '1' and exit(3); time.sleep(60)"]
-    assert bench._end(bench._start(command, 2, place / "log.txt"), 30) == 3
-    assert bench._end(bench._start(command, 1, place / "log.txt"), 1) is None
+    assert processes._end(processes._start(command, 2, place / "log.txt"), 30) == 3
+    assert processes._end(processes._start(command, 1, place / "log.txt"), 1) is None
     assert time.monotonic() - started < 20
 
 
