@@ -156,7 +156,8 @@ class LossSpec(Section):
     """Head k's loss is weighted by decay^k."""
     coefficient: Annotated[float, Field(gt=0)] | None = None
     """Stage 2: weight of the heads' loss beside the LM loss. null: 0.2. Towards the frozen start (`target:
-    distribution`) 0.02 to 0.1 were enough, and moved the model less the smaller they were (docs/experiments.md)."""
+    distribution`) 0.02 to 0.1 were enough, and moved the model less the smaller they were
+    (docs/experiments/stage2.md)."""
     coefficient_schedule: Literal["constant", "linear", "sine"] = "constant"
     """Stage 2: how the coefficient reaches its value."""
     coefficient_warmup_ratio: Fraction = 0.1
