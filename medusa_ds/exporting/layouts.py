@@ -3,6 +3,7 @@
     ours                        FasterDecoding, TensorRT-LLM, TGI     vLLM
     {h}.blocks.{l}.weight|bias  {h}.{l}.linear.weight|bias            blocks.{h}.layers.{l}.weight|bias
     {h}.projection.weight       {h}.{L}.weight                        lm_heads.{h}.weight
+    {h}.step.weight|bias                                              steps.{h}.weight|bias, which the plug-in reads
 
 Projections onto N tokens (`token_map`) get rows for all V: of these programs vLLM alone knows such a map, and its code
 loads one only beside a shared projection. An unmapped row is the mean of the mapped ones: its logit is the mean of
@@ -40,8 +41,9 @@ def expand_rows(weight_NH: Tensor, token_map: Tensor, vocab_size: int) -> Tensor
 
 
 def to_vllm(heads: dict[str, Tensor], projections: list[Tensor]) -> dict[str, Tensor]:
-    """Layout of vLLM for a `MedusaHeads` state dict; each tensor owns its storage."""
+    """Layout of vLLM for a state dict of heads; each tensor owns its storage."""
     names = {name: f"blocks.{name.replace('.blocks.', '.layers.')}" for name in heads if ".blocks." in name}
+    names |= {name: f"steps.{name.replace('.step.', '.')}" for name in heads if ".step." in name}
     blocks = {theirs: heads[ours].clone() for ours, theirs in names.items()}
     return blocks | {f"lm_heads.{h}.weight": weight.clone() for h, weight in enumerate(projections)}
 

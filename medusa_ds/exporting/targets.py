@@ -69,6 +69,8 @@ def write_export(directory: Path, source: Source, targets: list[str], base: str)
         "dtype": dtype,
         "torch_dtype": dtype,
     } | ({"original_lm_head": True} if source.shared else {})
+    if meta["kind"] != "medusa":
+        config["heads_kind"] = meta["kind"]
     if source.shared and tokens is not None:
         config["truncated_vocab_size"] = len(tokens)
     write_json(directory / "config.json", config)

@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import silu
 from transformers import AutoConfig
 
-from medusa_ds.programs import export
 from medusa_ds.runs import load_run
 
 PLUGIN = Path(__file__).parents[2] / "plugins" / "vllm"
@@ -46,13 +45,10 @@ def load(plugin: Any, path: Path, lm_head: torch.nn.Module | None = None, embedd
     return model
 
 
-def export_cut(run: Path, tokens: torch.Tensor) -> Path:
-    """An export of shared heads that names these tokens."""
-    source = export._from_run(run, torch.float32)
-    target = run.parent / "cut"
-    target.mkdir()
-    export._write(target, target, source._replace(heads=source.heads | {"token_map": tokens}), "vllm")
-    return target
+def export_cut(run: Path) -> tuple[Path, torch.Tensor]:
+    """An export of shared heads cut to 120 tokens, and these."""
+    path = export_(run, "cut", "--for", "vllm", "--vocab", "120")
+    return path, load_file(path / "model.safetensors")["token_map"]
 
 
 @pytest.mark.parametrize("passes_step", [True, False], ids=["0.32", "0.31"])
@@ -71,10 +67,12 @@ def test_drafts_are_the_guesses_of_the_exported_heads(
 ) -> None:
     """Turns red when every step asks the first head, or the token map's order is not kept."""
     monkeypatch.setattr(fake_vllm.MultiModuleMTPSpeculator, "passes_step", passes_step)
-    tokens = torch.arange(299, 40, -3) if cut else None
-    own = tokens if lm_head == "own" else None
-    run = make_run("run", f"heads.lm_head={lm_head}", f"heads.layers={layers}", tokens=own)
-    path = export_cut(run, tokens) if cut and lm_head == "shared" else export_(run, "out", "--for", "vllm")
+    tokens = torch.arange(299, 40, -3) if cut and lm_head == "own" else None
+    run = make_run("run", f"heads.lm_head={lm_head}", f"heads.layers={layers}", tokens=tokens)
+    if cut and lm_head == "shared":
+        path, tokens = export_cut(run)
+    else:
+        path = export_(run, "out", "--for", "vllm")
     loaded = load_run(run, torch.device("cpu"), torch.float32)
     target = loaded.backbone.get_output_embeddings()
     model = load(plugin, path, target)
@@ -100,6 +98,8 @@ def test_hydra_drafts_are_those_of_its_equation(plugin: Any, tmp_path: Path, sha
     draw = torch.Generator().manual_seed(0)
     tensors = {f"steps.{k}.weight": torch.randn(size, 2 * size, generator=draw) / 4 for k in range(num)}
     tensors |= {f"steps.{k}.bias": torch.randn(size, generator=draw) for k in range(num)}
+    tensors |= {f"blocks.{k}.layers.0.weight": torch.randn(size, size, generator=draw) / 4 for k in range(num)}
+    tensors |= {f"blocks.{k}.layers.0.bias": torch.randn(size, generator=draw) for k in range(num)}
     own = {f"lm_heads.{k}.weight": torch.randn(vocab, size, generator=draw) for k in range(num)}
     config = {
         "model_type": "medusa",
@@ -107,6 +107,7 @@ def test_hydra_drafts_are_those_of_its_equation(plugin: Any, tmp_path: Path, sha
         "hidden_size": size,
         "vocab_size": vocab,
         "medusa_num_heads": num,
+        "medusa_num_layers": 2,
         "original_lm_head": shared,
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -119,10 +120,12 @@ def test_hydra_drafts_are_those_of_its_equation(plugin: Any, tmp_path: Path, sha
         for row in range(20):
             state, token = hidden[row].double(), int(ids[row])
             for k in range(num):
-                inputs = torch.cat([state, embeddings.weight[token].double()])
+                embedded = embeddings.weight[token].double()
+                inputs = torch.cat([state, embedded / (embedded.square().mean() + 1e-6).sqrt()])
                 state = state + silu(tensors[f"steps.{k}.weight"].double() @ inputs + tensors[f"steps.{k}.bias"])
                 weight, bias = (lm_head.weight, lm_head.bias) if shared else (own[f"lm_heads.{k}.weight"], 0)
-                token = int((weight.double() @ state + bias).argmax())
+                block = [tensors[f"blocks.{k}.layers.0.{kind}"].double() for kind in ("weight", "bias")]
+                token = int((weight.double() @ (state + silu(block[0] @ state + block[1])) + bias).argmax())
                 assert drafts[row, k] == token, (row, k)
 
 

@@ -1,16 +1,17 @@
 """The draft: heads on the target's last hidden state.
 
     Medusa (arXiv 2401.10774)    logits_k = P_k block_kL(... block_k1(h)),     block(x) = x + SiLU(W x + b)
-    Hydra (arXiv 2402.05109)     logits_k = P_k s_k,    s_k = s_{k-1} + SiLU(W_k [s_{k-1}; E(t_k)] + b_k),    s_0 = h
+    Hydra (arXiv 2402.05109)     the same of s_k in place of h,    s_k = s_{k-1} + SiLU(W_k [s_{k-1}; e_k] + b_k)
 
-h is the target's hidden state at the last accepted token, t_k the token before the one that head k guesses (t_1 the
-target's own next one), E the target's embeddings. P_k is a head's own projection, or the target's LM head; either may
-be cut to the tokens of `token_map`, whose logits then take their places in the vocabulary, -inf elsewhere.
+h = s_0 is the target's hidden state at the last accepted token, e_k the target's embedding, divided by its root mean
+square, of the token before the one that head k guesses (of its own next token for the first head). W_k is the first of
+a Hydra head's layers, its blocks the others. P_k is a head's own projection, or the target's LM head; either may be
+cut to the tokens of `token_map`, whose logits then take their places in the vocabulary, -inf elsewhere.
 
 The forward of a step runs at every token of the batch and returns the state that the next step gets: unchanged for
-Medusa, whose blocks run with the projection, at the few rows that are guessed from. Shapes are static and Python runs
-per step, never per token, so that vLLM can record all steps as one CUDA graph. Under tensor parallelism projections
-are split over the vocabulary and blocks are replicated.
+Medusa. Blocks run with the projection, at the few rows that are guessed from. Shapes are static and Python runs per
+step, never per token, so that vLLM can record all steps as one CUDA graph. Under tensor parallelism projections are
+split over the vocabulary and the rest is replicated.
 
 Shapes: N tokens of a batch, R rows guessed from, H hidden size, V vocabulary.
 """
@@ -20,7 +21,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn.functional import rms_norm, silu
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
@@ -30,12 +31,11 @@ from medusa_vllm.config import MedusaConfig
 
 
 class Blocks(nn.Module):
-    """Residual blocks of a Medusa head."""
+    """Residual blocks of a head."""
 
-    def __init__(self, config: MedusaConfig) -> None:
+    def __init__(self, size: int, layers: int, bias: bool) -> None:
         super().__init__()
-        size, bias = config.hidden_size, config.medusa_fc_bias
-        self.layers = nn.ModuleList(nn.Linear(size, size, bias) for _ in range(config.medusa_num_layers))
+        self.layers = nn.ModuleList(nn.Linear(size, size, bias) for _ in range(layers))
 
     def forward(self, hidden_RH: Tensor) -> Tensor:
         """Apply the blocks to [R, H]."""
@@ -49,19 +49,17 @@ class Heads(nn.Module):
 
     def __init__(self, config: MedusaConfig) -> None:
         super().__init__()
-        number, size = range(config.medusa_num_heads), config.hidden_size
-        self.is_hydra = config.heads_kind == "hydra"
-        if self.is_hydra:
-            self.steps = nn.ModuleList(nn.Linear(2 * size, size) for _ in number)
-        else:
-            self.blocks = nn.ModuleList(Blocks(config) for _ in number)
+        number, size, bias = range(config.medusa_num_heads), config.hidden_size, config.medusa_fc_bias
+        is_hydra = config.heads_kind == "hydra"
+        self.steps = nn.ModuleList(nn.Linear(2 * size, size, bias) for _ in number if is_hydra)
+        self.blocks = nn.ModuleList(Blocks(size, config.medusa_num_layers - is_hydra, bias) for _ in number)
 
     def forward(self, input_ids_N: Tensor, state_NH: Tensor, step: int) -> Tensor:
         """The state after a step."""
-        if not self.is_hydra:
+        if not self.steps:
             return state_NH
-        inputs = torch.cat([state_NH, self.embed_tokens(input_ids_N)], -1)
-        return state_NH + silu(self.steps[step](inputs))
+        embedded_NH = rms_norm(self.embed_tokens(input_ids_N), state_NH.shape[-1:], eps=1e-6)
+        return state_NH + silu(self.steps[step](torch.cat([state_NH, embedded_NH], -1)))
 
 
 class MedusaMTPModel(nn.Module):
@@ -127,8 +125,7 @@ class MedusaMTPModel(nn.Module):
     def _projection(self, state_RH: Tensor, step: int | None) -> tuple[nn.Module, Tensor, Tensor | None]:
         step = self.step if step is None else step
         head = self.lm_heads[step % len(self.lm_heads)] if self.lm_heads else self.lm_head
-        rows_RH = state_RH if self.model.is_hydra else self.model.blocks[step](state_RH)
-        return head, rows_RH, getattr(head, "bias", None)
+        return head, self.model.blocks[step](state_RH), getattr(head, "bias", None)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load tensors in vLLM's layout of Medusa heads; the names of the parameters that were set."""
