@@ -5,22 +5,35 @@ Example:
 
 Accuracies are teacher-forced on the plain answers: every position counts. Accepted tokens are counted while decoding:
 only the positions where a step begins count, and a tree holds more than each head's first guess. Both stand in the
-report under different names.
+report under different names. With --server, a server that runs the heads decodes in place of ours: its tokens a second,
+what its metrics page counts, and its texts against our plain greedy ones.
 """
 
 import time
 from collections import Counter, defaultdict
+from itertools import pairwise
 from typing import Any
 
 import torch
+from pydantic import Field
 
-from medusa_ds.data.prompts import read_prompts
+from medusa_ds.config.types import Count, Positive
+from medusa_ds.data.prompts import Prompt, read_prompts
 from medusa_ds.decoding.acceptance import AcceptanceSettings
 from medusa_ds.decoding.answers import Answer, answer_prompts, device_name
 from medusa_ds.decoding.decoder import Decoder, Generation
-from medusa_ds.decoding.measure import copy_bandwidth, first_difference, head_ranks, plain_step_bytes, step_ms
+from medusa_ds.decoding.measure import (
+    Difference,
+    copy_bandwidth,
+    first_difference,
+    head_ranks,
+    plain_step_bytes,
+    step_ms,
+)
 from medusa_ds.decoding.pictures import draw_evaluation
 from medusa_ds.decoding.trees import chain
+from medusa_ds.distilling.served import HeadServer, Reply
+from medusa_ds.errors import UserError
 from medusa_ds.runs import PromptSettings, Run
 
 TOP = 5
@@ -30,11 +43,26 @@ Report = dict[str, Any]
 class Settings(AcceptanceSettings, PromptSettings):
     """What the command line says."""
 
+    server: str | None = Field(None, title="URL")
+    """In place of our own decoder, measure a server that has these heads, as http://localhost:8000/v1."""
+    server_model: str | None = Field(None, title="NAME")
+    """What the server calls the model; without it, the first that it lists."""
+    in_flight: Count = 1
+    """Requests to the server at once."""
+    timeout_s: Positive = Field(300, alias="timeout", title="S")
+    """Of a request to the server."""
+
 
 def run(settings: Settings) -> Report:
     """Measure a run, print a table, write JSON and picture if asked, and return the report."""
-    prompts, run = read_prompts("--prompts", settings.prompts, settings.limit), settings.load()
+    prompts = read_prompts("--prompts", settings.prompts, settings.limit)
+    if settings.server and settings.acceptance.rule != "greedy":
+        raise UserError(f"--acceptance: found {settings.acceptance.rule}; a server is asked for greedy texts")
+    server = HeadServer(settings.server, settings.server_model, settings.timeout_s) if settings.server else None
+    run = settings.load()
     plain = Decoder(run.backbone, [], chain(0), settings.acceptance, compile_step=settings.compile_step)
+    if server is not None:
+        return _served(settings, prompts, run, plain, server)
     medusa = Decoder(run.backbone, run.heads, run.tree, settings.acceptance, compile_step=settings.compile_step)
     answers, left_out = answer_prompts(prompts, run.encode, run.decode, plain, medusa, settings.max_new_tokens)
     report: Report = {
@@ -54,6 +82,70 @@ def run(settings: Settings) -> Report:
     if settings.picture:
         draw_evaluation(report["heads"], report["accepted"]["distribution"], settings.picture)
     return report
+
+
+def _served(settings: Settings, prompts: list[Prompt], run: Run, plain: Decoder, server: HeadServer) -> Report:
+    """The report of a server; what it lost is named at the end.
+
+    Raises:
+        UserError: after the report, answers are missing.
+    """
+    answers, left_out = answer_prompts(prompts, run.encode, run.decode, plain, None, settings.max_new_tokens)
+    found = server.measure([a.prompt for a in answers], settings.max_new_tokens, settings.in_flight)
+    report: Report = {
+        "run": settings.name,
+        "server": {"url": server.url, "model": server.model, "in_flight": settings.in_flight},
+        "prompts": {
+            "file": settings.prompts,
+            "answers": len(answers) - len(found.problems),
+            "left_out_too_long": left_out,
+            "failed": len(found.problems),
+        },
+        "heads": _accuracies([head_ranks(run.backbone, run.heads, a.prompt, a.plain.tokens) for a in answers]),
+        "speed": {"server_tokens_per_s": found.tokens / found.seconds, "tokens": found.tokens},
+        "texts": _differences_of_texts(run, answers, found.replies),
+    }
+    if found.drafts:
+        reached = [found.drafts, *found.accepted, 0]
+        report["accepted"] = {
+            "mean_tokens_per_step": 1 + sum(found.accepted) / found.drafts,
+            "steps": found.drafts,
+            "distribution": {str(n): a - b for n, (a, b) in enumerate(pairwise(reached), 1)},
+            "by_position": found.accepted,
+        }
+    accepted = report.get("accepted")
+    lines = _accuracy_lines(report["heads"])
+    lines += _step_lines(accepted, "the server's own count") if accepted else ["no counts of drafts on its /metrics"]
+    lines.append(
+        f"the server                         {report['speed']['server_tokens_per_s']:.1f} tokens/s, "
+        f"{settings.in_flight} at a time"
+    )
+    print("\n".join([*lines, *_text_lines(report["texts"])]))
+    settings.write_report(report)
+    if settings.picture and accepted:
+        draw_evaluation(report["heads"], accepted["distribution"], settings.picture)
+    if found.problems:
+        raise UserError(
+            f"--server: {server.url}: {len(found.problems)} of {len(answers)} requests failed, the first: "
+            f"{found.problems[0]}; the report is of the others"
+        )
+    return report
+
+
+def _differences_of_texts(run: Run, answers: list[Answer], replies: list[Reply]) -> Report:
+    """As `_differences`, of texts: tokens of one that differs are those that the tokenizer makes of it."""
+    differences, compared = [], 0
+    for answer, reply in zip(answers, replies, strict=True):
+        if reply.problem:
+            continue
+        compared += 1
+        if reply.text != run.decode(answer.plain.tokens):
+            tokens = run.tokenizer(reply.text, add_special_tokens=False)["input_ids"]
+            found = first_difference(run.backbone, answer.prompt, answer.plain.tokens, tokens)
+            found = found or Difference(min(len(tokens), len(answer.plain.tokens)), float("inf"), 0.0)  # one goes on
+            differences.append({**found._asdict(), "tie": found.is_tie})
+    ties = sum(row["tie"] for row in differences)
+    return {"compared": compared, "differ": len(differences), "differ_by_a_tie": ties, "differences": differences}
 
 
 def _accuracies(per_answer: list[torch.Tensor]) -> Report:
@@ -168,23 +260,42 @@ def _differences(run: Run, answers: list[Answer]) -> Report:
     return {"compared": len(answers), "differ": len(differences), "differ_by_a_tie": ties, "differences": differences}
 
 
-def _table(report: Report) -> str:
-    heads, accepted, speed = report["heads"], report["accepted"], report["speed"]
+def _accuracy_lines(heads: Report) -> list[str]:
     names = [name for name in heads if name.startswith("head")]
     lines = ["head  " + "  ".join(f"top-{top}" for top in range(1, TOP + 1)) + "  full   cond"]
     for k, name in enumerate(names, 1):
         tops = "  ".join(f"{share:.3f}" for share in heads[name].values())
         lines.append(f"{k:4}  {tops}  {heads[f'full_acc_{k}']:.3f}  {heads[f'cond_acc_{k}']:.3f}")
+    return [*lines, f"chain acceptance, teacher-forced   {heads['chain_acceptance_teacher_forced']:.3f} tokens"]
+
+
+def _step_lines(accepted: Report, how: str) -> list[str]:
     shares = ", ".join(
         f"{count}: {number / max(accepted['steps'], 1):.1%}" for count, number in accepted["distribution"].items()
     )
-    lines += [
-        f"chain acceptance, teacher-forced   {heads['chain_acceptance_teacher_forced']:.3f} tokens",
-        f"tokens per step, decoding          {accepted['mean_tokens_per_step']:.3f} "
-        f"({'tree' if report['tree']['measured'] else 'default tree, see medusa-ds tree,'} of "
-        f"{report['tree']['nodes']} nodes)",
+    return [
+        f"tokens per step, decoding          {accepted['mean_tokens_per_step']:.3f} ({how})",
         f"steps by tokens                    {shares}",
     ]
+
+
+def _text_lines(texts: Report) -> list[str]:
+    rows = [row for row in texts["differences"] if not row["tie"]]
+    return [
+        f"texts that differ from plain greedy: {texts['differ']} of {texts['compared']}"
+        f" ({texts['differ_by_a_tie']} at a tie within rounding)",
+        *(
+            f"  token {row['position']}: logits {row['gap']:.4g} apart, resolution {row['resolution']:.4g}"
+            for row in rows
+        ),
+    ]
+
+
+def _table(report: Report) -> str:
+    accepted, speed, tree = report["accepted"], report["speed"], report["tree"]
+    lines = _accuracy_lines(report["heads"])
+    origin = "tree" if tree["measured"] else "default tree, see medusa-ds tree,"
+    lines += _step_lines(accepted, f"{origin} of {tree['nodes']} nodes")
     lines += [f"  {name or '(none)':32} {mean:.3f}" for name, mean in accepted["by_category"].items()]
     for kind, what in (("decoding", "decoding alone"), ("end_to_end", "end to end, with prefill")):
         rates = speed[f"plain_{kind}_tokens_per_s"], speed[f"medusa_{kind}_tokens_per_s"]
@@ -205,16 +316,7 @@ def _table(report: Report) -> str:
     if "copy_gb_per_s" in speed:
         lines.append(f"plain step: {speed['plain_share_of_bandwidth']:.0%} of {speed['copy_gb_per_s']:.0f} GB/s (copy)")
     if "texts" in report:
-        texts = report["texts"]
-        lines.append(
-            f"texts that differ from plain greedy: {texts['differ']} of {texts['compared']}"
-            f" ({texts['differ_by_a_tie']} at a tie within rounding)"
-        )
-        lines += [
-            f"  token {row['position']}: logits {row['gap']:.4g} apart, resolution {row['resolution']:.4g}"
-            for row in texts["differences"]
-            if not row["tie"]
-        ]
+        lines += _text_lines(report["texts"])
     return "\n".join(lines)
 
 
