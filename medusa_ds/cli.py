@@ -30,6 +30,7 @@ COMMANDS = {
     "tree": "tree",
     "report": "report",
     "export": "export",
+    "serve": "serve",
     "import": "import_heads",
 }
 """Modules of `programs` by subcommand."""

@@ -32,6 +32,8 @@ def _split(text: Any) -> Any:
 
 
 _POSITIONAL = "positional"
+REST = "rest"
+"""Marks the list that takes what the program's own options and arguments leave over, as it is."""
 Positional = Annotated[_T, _POSITIONAL]
 Commas = Annotated[list[_T], BeforeValidator(_split)]
 
@@ -76,10 +78,15 @@ def parse(settings: type[_S], argv: Sequence[str], prog: str, description: str |
     """
     form = argparse.RawDescriptionHelpFormatter
     parser = _Parser(prog, description=description, formatter_class=form, allow_abbrev=False)
+    rest = next((name for name, field in settings.model_fields.items() if REST in field.metadata), None)
     for name, field in settings.model_fields.items():
-        flag, options = _option(name, field)
-        parser.add_argument(flag, **options)
-    given = vars(parser.parse_intermixed_args(list(argv)))
+        if name != rest:
+            flag, options = _option(name, field)
+            parser.add_argument(flag, **options)
+    found, unknown = parser.parse_known_intermixed_args(list(argv))
+    if unknown and rest is None:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    given = vars(found) | ({rest: unknown} if rest else {})
     try:
         return settings.model_validate(given)
     except ValidationError as error:

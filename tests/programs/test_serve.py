@@ -1,0 +1,80 @@
+"""`medusa-ds serve`: what it exports, what it starts, and what it says is missing."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from exporting import MakeRun, export_
+
+from medusa_ds.cli import main
+
+PYTHON = """#!{python}
+import json, os, sys
+if sys.argv[1] == "-c":
+    print({found!r})
+else:
+    print(json.dumps([sys.argv[1:], os.environ["VLLM_USE_V2_MODEL_RUNNER"]]))
+"""
+
+
+def environment(tmp_path: Path, found: str) -> str:
+    """A Python of an environment with these packages and plug-ins."""
+    file = tmp_path / f"python-{'-'.join(found.split())}"
+    file.write_text(PYTHON.format(python=sys.executable, found=found))
+    file.chmod(0o755)
+    return str(file)
+
+
+def served(argv: list[str], capfd: pytest.CaptureFixture[str]) -> tuple[list[str], str]:
+    """What is started, in a process of its own since it is replaced."""
+    child = os.fork()
+    if child == 0:
+        try:
+            main(["serve", *argv])
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    return json.loads(capfd.readouterr().out.splitlines()[-1])
+
+
+def test_vllm_is_started_with_an_export_and_all_further_options(
+    make_run: MakeRun, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, python = make_run(), environment(tmp_path, "vllm medusa other")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    argv = [str(run), "--python", python, "--port", "8001", "--enforce-eager"]
+    (arguments, runner) = served(argv, capfd)
+    export = tmp_path / "run-vllm"
+    assert runner == "1" and arguments[:3] == ["-m", "vllm.entrypoints.cli.main", "serve"]
+    assert arguments[3] == json.loads((export / "config.json").read_text())["base_model_name_or_path"]
+    speculative = json.loads(arguments[arguments.index("--speculative-config") + 1])
+    assert speculative == {"method": "mtp", "model": str(export), "num_speculative_tokens": 3}
+    assert arguments[6:] == ["--port", "8001", "--enforce-eager"]
+    made = (export / "model.safetensors").stat().st_mtime_ns
+    served(argv, capfd)
+    assert (export / "model.safetensors").stat().st_mtime_ns == made  # the same heads: nothing to export
+    (arguments, _) = served([str(export), "--python", python, "--base-model", "here"], capfd)
+    assert arguments[3] == "here" and str(export) in arguments[5]
+
+
+def test_what_is_missing_is_said_in_a_line(
+    make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    export = str(export_(make_run(), "out", "--for", "vllm"))
+    other = str(make_run("other", "heads.layers=2"))
+    ready = ["--python", environment(tmp_path, "vllm medusa")]
+    for argv, text in (
+        ([export, "--python", str(tmp_path / "nothing")], "does not run"),
+        ([export, *ready, "--num-speculative-tokens", "4"], "found 4; there are 3 heads"),
+        ([other, *ready, "--out", export], "has other heads than"),
+        ([export, "--python", environment(tmp_path, "vllm")], "vLLM has no Medusa plug-in"),
+        ([export, "--python", environment(tmp_path, "")], "found no vLLM"),
+    ):
+        with pytest.raises(SystemExit) as status:
+            main(["serve", *argv])
+        error = capsys.readouterr().err
+        assert status.value.code == 2 and text in error.splitlines()[-1] and error.count("error: ") == 1
