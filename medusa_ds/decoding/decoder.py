@@ -24,11 +24,13 @@ from medusa_ds.decoding.acceptance import Acceptance
 from medusa_ds.decoding.kernels.compiled import CompiledBackbone, compile_part
 from medusa_ds.decoding.kernels.packed import pack_projections
 from medusa_ds.decoding.kernels.top_tokens import top_tokens
-from medusa_ds.decoding.session import Session, static_attention
+from medusa_ds.decoding.session import Session, position_limit, static_attention
 from medusa_ds.decoding.trees import Tree
 from medusa_ds.errors import UserError
 from medusa_ds.heads.base import Head, Heads
-from medusa_ds.model.projection import project
+from medusa_ds.model.attention import base_model
+from medusa_ds.model.backbone import vocabulary_projection
+from medusa_ds.model.projection import VocabularyProjection
 
 SLOTS_MULTIPLE = 256  # sessions of about the same length share a CUDA graph
 
@@ -83,6 +85,7 @@ class Decoder:
         self._asked = [*(heads or ())][: tree.depth]
         self.acceptance = acceptance or Acceptance()
         self.use_graph = backbone.device.type == "cuda" if graph is None else graph
+        self.lm_head = vocabulary_projection(backbone)
         pack_projections(backbone)
         self._parts: CompiledBackbone | None = None
         if compile_step:
@@ -92,7 +95,7 @@ class Decoder:
             self._finish = compile_part(self._finish, one_row)  # type: ignore[method-assign]
         self._session: Session | None = None
         self.ends = set(end_tokens(backbone))
-        self.limit = getattr(backbone.config, "max_position_embeddings", None) or 1 << 30
+        self.limit, self.clamp = position_limit(backbone)
 
     def generate(
         self,
@@ -209,18 +212,21 @@ class Decoder:
         with static_attention(self.backbone):
             hidden_BH = prefill(self.backbone, session, prompts)
         session.uniform_BN.uniform_(generator=generator)
-        root_B = self.acceptance.choose(lm_head_logits(self.backbone, hidden_BH), session.uniform_BN[:, 0])
+        root_B = self.acceptance.choose(self.lm_head(hidden_BH), session.uniform_BN[:, 0])
         session.tokens_BN.copy_(self._propose(hidden_BH, root_B))
 
     def _step(self, session: Session) -> None:
-        hidden_BNH = self.backbone.base_model(**self._begin(session), **session.cache_arguments).last_hidden_state
+        hidden_BNH = base_model(self.backbone)(**self._begin(session), **session.cache_arguments).last_hidden_state
         # not compiled: Inductor would copy all keys and values there and back to move a path of them
         session.keep(*self._finish(session, hidden_BNH))
 
     def _begin(self, session: Session) -> dict[str, Any]:
         """The tree's tokens, their positions and what they see."""
         position_BN = session.length_B[:, None] + self.tree.depth_N
-        return {"input_ids": session.tokens_BN, "position_ids": position_BN, **session.masks(position_BN)}
+        masks = session.masks(position_BN)
+        if self.clamp:
+            position_BN = position_BN.clamp(max=self.limit - 1)  # no token beyond is ever emitted
+        return {"input_ids": session.tokens_BN, "position_ids": position_BN, **masks}
 
     def _finish(self, session: Session, hidden_BNH: Tensor) -> tuple[Tensor, Tensor]:
         """Accept a path and guess on from its end; the path and the count of its accepted nodes."""
@@ -228,9 +234,9 @@ class Decoder:
         every_node = self._reads_lm_head_once(hidden_BNH)
         if every_node:
             parts = [hidden_BNH, *(head.blocks(hidden_BNH) for head in self._asked)]
-            logits_GBNV = lm_head_logits(self.backbone, torch.stack(parts))
+            logits_GBNV = self.lm_head(torch.stack(parts))
         else:
-            logits_GBNV = lm_head_logits(self.backbone, hidden_BNH)[None]
+            logits_GBNV = self.lm_head(hidden_BNH)[None]
         verdict = self.acceptance.judge(logits_GBNV[0], tokens_BN, self.tree, session.uniform_BN)
         row_B = torch.arange(len(tokens_BN), device=tokens_BN.device)
         session.out_BD.copy_(torch.cat([verdict.count_B[:, None], verdict.emitted_BD], 1))
@@ -256,12 +262,12 @@ class Decoder:
         if not self._asked:
             return root_B[:, None]
         if not self.heads.sees_tokens:
-            return self._fill(head_logits(self._asked, [hidden_BH] * self.tree.depth, self.backbone), root_B)
+            return self._fill(head_logits(self._asked, [hidden_BH] * self.tree.depth, self.lm_head), root_B)
         embed, states_BPH, levels = self.backbone.get_input_embeddings(), hidden_BH[:, None], [root_B[:, None]]
         for k, (head, level) in enumerate(zip(self._asked, self.tree.levels, strict=True), 1):
             tokens_BP = levels[-1][:, level.parents_P]
             states_BPH = self.heads.advance(k, states_BPH[:, level.grandparents_P], embed(tokens_BP))
-            guesses_BPW = self._best(head_logits([head], [states_BPH], self.backbone)[0], level.width)
+            guesses_BPW = self._best(head_logits([head], [states_BPH], self.lm_head)[0], level.width)
             levels.append(guesses_BPW[:, level.parent, level.rank])
         return torch.cat(levels, 1)
 
@@ -297,7 +303,7 @@ def prefill(backbone: PreTrainedModel, session: Session, prompts: Sequence[Seque
     longest, device = max(map(len, prompts)), backbone.device
     tokens_BP = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=device)
     with session.prefilling():
-        hidden_BPH = backbone.base_model(
+        hidden_BPH = base_model(backbone)(
             input_ids=tokens_BP,
             position_ids=torch.arange(longest, device=device).expand(len(prompts), -1),
             **session.cache_arguments,
@@ -320,19 +326,12 @@ def capture(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def head_logits(heads: Sequence[Head], states: Sequence[Tensor], backbone: PreTrainedModel) -> Tensor:
+def head_logits(heads: Sequence[Head], states: Sequence[Tensor], lm_head: VocabularyProjection) -> Tensor:
     """Logits [heads, ..., V or N] of each head's states [..., H]; a shared LM head's weight is read once."""
     if all(head.projection is None for head in heads):
         rows = [head.blocks(state) for head, state in zip(heads, states, strict=True)]
-        return lm_head_logits(backbone, torch.stack(rows))
-    lm_head = backbone.get_output_embeddings()
+        return lm_head(torch.stack(rows))
     return torch.stack([head.logits(state, lm_head) for head, state in zip(heads, states, strict=True)])
-
-
-def lm_head_logits(backbone: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Logits [..., V] of hidden [..., H]."""
-    lm_head = backbone.get_output_embeddings()
-    return project(hidden, lm_head.weight, lm_head.bias)
 
 
 class StopStrings:

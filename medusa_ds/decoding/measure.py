@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from medusa_ds.decoding.decoder import Decoder, head_logits, lm_head_logits
+from medusa_ds.decoding.decoder import Decoder, head_logits
 from medusa_ds.heads.base import Heads
-from medusa_ds.model.backbone import lm_head_weight
+from medusa_ds.model.attention import base_model
+from medusa_ds.model.backbone import lm_head_weight, vocabulary_projection
 
 _ROWS = 64  # positions whose logits of all heads are held at once
 
@@ -35,13 +36,13 @@ def head_ranks(backbone: PreTrainedModel, heads: Heads, prompt: list[int], answe
     positions = len(answer) - len(heads)
     if positions < 1:
         return torch.zeros(0, len(heads), dtype=torch.long)
-    hidden_TH = backbone.base_model(input_ids=text_T, use_cache=False).last_hidden_state[0]
-    ranks = []
+    hidden_TH = base_model(backbone)(input_ids=text_T, use_cache=False).last_hidden_state[0]
+    ranks, lm_head = [], vocabulary_projection(backbone)
     for begin in range(len(prompt) - 1, len(prompt) - 1 + positions, _ROWS):
         end = min(begin + _ROWS, len(prompt) - 1 + positions)
         tokens_KM = torch.stack([text_T[0, begin + k : end + k] for k in range(1, len(heads) + 2)])
         states = heads.states(hidden_TH[begin:end], tokens_KM[:-1], backbone.get_input_embeddings())
-        logits_KMV = head_logits([*heads], states, backbone)
+        logits_KMV = head_logits([*heads], states, lm_head)
         rows_KM = heads.rows(tokens_KM[1:])
         own_KM = logits_KMV.gather(-1, rows_KM.clamp(min=0)[..., None])
         number_V = torch.arange(logits_KMV.shape[-1], device=rows_KM.device)
@@ -79,8 +80,8 @@ def first_difference(
     if position is None:
         return None
     text = torch.tensor([prompt + one[:position]], device=backbone.device)
-    hidden = backbone.base_model(input_ids=text, use_cache=False).last_hidden_state[:, -1]
-    pair = lm_head_logits(backbone, hidden)[0, [one[position], other[position]]].float()
+    hidden = base_model(backbone)(input_ids=text, use_cache=False).last_hidden_state[:, -1]
+    pair = vocabulary_projection(backbone)(hidden)[0, [one[position], other[position]]].float()
     return Difference(
         position, float((pair[0] - pair[1]).abs()), torch.finfo(backbone.dtype).eps * float(pair.abs().max())
     )

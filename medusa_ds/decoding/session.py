@@ -1,8 +1,9 @@
 """The static buffers of decoding: keys and values, masks, and the attention that reads them.
 
 Each row of the cache holds the tree first (slots 0..N-1, overwritten at every step) and then the text, from slot N on.
-All layers share one tensor, so that keeping the accepted path is one gather and one scatter. Prompts are padded on the
-right, where causal attention never looks, and what lies beyond a row's length is hidden by the mask.
+All keys and values of one shape share one tensor (of most models all), so that keeping the accepted path is one gather
+and one scatter; which shapes a layer keeps is asked of the model. Prompts are padded on the right, where causal
+attention never looks, and what lies beyond a row's length is hidden by the mask.
 
 Attention is a function of our own in transformers' registry, for two reasons: transformers repeats keys and values for
 grouped queries on every call with a mask, which copies the whole cache; here the query heads of a group become rows
@@ -13,20 +14,25 @@ apply (`tree_attention`).
 Shape suffixes: B rows, N tree nodes, D tree depth + 1, L slots.
 """
 
+import functools
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from medusa_ds.decoding.kernels.tree_attention import applies, tree_attention
 from medusa_ds.decoding.trees import Tree
+from medusa_ds.errors import UserError
+from medusa_ds.model.attention import base_model, hidden_states
+from medusa_ds.model.facts import Asked, build_twin, differ, find_facts, tokens_of_documents
 
 _ATTENTION = "medusa_tree"
 _BLOCK = 128  # slots that FlexAttention reads or skips together
@@ -41,47 +47,115 @@ def _attend(
     attention_mask: Tensor | BlockMask | None,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    window_mask: Tensor | None = None,
+    window_masks: dict[int, Tensor] | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     batch, heads, rows, size = query.shape
+    scale = size**-0.5 if scaling is None else scaling
     if attention_mask is not None:  # tree step
-        mask = attention_mask if sliding_window is None else window_mask
-        assert mask is not None
+        mask = window_masks[sliding_window] if sliding_window and window_masks else attention_mask
         grouped = query.reshape(batch, key.shape[1], -1, size)
         if isinstance(mask, BlockMask):
-            out = _flex_attention(grouped, key, value, block_mask=mask, scale=scaling)
-        elif applies(query):
-            return tree_attention(query, key, value, mask, size**-0.5 if scaling is None else scaling), None
+            out = _flex_attention(grouped, key, value, block_mask=mask, scale=scale)
+        elif softcap or s_aux is not None:
+            out = _capped(query, key, value, mask[:, :, :rows], scale, softcap, s_aux)
+        elif applies(query) and key.shape == value.shape:
+            return tree_attention(query, key, value, mask, scale), None
         elif query.is_cuda and batch == 1:  # fused kernels put one block on each key/value head: most of the GPU idles
             score = torch.bmm(grouped[0], key[0].mT, out_dtype=torch.float32)
-            share = (score * (size**-0.5 if scaling is None else scaling) + mask[0]).softmax(-1)
+            share = (score * scale + mask[0, :, : grouped.shape[2]]).softmax(-1)
             out = torch.bmm(share.to(value.dtype), value[0])
         else:
-            out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
+            mask = mask[:, :, : grouped.shape[2]]
+            out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scale)
         out = out.reshape(batch, heads, rows, value.shape[-1])
     else:  # prefill
-        mask = None
-        if sliding_window is not None and sliding_window < rows:
-            mask = torch.ones(rows, rows, dtype=torch.bool, device=query.device).tril().triu(1 - sliding_window)
-        out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
-        )
+        seen = None
+        if (sliding_window and sliding_window < rows) or softcap or s_aux is not None:
+            seen = torch.ones(rows, rows, dtype=torch.bool, device=query.device).tril()
+            seen = seen.triu(1 - sliding_window) if sliding_window else seen
+        if softcap or s_aux is not None:
+            assert seen is not None
+            mask = torch.zeros_like(seen, dtype=query.dtype).masked_fill_(~seen, -torch.inf)
+            out = _capped(query, key, value, mask, scale, softcap, s_aux)
+        else:
+            out = F.scaled_dot_product_attention(
+                query, key, value, attn_mask=seen, is_causal=seen is None, scale=scale, enable_gqa=True
+            )
     return out.transpose(1, 2).contiguous(), None
+
+
+def _capped(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float | None, s_aux: Tensor | None
+) -> Tensor:
+    """Attention whose scores approach a cap, or that may turn to nothing (`s_aux`, a score for each head)."""
+    key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], 1) for part in (key, value))
+    score = (query @ key.mT * scale).float()
+    score = softcap * (score / softcap).tanh() if softcap else score
+    score = score + mask
+    if s_aux is not None:
+        score = torch.cat([score, s_aux.float().view(1, -1, 1, 1).expand(*score.shape[:3], 1)], -1)
+    return score.softmax(-1)[..., : key.shape[2]].to(value.dtype) @ value
 
 
 AttentionInterface.register(_ATTENTION, _attend)
 
 
 @contextmanager
-def static_attention(model: PreTrainedModel) -> Iterator[None]:
+def static_attention(model: PreTrainedModel, name: str = _ATTENTION) -> Iterator[None]:
     """Let the model attend through a `Session`; before and after, it can serve transformers' own `generate`."""
     before = model.config._attn_implementation
-    model.set_attn_implementation(_ATTENTION)
+    model.set_attn_implementation(name)
     try:
         yield
     finally:
         model.set_attn_implementation(before)
+
+
+class Layout(NamedTuple):
+    """What a model keeps of a token, found by letting it read one.
+
+    `kept`: keys and values of each layer by their shapes (heads, size); None for a layer that keeps nothing. `group`:
+    most query heads that share a key. `windows`: the sliding windows of its layers.
+    """
+
+    kept: list[tuple[tuple[int, int], tuple[int, int]] | None]
+    group: int
+    windows: set[int]
+
+
+_layouts: Any = WeakKeyDictionary()  # by model
+
+
+@torch.no_grad()
+def layout_of(backbone: PreTrainedModel) -> Layout:
+    """Ask a model, once; what its layers keep beside keys and values, or attend by themselves, raises an error."""
+    if backbone in _layouts:
+        return _layouts[backbone]
+    groups, windows, cache = set(), set(), DynamicCache()
+
+    def note(_: Any, query: Tensor, key: Tensor, value: Tensor, *__: Any, **options: Any) -> tuple[Tensor, None]:
+        groups.add(query.shape[1] // key.shape[1])
+        windows.add(options.get("sliding_window") or 0)
+        return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("medusa_note", note)
+    token = torch.zeros(1, 1, dtype=torch.long, device=backbone.device)
+    with static_attention(backbone, "medusa_note"):
+        base_model(backbone)(input_ids=token, position_ids=token, **cache_arguments(backbone, cache))
+    layers: list[Any] = cache.layers
+    shapes = [(layer.keys.shape, layer.values.shape) if layer.is_initialized else None for layer in layers]
+    kept = [pair and ((pair[0][1], pair[0][3]), (pair[1][1], pair[1][3])) for pair in shapes]
+    found = _layouts[backbone] = Layout(kept, max(groups), windows - {0})
+    return found
+
+
+def cache_arguments(backbone: PreTrainedModel, cache: Cache) -> dict[str, Any]:
+    """What a call of the base model needs to use a cache."""
+    renamed = "cache" in inspect.signature(base_model(backbone).forward).parameters  # in transformers 5.24
+    return {"cache" if renamed else "past_key_values": cache, "use_cache": True}
 
 
 class _Slots(CacheLayerMixin):
@@ -133,7 +207,7 @@ class Session:
     """The buffers of a batch size and a number of slots, and the CUDA graph over them.
 
     Attributes:
-        kv: [2 x layers, B, key/value heads, L, head size], keys and values by turns.
+        kv: for each shape [tensors, B, heads, L, size]; where all are of one shape, keys and values by turns.
         cache: the same as a cache of transformers.
         cache_arguments: what a call of the backbone needs to use it.
         length_B: tokens of the text whose keys and values are there; the root of the tree is not.
@@ -144,20 +218,24 @@ class Session:
     """
 
     def __init__(self, backbone: PreTrainedModel, tree: Tree, batch: int, slots: int) -> None:
-        config, device = backbone.config, backbone.device
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        heads, layers = config.num_key_value_heads, config.num_hidden_layers
-        self.group = config.num_attention_heads // heads
-        self.window: int | None = getattr(config, "sliding_window", None)
+        layout, device = layout_of(backbone), backbone.device
+        options: dict[str, Any] = {"dtype": backbone.dtype, "device": device}
+        self.group, self.windows = layout.group, layout.windows
         self.batch, self.slots, self.tree = batch, slots, tree
-        self.kv = torch.zeros(2 * layers, batch, heads, slots, size, dtype=backbone.dtype, device=device)
-        self._layers = [_Slots(self.kv[2 * i], self.kv[2 * i + 1], tree.nodes) for i in range(layers)]
+        shapes = [shape for pair in layout.kept if pair for shape in pair]
+        parts: dict[tuple[int, int], Iterator[Tensor]] = {}
+        self.kv = []
+        for heads, size in dict.fromkeys(shapes):
+            number = shapes.count((heads, size))
+            self.kv.append(torch.zeros(number, batch, heads, slots, size, **options))
+            parts[heads, size] = iter(self.kv[-1])
+        nothing = torch.zeros(batch, 0, slots, 0, **options)
+        self._layers = [
+            _Slots(*([next(parts[shape]) for shape in pair] if pair else [nothing] * 2), tree.nodes)
+            for pair in layout.kept
+        ]
         self.cache = _StaticCache(layers=list(self._layers))
-        renamed = "cache" in inspect.signature(backbone.base_model.forward).parameters  # in transformers 5.24
-        self.cache_arguments: dict[str, Any] = {
-            "cache" if renamed else "past_key_values": self.cache,
-            "use_cache": True,
-        }
+        self.cache_arguments = cache_arguments(backbone, self.cache)
         self.length_B = torch.zeros(batch, dtype=torch.long, device=device)
         self.active_B = torch.ones(batch, dtype=torch.long, device=device)
         self.tokens_BN = torch.zeros(batch, tree.nodes, dtype=torch.long, device=device)
@@ -181,17 +259,17 @@ class Session:
     def masks(self, position_BN: Tensor) -> dict[str, Any]:
         """Masks for `_attend`, additive [B, 1, group x N, L] or by blocks: a node sees the text and its ancestors."""
         tree = self.tree
-        if (
-            self.kv.is_cuda and self.batch > 1 and self.window is None and self.kv.shape[-1] >= 16
-        ):  # FlexAttention's least
+        alike = len(self.kv) == 1 and not self.windows and self.kv[0].shape[-1] >= 16  # FlexAttention's least
+        if alike and position_BN.is_cuda and self.batch > 1:
             return {"attention_mask": self.block_mask()}
         text_L = torch.arange(self.slots - tree.nodes, device=position_BN.device)
         seen_BNL = (text_L < self.length_B[:, None])[:, None].expand(-1, tree.nodes, -1)
-        masks = {"attention_mask": self._additive(tree.mask_NN, seen_BNL)}
-        if self.window is not None:
-            near_NN = tree.depth_N[:, None] - tree.depth_N < self.window
-            near_BNL = position_BN[..., None] - text_L < self.window
-            masks["window_mask"] = self._additive(tree.mask_NN & near_NN, seen_BNL & near_BNL)
+        masks: dict[str, Any] = {"attention_mask": self._additive(tree.mask_NN, seen_BNL)}
+        for window in self.windows:
+            near_NN = tree.depth_N[:, None] - tree.depth_N < window
+            near_BNL = position_BN[..., None] - text_L < window
+            mask = self._additive(tree.mask_NN & near_NN, seen_BNL & near_BNL)
+            masks["window_masks"] = masks.get("window_masks", {}) | {window: mask}
         return masks
 
     def block_mask(self) -> BlockMask:
@@ -214,7 +292,7 @@ class Session:
 
     def _additive(self, tree_NN: Tensor, text_BNL: Tensor) -> Tensor:
         seen_BNL = torch.cat([tree_NN.expand(self.batch, -1, -1), text_BNL], -1)
-        mask = torch.zeros(seen_BNL.shape, dtype=self.kv.dtype, device=self.kv.device)
+        mask = torch.zeros(seen_BNL.shape, dtype=self.kv[0].dtype, device=seen_BNL.device)
         return mask.masked_fill_(~seen_BNL, -torch.inf).repeat(1, self.group, 1)[:, None]
 
     def keep(self, path_BD: Tensor, count_B: Tensor) -> None:
@@ -224,7 +302,62 @@ class Session:
         """
         step_D = torch.arange(path_BD.shape[1], device=path_BD.device)
         target_BD = self.tree.nodes + self.length_B[:, None] + step_D
-        shape = (*self.kv.shape[:3], path_BD.shape[1], self.kv.shape[-1])
-        source, target = (index[None, :, None, :, None].expand(shape) for index in (path_BD, target_BD))
-        self.kv.scatter_(3, target, self.kv.gather(3, source))
+        for kv in self.kv:
+            shape = (*kv.shape[:3], path_BD.shape[1], kv.shape[-1])
+            source, target = (index[None, :, None, :, None].expand(shape) for index in (path_BD, target_BD))
+            kv.scatter_(3, target, kv.gather(3, source))
         self.length_B.add_(count_B * self.active_B)
+
+
+def position_limit(backbone: PreTrainedModel) -> tuple[int, bool]:
+    """Most tokens of a text, and whether no position beyond may be asked for, not even of a token that is dropped.
+
+    Raises:
+        UserError: the model cannot be decoded.
+    """
+    asked = Asked(backbone.config)
+    if (reason := why_not_decoded(asked)) is not None:
+        raise UserError(f"model.name: not decoded: {reason}; its heads can be trained and exported")
+    limit = find_facts(asked).limit
+    return limit or getattr(backbone.config, "max_position_embeddings", None) or 1 << 30, limit is not None
+
+
+@functools.cache
+def why_not_decoded(asked: Asked) -> str | None:
+    """Why steps of a tree would not give a model's own text; None: they do, in two steps of a twin.
+
+    Two rows of unequal texts, five nodes; every node's hidden state against that of its text read as a whole.
+    """
+    kind = asked.config.model_type
+    try:
+        return None if _steps_agree(build_twin(asked)) else f"{kind} gives other hidden states in steps of a tree"
+    except Exception:  # whatever a model may raise that keeps or attends otherwise
+        layers = DynamicCache(config=asked.config.get_text_config()).layers
+        if any(hasattr(layer, "conv_states") for layer in layers):
+            return f"layers of {kind} carry a state that cannot go back to an earlier token"
+        return f"{kind} does not attend, or keep what it computed, by transformers' interfaces"
+
+
+@torch.no_grad()
+def _steps_agree(twin: PreTrainedModel) -> bool:
+    tree, texts = Tree([(0,), (1,), (0, 0), (0, 1)]), [tokens_of_documents(length)[0][0] for length in (9, 4)]
+    session, good = Session(twin, tree, 2, 32), True
+    with static_attention(twin), session.prefilling():
+        ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
+        base_model(twin)(input_ids=ids, position_ids=torch.arange(9).expand(2, 9), **session.cache_arguments)
+    session.length_B.copy_(torch.tensor([9, 4]))
+    for step in range(2):
+        tokens_BN = torch.arange(10).view(2, 5) + 20 + 10 * step
+        position_BN = session.length_B[:, None] + tree.depth_N
+        with static_attention(twin):
+            inputs = {"input_ids": tokens_BN, "position_ids": position_BN, **session.masks(position_BN)}
+            found_BNH = base_model(twin)(**inputs, **session.cache_arguments).last_hidden_state
+        for row, text in enumerate(texts):
+            for node in range(tree.nodes):
+                whole = torch.cat([text, tokens_BN[row, tree.mask_NN[node]]])[None]
+                wanted_H = hidden_states(twin, whole, torch.arange(whole.numel())[None])[-1]
+                good &= not differ(found_BNH[row, node], wanted_H)
+        path, count_B = torch.tensor([[0, 1, 3], [0, 2, 2]]), torch.tensor([3, 2])
+        session.keep(path, count_B)
+        texts = [torch.cat([text, tokens_BN[row, path[row, : count_B[row]]]]) for row, text in enumerate(texts)]
+    return good

@@ -21,12 +21,14 @@ from transformers import PreTrainedModel
 from medusa_ds.data.dialogues import Chat
 from medusa_ds.data.layouts import UnusableRow
 from medusa_ds.decoding.acceptance import Acceptance
-from medusa_ds.decoding.decoder import capture, end_tokens, lm_head_logits, prefill
-from medusa_ds.decoding.session import Session, static_attention
+from medusa_ds.decoding.decoder import capture, end_tokens, prefill
+from medusa_ds.decoding.session import Session, position_limit, static_attention
 from medusa_ds.decoding.trees import chain
 from medusa_ds.distilling.requests import Handle, Reply, Request, Sampling
 from medusa_ds.distilling.texts import loops
 from medusa_ds.errors import UserError
+from medusa_ds.model.attention import base_model
+from medusa_ds.model.backbone import vocabulary_projection
 
 PREFILL_TOKENS = 32768  # padding included, of one prefill
 SLOTS_MULTIPLE = 64
@@ -59,10 +61,10 @@ class Sampler:
 
     def __init__(self, backbone: PreTrainedModel, chat: Chat, sampling: Sampling, batch: int) -> None:
         self.backbone, self.chat, self.sampling = backbone.eval(), chat, sampling
-        device = backbone.device
+        device, self.lm_head = backbone.device, vocabulary_projection(backbone)
         room = sampling.max_prompt_tokens + sampling.max_new_tokens
-        limit = getattr(backbone.config, "max_position_embeddings", None)
-        if limit and room > limit:
+        limit, _ = position_limit(backbone)
+        if room > limit:
             raise UserError(
                 f"--max-prompt-tokens and --max-new-tokens: found {room} together; the model's limit is {limit}"
             )
@@ -137,15 +139,14 @@ class Sampler:
         ended_B = (root_B[:, None] == self.ends).any(1) | (length_B + 1 >= self.limit_B)
         session.active_B.mul_(~ended_B)
         position_B1 = length_B[:, None].clone()  # `keep` moves the length
-        hidden_B1H = self.backbone.base_model(
+        hidden_B1H = base_model(self.backbone)(
             input_ids=root_B[:, None], position_ids=position_B1, **session.cache_arguments, **session.masks(position_B1)
         ).last_hidden_state
         session.keep(self.path_B1, self.count_B)
         session.tokens_BN.copy_(self._draw(hidden_B1H[:, 0], self.key_B, position_B1[:, 0] + 1)[:, None])
 
     def _draw(self, hidden_BH: Tensor, key_B: Tensor, position_B: Tensor) -> Tensor:
-        logits_BV = lm_head_logits(self.backbone, hidden_BH)
-        return self.acceptance.choose(logits_BV, uniforms(key_B, position_B))
+        return self.acceptance.choose(self.lm_head(hidden_BH), uniforms(key_B, position_B))
 
     def _admit(self, rows: list[_Row | None], ready: deque[tuple[Request, list[int]]]) -> None:
         """Fill free rows, as many at a time as `PREFILL_TOKENS` allow."""
@@ -166,7 +167,8 @@ class Sampler:
         own = Session(self.backbone, self.tree, len(part), longest + 1)
         hidden_BH = prefill(self.backbone, own, [ids for _, _, ids in part])
         place_B, length_B = torch.tensor([place for place, _, _ in part], device=device), own.length_B
-        session.kv[:, place_B, :, : longest + 1] = own.kv
+        for kept, prefilled in zip(session.kv, own.kv, strict=True):
+            kept[:, place_B, :, : longest + 1] = prefilled
         session.length_B[place_B], session.active_B[place_B] = length_B, 1
         self.limit_B[place_B] = length_B + self.sampling.max_new_tokens
         self.key_B[place_B] = torch.tensor([r.key(self.sampling.seed) for _, r, _ in part], device=device)

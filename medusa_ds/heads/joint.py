@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from medusa_ds.heads.base import Heads
 from medusa_ds.model.attention import hidden_states, moved
-from medusa_ds.model.backbone import use_vocabulary_projection
+from medusa_ds.model.backbone import vocabulary_projection
 from medusa_ds.model.lm_head import LmHeadAlone
 from medusa_ds.model.loss import Impl
 from medusa_ds.model.projection import VocabularyProjection
@@ -173,7 +173,7 @@ class JointModel(nn.Module):
         assert (start is not None) == (stage == 2 and target != "label")
         for model in (backbone, start):
             if isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None:
-                use_vocabulary_projection(model)
+                model.set_output_embeddings(vocabulary_projection(model))
         self.backbone = backbone.requires_grad_(stage == 2)
         self.start = None if start is None else start.requires_grad_(False)
         self.heads, self.known_V = heads, heads.known_V

@@ -278,12 +278,16 @@ def logits_of(backbone: PreTrainedModel) -> Logits:
     return find_logits(Asked(backbone.config))
 
 
-def use_vocabulary_projection(backbone: PreTrainedModel) -> None:
-    """Replace the LM head by a `VocabularyProjection` that owns the same parameters, tied to the embeddings or not."""
+def vocabulary_projection(backbone: PreTrainedModel) -> VocabularyProjection:
+    """What gives the model's logits, with the parameters of its LM head, tied to the embeddings or not.
+
+    Raises:
+        UserError: see `find_logits`.
+    """
     lm_head, logits = backbone.get_output_embeddings(), logits_of(backbone)
     projection = VocabularyProjection(lm_head.in_features, lm_head.out_features, device="meta", logits=logits)
     projection.weight, projection.bias = lm_head.weight, lm_head.bias
-    backbone.set_output_embeddings(projection)
+    return projection
 
 
 def _where(spec: ModelSpec) -> dict[str, Any]:

@@ -170,6 +170,7 @@ def build_twin(asked: Asked) -> PreTrainedModel:
                 small = _shrunk(asked.config, divide, few)
                 with torch.device("meta"):
                     if sum(p.numel() for p in asked.build(small).parameters()) > _MOST_PARAMETERS:
+                        problem = problem or "a narrower one does not run, and this one is too large"
                         break
                 torch.manual_seed(0)
                 twin = asked.build(small)
@@ -214,11 +215,11 @@ def _shrunk(config: PretrainedConfig, divide: int, few: bool) -> PretrainedConfi
         if name.endswith("token_id"):
             return None if value is None else 0
         if isinstance(value, list):
-            return value[:fewest] if len(value) == layers else value
+            return value[:fewest] if len(value) == layers else value[:: divide if name.endswith("_factor") else 1]
         if type(value) is not int:
             return value
         if "vocab" in name:
-            return min(value, _VOCAB)
+            return _VOCAB if name == "vocab_size" else min(value, _VOCAB)
         if name == "attention_chunk_size" or ("window" in name and "layer" not in name):
             return min(value, _WINDOW)
         if "expert" in name and not _WIDTH.search(name):

@@ -86,7 +86,7 @@ class VocabularyProjection(ZeroLinear):
         self, rows_NH: Tensor, targets_N: Tensor, impl: Impl, chunk_mib: int, scale: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """`(loss_sum, predicted_N)`, see `loss.linear_cross_entropy`."""
-        settings = {"targets_N": targets_N, "impl": impl, "chunk_mib": chunk_mib, "scale": scale}
+        settings: dict[str, Any] = {"targets_N": targets_N, "impl": impl, "chunk_mib": chunk_mib, "scale": scale}
         return self(rows_NH, partial(linear_cross_entropy, **settings))
 
     def divergence(
@@ -99,8 +99,8 @@ class VocabularyProjection(ZeroLinear):
         scale: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`(loss_sum, predicted_N)` of the divergence from what `teacher` predicts, see `loss.linear_kl`."""
-        settings = {"temperature": temperature, "chunk_mib": chunk_mib, "scale": scale}
-        loss = partial(linear_kl, teacher_NH=teacher.logits.scaled(teacher_NH), **settings)
+        settings: dict[str, Any] = {"temperature": temperature, "chunk_mib": chunk_mib, "scale": scale}
+        loss: Callable[..., Any] = partial(linear_kl, teacher_NH=teacher.logits.scaled(teacher_NH), **settings)
         if teacher is self:
             return self(
                 rows_NH,

@@ -106,7 +106,7 @@ def test_cache_is_that_of_a_fresh_forward_after_every_acceptance_length(case):
         begin = decoder.tree.nodes
         for index, layer in enumerate(fresh.layers):
             kept = layer.keys.shape[2]  # a sliding layer keeps its window only
-            ours = session.kv[2 * index : 2 * index + 2, 0, :, begin + length - kept : begin + length]
+            ours = session.kv[0][2 * index : 2 * index + 2, 0, :, begin + length - kept : begin + length]
             torch.testing.assert_close(ours, torch.stack([layer.keys[0], layer.values[0]]), rtol=1e-4, atol=1e-5)
         seen |= set(row.accepted)
     assert seen == {1, 2, 3, 4}

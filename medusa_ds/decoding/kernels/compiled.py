@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from medusa_ds.decoding.session import Session
+from medusa_ds.model.attention import base_model
 
 
 def compile_part(part: Callable[..., Any], one_row: bool) -> Callable[..., Any]:
@@ -45,7 +46,7 @@ class CompiledBackbone:
     def __init__(self, backbone: PreTrainedModel, one_row: bool) -> None:
         own = [m for m in backbone.modules() if "forward" in vars(m) or type(m).__module__.startswith("liger_kernel")]
         assert not own, "patched, as Liger does"
-        base = backbone.base_model
+        base = base_model(backbone)
         self._layers = list(base.layers)  # type: ignore[arg-type]
         single = [m for m in base.children() if not isinstance(m, nn.ModuleList | nn.Embedding)]
         self._forward = {module: compile_part(module.forward, one_row) for module in [*self._layers, *single]}
