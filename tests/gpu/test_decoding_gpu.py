@@ -14,7 +14,7 @@ from medusa_ds.decoding.kernels.top_tokens import top_tokens
 from medusa_ds.decoding.kernels.tree_attention import tree_attention
 from medusa_ds.decoding.measure import copy_bandwidth, first_difference, plain_step_bytes, step_ms
 from medusa_ds.decoding.trees import chain, default_tree
-from medusa_ds.heads.medusa import MedusaHeads
+from medusa_ds.heads.kinds import KINDS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -79,9 +79,9 @@ def _model(family="llama", dtype=torch.float32, liger=False, **config):
     return model
 
 
-def _heads(model, num=3, own=True):
+def _heads(model, num=3, own=True, kind="medusa"):
     vocab, hidden = model.get_output_embeddings().weight.shape
-    heads = MedusaHeads(num, 1, hidden, vocab, own_projection=own, dtype=model.dtype).cuda()
+    heads = KINDS[kind](num, 1, hidden, vocab, own_projection=own, dtype=model.dtype).cuda()
     for parameter in heads.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
     if own:
@@ -90,11 +90,13 @@ def _heads(model, num=3, own=True):
 
 
 @pytest.mark.parametrize("rule", ["greedy", "typical", "exact"])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
-def test_graph_step_equals_eager_step(family, rule):
+@pytest.mark.parametrize(
+    ("family", "kind"), [("llama", "medusa"), ("qwen3", "medusa"), ("mistral", "medusa"), ("llama", "hydra")]
+)
+def test_graph_step_equals_eager_step(family, kind, rule):
     """Batches of unequal prompts, fp32."""
     model = _model(family, **SMALL, **({"head_dim": 16} if family == "qwen3" else {}))
-    heads, tree = _heads(model), default_tree(3, 24)
+    heads, tree = _heads(model, kind=kind), default_tree(3, 24)
     prompts = [[5, 9, 12], [7], list(range(10, 60))]
     graph, eager = (
         Decoder(model, heads, tree, Acceptance(rule), graph=graph).generate(prompts, 60, seed=4)
@@ -114,10 +116,13 @@ def test_greedy_text_equals_transformers_in_float32():
             assert decoder.generate([prompt], 80)[0].tokens == wanted[0, len(prompt) :].tolist()
 
 
-def test_compiled_step_gives_the_same_text():
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_step_gives_the_same_text(kind):
     model = _model(**SMALL)
     texts = [
-        Decoder(model, _heads(model), default_tree(3, 24), compile_step=fuse).generate([[5, 9, 12]], 60)[0].tokens
+        Decoder(model, _heads(model, kind=kind), default_tree(3, 24), compile_step=fuse)
+        .generate([[5, 9, 12]], 60)[0]
+        .tokens
         for fuse in (False, True)
     ]
     assert texts[0] == texts[1]
