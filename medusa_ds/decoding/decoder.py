@@ -2,7 +2,8 @@
 
 Every shape of a step is static: the tree's size, the cache's slots, the batch. A step verifies the whole tree in one
 forward under a 4D mask, keeps the accepted path's keys and values and lets the heads guess the next tree. Plain
-autoregressive decoding is the tree of one node through the same code, so a speed-up compares like with like.
+autoregressive decoding is the tree of one node through the same code, so a speed-up compares like with like. On a CPU,
+where every node costs time, a step may verify a part of the tree alone (`pace`).
 
 On a GPU the step, acceptance and guesses included, is one CUDA graph, and the host reads one small tensor a step.
 Prefill runs eagerly. Prompts come as lists of tokens, so there is no side of padding to agree about.
@@ -24,8 +25,9 @@ from medusa_ds.decoding.acceptance import Acceptance
 from medusa_ds.decoding.kernels.compiled import CompiledBackbone, compile_part
 from medusa_ds.decoding.kernels.packed import pack_projections
 from medusa_ds.decoding.kernels.top_tokens import top_tokens
+from medusa_ds.decoding.pace import Pace
 from medusa_ds.decoding.session import Session, position_limit, static_attention
-from medusa_ds.decoding.trees import Tree
+from medusa_ds.decoding.trees import Tree, assumed_probability
 from medusa_ds.errors import UserError
 from medusa_ds.heads.base import Head, Heads
 from medusa_ds.model.attention import base_model
@@ -43,12 +45,14 @@ class Generation:
         tokens: new tokens, the end token included.
         accepted: tokens that each step added, the LM head's own counted. The first token comes from the prefill and
             belongs to no step.
+        nodes: of the tree that each step verified.
         finish: what ended it; "" while it goes on.
         prefill_s, decode_s: wall seconds of the batch, up to this row's end.
     """
 
     tokens: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
+    nodes: list[int] = field(default_factory=list)
     finish: Literal["", "end", "length", "stop"] = ""
     prefill_s: float = 0.0
     decode_s: float = 0.0
@@ -67,6 +71,7 @@ class Decoder:
         graph: capture the step as a CUDA graph; None: on a GPU.
         compile_step: fuse the step with torch.compile first (about a minute once, for a faster step). The backbone must
             be free of Liger's kernels: compiled, they gave wrong text.
+        adapt: let a single greedy text verify as much of the tree as pays; not where steps are captured or compiled.
     """
 
     def __init__(
@@ -78,14 +83,21 @@ class Decoder:
         *,
         graph: bool | None = None,
         compile_step: bool = False,
+        adapt: bool = False,
     ) -> None:
         assert tree.depth <= len(heads or ())
         self.backbone, self.tree = backbone.eval(), tree.to(backbone.device)
         self.heads: Any = heads
-        self._asked = [*(heads or ())][: tree.depth]
         self.acceptance = acceptance or Acceptance()
         self.use_graph = backbone.device.type == "cuda" if graph is None else graph
         self.lm_head = vocabulary_projection(backbone)
+        self.next_tree = self.tree  # which the next step verifies
+        self._order = sorted(self.tree.paths, key=lambda path: (-assumed_probability(path), path))
+        self.pace: Pace | None = None
+        if adapt and heads and self.acceptance.rule == "greedy" and not (self.use_graph or compile_step):
+            sizes = [size for size in {0, 1, 2, 3, 7, 15, 31, len(self._order)} if size <= len(self._order)]
+            self._parts_of_tree = {size + 1: Tree(self._order[:size], backbone.device) for size in sizes}
+            self.pace = Pace(sizes, [assumed_probability(path) for path in self._order])
         pack_projections(backbone)
         self._parts: CompiledBackbone | None = None
         if compile_step:
@@ -96,6 +108,10 @@ class Decoder:
         self._session: Session | None = None
         self.ends = set(end_tokens(backbone))
         self.limit, self.clamp = position_limit(backbone)
+
+    def part(self, nodes: int) -> Tree:
+        """The most promising nodes of the tree."""
+        return self.tree if self.pace is None else self._parts_of_tree[nodes]
 
     def generate(
         self,
@@ -137,6 +153,10 @@ class Decoder:
         session = self.prepare(len(prompts), max(map(sum, zip(lengths, budgets, strict=True))))
         generator = torch.Generator(self.backbone.device).manual_seed(seed)
         rows = [Generation() for _ in prompts]
+        pace = self.pace if len(prompts) == 1 else None
+        if pace is not None:
+            pace.begin()
+            self.next_tree = self.part(pace.choose() + 1)
         started = time.perf_counter()
         self._prefill(session, prompts, generator)
         first = session.tokens_BN[:, 0].tolist()
@@ -150,11 +170,20 @@ class Decoder:
             started = time.perf_counter()
             if len(rows) > 1:
                 session.active_B.copy_(torch.tensor([int(not row.finish) for row in rows]))
+            if pace is not None:
+                self.next_tree = self.part(pace.choose() + 1)
+            verified = session.tree
             self.step(session, generator)
             out = session.out_BD.tolist()  # the step's one synchronisation
-            decode_s += time.perf_counter() - started
+            seconds = time.perf_counter() - started
+            decode_s += seconds
+            if pace is not None:
+                path = {verified.paths[node - 1] for node in session.path_BD[0, 1 : out[0][0]].tolist()}
+                held = [guess for guess, other in enumerate(self._order) if other in path]
+                pace.saw(verified.nodes - 1, held, seconds if verified is session.tree else None)
             for row, (count, *tokens), budget in zip(rows, out, budgets, strict=True):
                 if not row.finish:
+                    row.nodes.append(verified.nodes)
                     row.accepted.append(self._extend(row, tokens[:count], budget, stop))
                     row.decode_s = decode_s
             yield rows
@@ -186,6 +215,7 @@ class Decoder:
                 self._capture(session)
         session.length_B.zero_()
         session.active_B.fill_(1)
+        session.tree = self.next_tree = self.tree
         return session
 
     def _capture(self, session: Session) -> None:
@@ -213,39 +243,53 @@ class Decoder:
             hidden_BH = prefill(self.backbone, session, prompts)
         session.uniform_BN.uniform_(generator=generator)
         root_B = self.acceptance.choose(self.lm_head(hidden_BH), session.uniform_BN[:, 0])
-        session.tokens_BN.copy_(self._propose(hidden_BH, root_B))
+        self._put(session, self._propose(hidden_BH, root_B))
+        session.tree = self.next_tree
 
     def _step(self, session: Session) -> None:
         hidden_BNH = base_model(self.backbone)(**self._begin(session), **session.cache_arguments).last_hidden_state
+        session.path_BD, count_B = self._finish(session, hidden_BNH)
         # not compiled: Inductor would copy all keys and values there and back to move a path of them
-        session.keep(*self._finish(session, hidden_BNH))
+        session.keep(session.path_BD, count_B)
+        session.tree = self.next_tree
 
     def _begin(self, session: Session) -> dict[str, Any]:
         """The tree's tokens, their positions and what they see."""
-        position_BN = session.length_B[:, None] + self.tree.depth_N
+        position_BN = session.length_B[:, None] + session.tree.depth_N
         masks = session.masks(position_BN)
         if self.clamp:
             position_BN = position_BN.clamp(max=self.limit - 1)  # no token beyond is ever emitted
-        return {"input_ids": session.tokens_BN, "position_ids": position_BN, **masks}
+        tokens_BN = session.tokens_BN[:, : session.tree.nodes]
+        return {"input_ids": tokens_BN, "position_ids": position_BN, **masks}
 
     def _finish(self, session: Session, hidden_BNH: Tensor) -> tuple[Tensor, Tensor]:
         """Accept a path and guess on from its end; the path and the count of its accepted nodes."""
-        tokens_BN = session.tokens_BN
+        tokens_BN = session.tokens_BN[:, : session.tree.nodes]
         every_node = self._reads_lm_head_once(hidden_BNH)
         if every_node:
             parts = [hidden_BNH, *(head.blocks(hidden_BNH) for head in self._asked)]
             logits_GBNV = self.lm_head(torch.stack(parts))
         else:
             logits_GBNV = self.lm_head(hidden_BNH)[None]
-        verdict = self.acceptance.judge(logits_GBNV[0], tokens_BN, self.tree, session.uniform_BN)
+        verdict = self.acceptance.judge(logits_GBNV[0], tokens_BN, session.tree, session.uniform_BN)
         row_B = torch.arange(len(tokens_BN), device=tokens_BN.device)
-        session.out_BD.copy_(torch.cat([verdict.count_B[:, None], verdict.emitted_BD], 1))
+        out_BD = torch.cat([verdict.count_B[:, None], verdict.emitted_BD], 1)
+        session.out_BD[:, : out_BD.shape[1]].copy_(out_BD)
         if every_node:
             next_BN = self._fill(logits_GBNV[1:, row_B, verdict.last_B], verdict.next_B)
         else:
             next_BN = self._propose(hidden_BNH[row_B, verdict.last_B], verdict.next_B)
-        session.tokens_BN.copy_(next_BN)
+        self._put(session, next_BN)
         return verdict.path_BD, verdict.count_B
+
+    def _put(self, session: Session, tokens_BN: Tensor) -> None:
+        """Write the next tree's tokens."""
+        session.tokens_BN[:, : tokens_BN.shape[1]].copy_(tokens_BN)
+
+    @property
+    def _asked(self) -> list[Head]:
+        """The heads that the next tree asks."""
+        return [*(self.heads or ())][: self.next_tree.depth]
 
     def _reads_lm_head_once(self, hidden_BNH: Tensor) -> bool:
         """Whether to ask the heads at every node, before the last accepted one is known.
@@ -262,9 +306,9 @@ class Decoder:
         if not self._asked:
             return root_B[:, None]
         if not self.heads.sees_tokens:
-            return self._fill(head_logits(self._asked, [hidden_BH] * self.tree.depth, self.lm_head), root_B)
+            return self._fill(head_logits(self._asked, [hidden_BH] * self.next_tree.depth, self.lm_head), root_B)
         embed, states_BPH, levels = self.backbone.get_input_embeddings(), hidden_BH[:, None], [root_B[:, None]]
-        for k, (head, level) in enumerate(zip(self._asked, self.tree.levels, strict=True), 1):
+        for k, (head, level) in enumerate(zip(self._asked, self.next_tree.levels, strict=True), 1):
             tokens_BP = levels[-1][:, level.parents_P]
             states_BPH = self.heads.advance(k, states_BPH[:, level.grandparents_P], embed(tokens_BP))
             guesses_BPW = self._best(head_logits([head], [states_BPH], self.lm_head)[0], level.width)
@@ -273,8 +317,8 @@ class Decoder:
 
     def _fill(self, logits_KBV: Tensor, root_B: Tensor) -> Tensor:
         """The tree of guesses that do not depend on each other."""
-        guesses_KBW = self._best(logits_KBV, self.tree.width)
-        return torch.cat([root_B[:, None], guesses_KBW.transpose(0, 1).flatten(1)], 1)[:, self.tree.slot_N]
+        guesses_KBW = self._best(logits_KBV, self.next_tree.width)
+        return torch.cat([root_B[:, None], guesses_KBW.transpose(0, 1).flatten(1)], 1)[:, self.next_tree.slot_N]
 
     def _best(self, logits: Tensor, width: int) -> Tensor:
         """The most probable tokens [..., width]."""

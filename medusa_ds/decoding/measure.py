@@ -87,9 +87,14 @@ def first_difference(
     )
 
 
-def step_ms(decoder: Decoder, context: int, repeats: int = 20) -> float:
-    """Milliseconds of a step with `context` tokens of text in the cache, batch 1; the median of the repeats."""
+def step_ms(decoder: Decoder, context: int, repeats: int = 20, nodes: int | None = None) -> float:
+    """Milliseconds of a step with `context` tokens of text in the cache, batch 1; the median of the repeats.
+
+    `nodes`: of the part of the tree that is verified, where the decoder adapts; None: all.
+    """
     session = decoder.prepare(1, context)
+    if nodes is not None:
+        session.tree = decoder.next_tree = decoder.part(nodes)
     session.length_B.fill_(context)
     session.active_B.zero_()  # the text does not grow
     times = []

@@ -1,6 +1,7 @@
 """The static buffers of decoding: keys and values, masks, and the attention that reads them.
 
-Each row of the cache holds the tree first (slots 0..N-1, overwritten at every step) and then the text, from slot N on.
+Each row of the cache holds the tree first (slots 0..N-1, overwritten at every step) and then the text, from slot N on;
+where a step verifies a part of the tree, the rest of these slots is left alone.
 All keys and values of one shape share one tensor (of most models all), so that keeping the accepted path is one gather
 and one scatter; which shapes a layer keeps is asked of the model. Prompts are padded on the right, where causal
 attention never looks, and what lies beyond a row's length is hidden by the mask.
@@ -208,12 +209,14 @@ class Session:
 
     Attributes:
         kv: for each shape [tensors, B, heads, L, size]; where all are of one shape, keys and values by turns.
+        tree: of the next step, the one that the session was made for or a part of it.
         cache: the same as a cache of transformers.
         cache_arguments: what a call of the backbone needs to use it.
         length_B: tokens of the text whose keys and values are there; the root of the tree is not.
         active_B: 1 while the row goes on; a row that ended keeps its length.
         tokens_BN: the tree's tokens, first the root.
         uniform_BN: draws for exact sampling.
+        path_BD: nodes of the last step's path, as in `Verdict`.
         out_BD: what the host reads after a step: count of emitted tokens, then the tokens.
     """
 
@@ -221,7 +224,7 @@ class Session:
         layout, device = layout_of(backbone), backbone.device
         options: dict[str, Any] = {"dtype": backbone.dtype, "device": device}
         self.group, self.windows = layout.group, layout.windows
-        self.batch, self.slots, self.tree = batch, slots, tree
+        self.batch, self.slots, self.tree, self.reserved = batch, slots, tree, tree.nodes
         shapes = [shape for pair in layout.kept if pair for shape in pair]
         parts: dict[tuple[int, int], Iterator[Tensor]] = {}
         self.kv = []
@@ -241,6 +244,7 @@ class Session:
         self.tokens_BN = torch.zeros(batch, tree.nodes, dtype=torch.long, device=device)
         self.uniform_BN = torch.zeros(batch, tree.nodes, device=device)
         self.out_BD = torch.zeros(batch, 2 + tree.depth, dtype=torch.long, device=device)
+        self.path_BD = torch.zeros(batch, 1 + tree.depth, dtype=torch.long, device=device)
         self.graph: torch.cuda.CUDAGraph | None = None
         blocks = torch.arange(-(-slots // _BLOCK), dtype=torch.int32, device=device)
         self._block_indices = blocks.repeat(batch, 1, -(-self.group * tree.nodes // _BLOCK), 1)
@@ -262,7 +266,7 @@ class Session:
         alike = len(self.kv) == 1 and not self.windows and self.kv[0].shape[-1] >= 16  # FlexAttention's least
         if alike and position_BN.is_cuda and self.batch > 1:
             return {"attention_mask": self.block_mask()}
-        text_L = torch.arange(self.slots - tree.nodes, device=position_BN.device)
+        text_L = torch.arange(self.slots - self.reserved, device=position_BN.device)
         seen_BNL = (text_L < self.length_B[:, None])[:, None].expand(-1, tree.nodes, -1)
         masks: dict[str, Any] = {"attention_mask": self._additive(tree.mask_NN, seen_BNL)}
         for window in self.windows:
@@ -291,6 +295,7 @@ class Session:
         return torch.where(slot < nodes, ancestor, slot - nodes < self.length_B[batch])
 
     def _additive(self, tree_NN: Tensor, text_BNL: Tensor) -> Tensor:
+        tree_NN = F.pad(tree_NN, (0, self.reserved - tree_NN.shape[1]))
         seen_BNL = torch.cat([tree_NN.expand(self.batch, -1, -1), text_BNL], -1)
         mask = torch.zeros(seen_BNL.shape, dtype=self.kv[0].dtype, device=seen_BNL.device)
         return mask.masked_fill_(~seen_BNL, -torch.inf).repeat(1, self.group, 1)[:, None]
@@ -301,7 +306,7 @@ class Session:
         The whole path is copied, as shapes are static; what lies beyond the count is overwritten by the next steps.
         """
         step_D = torch.arange(path_BD.shape[1], device=path_BD.device)
-        target_BD = self.tree.nodes + self.length_B[:, None] + step_D
+        target_BD = self.reserved + self.length_B[:, None] + step_D
         for kv in self.kv:
             shape = (*kv.shape[:3], path_BD.shape[1], kv.shape[-1])
             source, target = (index[None, :, None, :, None].expand(shape) for index in (path_BD, target_BD))

@@ -123,8 +123,13 @@ def chain(length: int) -> Tree:
 
 
 def default_tree(num: int, nodes: int = 32) -> Tree:
-    """A tree for heads that were not measured: as if head k were right with its rank r at 0.6 x 0.85^(k-1) x 0.3^r."""
-    return best_tree(lambda path: _product(0.6 * 0.85**k * 0.3**r for k, r in enumerate(path)), num, 10, nodes)
+    """A tree for heads that were not measured."""
+    return best_tree(assumed_probability, num, 10, nodes)
+
+
+def assumed_probability(path: Path) -> float:
+    """Of heads that were not measured: as if head k were right with its rank r at 0.6 x 0.85^(k-1) x 0.3^r."""
+    return _product(0.6 * 0.85**k * 0.3**r for k, r in enumerate(path))
 
 
 def best_tree(probability: Callable[[Path], float], num: int, width: int, nodes: int) -> Tree:

@@ -9,12 +9,15 @@ dynamic cache, at any batch size. The heads' best guesses form a chain that the 
 output is the model's own, sampling has its distribution (a token is drawn from the model first and then compared with
 the guess). A chain, not a tree: it needs no attention mask of its own, so that flash attention, sliding windows and
 padding work as in plain `generate`. Rows of a batch advance together, by the guesses that are right in all of them.
-Beam search and the output of scores are refused.
+A pass verifies as many guesses as pay on the machine at hand, down to none, by the times that passes took here and the
+guesses that held; neither greedy nor sampled text depends on it, as one token is drawn for each that is kept. Beam
+search and the output of scores are refused.
 """
 
 import functools
 import json
 import os
+import time
 import weakref
 from typing import Any
 
@@ -24,6 +27,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import linear, pad, silu
 from transformers import generation
+
+from medusa_ds.decoding.pace import Pace  # an export has that module here
 
 _loaded: Any = weakref.WeakKeyDictionary()  # heads by model: read once
 
@@ -41,36 +46,62 @@ def generate(model: Any, medusa_heads: str | None = None, **kwargs: Any) -> Any:
 
 
 class Heads:
-    """Projections of `x + SiLU(Wx + b)` blocks, on the LM head's device and in its dtype."""
+    """Medusa or Hydra heads, on the LM head's device and in its dtype."""
 
     def __init__(self, model: Any, source: str, where: dict[str, Any]) -> None:
-        self.lm_head = model.get_output_embeddings()
+        self.lm_head, self.embed = model.get_output_embeddings(), model.get_input_embeddings()
         names = ("heads/heads.json", "heads/heads.safetensors")
         local = os.path.isdir(source)
         paths = [os.path.join(source, name) if local else hf_hub_download(source, name, **where) for name in names]
         with open(paths[0], encoding="utf-8") as file:
-            self.config = json.load(file)
-        weights = load_file(paths[1])
-        token_map = weights.pop("token_map", None)
-        self.token_map = None if token_map is None else token_map.to(self.lm_head.weight.device)
-        self.weights = {name: self._like(tensor) for name, tensor in weights.items()}
+            config = json.load(file)
+        self.num, self.sees_tokens = config["num"], config.get("kind") == "hydra"
+        self.blocks = config["layers"] - self.sees_tokens
+        self.weights = load_file(paths[1])
+        self.paces: dict[int, Pace] = {}
 
-    def _like(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.lm_head.weight.device, self.lm_head.weight.dtype)
+    def pace(self, rows: int) -> Pace:
+        """What a batch of so many rows has shown of its passes."""
+        if rows not in self.paces:
+            assumed = [0.6**k * 0.85 ** (k * (k - 1) / 2) for k in range(1, self.num + 1)]
+            self.paces[rows] = Pace(range(self.num + 1), assumed)
+        return self.paces[rows]
 
-    def guess(self, hidden: Tensor) -> Tensor:
-        """Best token of every head [B, heads] after hidden states [B, H]."""
-        tokens = []
-        for k in range(self.config["num"]):
-            x = hidden
-            for block in range(self.config["layers"]):
-                weight, bias = (self._like(self.weights[f"{k}.blocks.{block}.{part}"]) for part in ("weight", "bias"))
-                x = x + silu(linear(x, weight, bias))
-            projection = self.weights.get(f"{k}.projection.weight")
-            projection = self.lm_head.weight if projection is None else self._like(projection)
-            tokens.append(linear(x, projection).argmax(-1))
-        rows = torch.stack(tokens, 1)
-        return rows if self.token_map is None else self.token_map[rows]
+    def guess(self, hidden: Tensor, token: Tensor, number: int) -> Tensor:
+        """Best tokens of the first heads [B, number] after hidden states [B, H] and the token [B] that they led to."""
+        state, states, tokens = hidden, [], []
+        for k in range(number):
+            if self.sees_tokens:
+                state = state + self._silu(torch.cat([state, self.embed(token).to(state.device)], -1), f"{k}.step")
+            x = state
+            for block in range(self.blocks):
+                x = x + self._silu(x, f"{k}.blocks.{block}")
+            states.append(x)
+            if self.sees_tokens:
+                token = self._best(states[k:], k)[0]
+                tokens.append(token)
+        if not number:
+            return token[:, None][:, :0]
+        return torch.stack(tokens, 1) if self.sees_tokens else self._best(states, 0).T
+
+    def _silu(self, x: Tensor, name: str) -> Tensor:
+        return silu(linear(x, self._weight(f"{name}.weight"), self._weight(f"{name}.bias")))
+
+    def _best(self, states: list[Tensor], first: int) -> Tensor:
+        """Tokens [heads, B] of heads from `first` on; a shared LM head's weight is read once for all of them."""
+        if "0.projection.weight" not in self.weights:
+            return linear(torch.stack(states), self.lm_head.weight, self.lm_head.bias).argmax(-1)
+        names = [f"{k}.projection" for k in range(first, first + len(states))]
+        biases = [self._weight(f"{name}.bias") if f"{name}.bias" in self.weights else None for name in names]
+        weights = [self._weight(f"{name}.weight") for name in names]
+        rows = torch.stack([linear(*parts).argmax(-1) for parts in zip(states, weights, biases, strict=True)])
+        return self._weight("token_map")[rows] if "token_map" in self.weights else rows
+
+    def _weight(self, name: str) -> Tensor:
+        """A tensor where the LM head is, which may have been moved."""
+        like, own = self.lm_head.weight, self.weights[name]
+        self.weights[name] = own.to(like.device, like.dtype if own.is_floating_point() else None)
+        return self.weights[name]
 
 
 def decode(
@@ -103,10 +134,12 @@ def decode(
     filler = config.pad_token_id if config.pad_token_id is not None else (ends[0] or 0)
     mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
     finished = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-    guesses, seen_hidden = input_ids[:, :0], []
+    guesses, seen_hidden, pace = input_ids[:, :0], [], heads.pace(len(input_ids))
+    pace.begin()
     hook = heads.lm_head.register_forward_pre_hook(lambda _, args: seen_hidden.append(args[0]))
     try:
         while not finished.all():
+            started, size = time.perf_counter(), pace.choose()
             length, width = input_ids.shape[1], guesses.shape[1] + 1
             tokens, known = torch.cat([input_ids, guesses], 1), cache.get_seq_length()
             passed: dict[str, Any] = {cache_name: cache}
@@ -120,16 +153,17 @@ def decode(
             logits = model(input_ids=tokens[:, known:], use_cache=True, **passed).logits
             logits = logits[:, -width:].to(input_ids.device, torch.float32, copy=True)
             hidden = seen_hidden.pop()[:, -width:]
-            chosen = []
-            for i in range(width):
+            chosen: list[Tensor] = []
+            for i in range(width):  # up to the first that is not the guess in some row
                 scores = logits_processor(tokens[:, : length + i], logits[:, i])
                 drawn = torch.multinomial(scores.softmax(-1), 1)[:, 0] if config.do_sample else scores.argmax(-1)
                 chosen.append(drawn)
-            right = (torch.stack(chosen, 1)[:, :-1] == guesses).int().cumprod(1).sum(1)
-            accepted = int(right[~finished].min())  # guess i is kept or not whatever its own draw: sampling stays exact
+                if i == width - 1 or bool((drawn != guesses[:, i])[~finished].any()):
+                    break
+            accepted = len(chosen) - 1
             if keeps_past or accepted < width - 1:
                 cache.crop(accepted - width + 1)
-            for token in chosen[: accepted + 1]:
+            for token in chosen:
                 token = token.masked_fill(finished, filler)
                 input_ids = torch.cat([input_ids, token[:, None]], 1)
                 if streamer is not None:
@@ -138,7 +172,10 @@ def decode(
                 if finished.all():
                     break
             room = max(config.max_length - input_ids.shape[1] - 1, 0)
-            guesses = heads.guess(hidden[:, accepted])[:, :room].to(input_ids.device)
+            guesses = heads.guess(hidden[:, accepted], chosen[-1], min(size, room)).to(input_ids.device)
+            if known:  # not the prompt's own pass
+                same = width - 1 == guesses.shape[1]
+                pace.saw(width - 1, range(accepted), time.perf_counter() - started if same else None)
     finally:
         hook.remove()
     if streamer is not None:

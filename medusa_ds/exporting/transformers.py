@@ -1,8 +1,9 @@
 """Plain transformers: the heads in our own layout and a file of code beside them."""
 
-import shutil
+import inspect
 from pathlib import Path
 
+from medusa_ds.decoding import pace
 from medusa_ds.exporting import custom_generate
 from medusa_ds.exporting.source import Files, Source
 
@@ -15,7 +16,10 @@ def files(source: Source) -> Files:
 
 
 def _copy_code(target: Path) -> None:
-    shutil.copyfile(custom_generate.__file__, target)
+    """The file with the one module of ours that it imports, so that it needs none of this package."""
+    before, _, after = inspect.getsource(custom_generate).partition("from medusa_ds.decoding.pace import Pace")
+    _, _, module = inspect.getsource(pace).split('"""', 2)
+    target.write_text(before + module.strip() + after[after.index("\n") :], encoding="utf-8")
 
 
 def code(source: Source, out: str, base: str) -> str:

@@ -17,10 +17,11 @@ from medusa_ds.model.loss import Impl, linear_argmax, linear_cross_entropy, line
 
 
 def project(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, cap: float | None = None) -> Tensor:
-    """`F.linear`; on a CPU, in fp32 and without gradients, by oneDNN, which PyTorch leaves to a slower BLAS."""
+    """`F.linear`; on a CPU, in fp32 and without gradients, more than 3 rows by oneDNN, which then is the faster one."""
     if cap is not None:
         return cap * (project(hidden, weight, bias) / cap).tanh()
-    plain = torch.compiler.is_compiling() or torch.is_grad_enabled() or hidden.dtype != torch.float32
+    few = hidden.numel() <= 3 * hidden.shape[-1]
+    plain = torch.compiler.is_compiling() or torch.is_grad_enabled() or hidden.dtype != torch.float32 or few
     if plain or hidden.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return nn.functional.linear(hidden, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(hidden, weight, bias, "none", [], "")

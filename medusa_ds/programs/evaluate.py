@@ -63,7 +63,8 @@ def run(settings: Settings) -> Report:
     plain = Decoder(run.backbone, [], chain(0), settings.acceptance, compile_step=settings.compile_step)
     if server is not None:
         return _served(settings, prompts, run, plain, server)
-    medusa = Decoder(run.backbone, run.heads, run.tree, settings.acceptance, compile_step=settings.compile_step)
+    options = {"compile_step": settings.compile_step, "adapt": True}
+    medusa = Decoder(run.backbone, run.heads, run.tree, settings.acceptance, **options)
     answers, left_out = answer_prompts(prompts, run.encode, run.decode, plain, medusa, settings.max_new_tokens)
     report: Report = {
         "run": settings.name,
@@ -187,7 +188,9 @@ def _speed(run: Run, answers: list[Answer], plain: Decoder, medusa: Decoder, max
     """
     rows = {"plain": [a.plain for a in answers], "medusa": [a.medusa for a in answers if a.medusa is not None]}
     context = sum(len(answer.prompt) + len(answer.plain.tokens) // 2 for answer in answers) // len(answers)
-    steps = {"plain": step_ms(plain, context), "medusa": step_ms(medusa, context)}
+    nodes = [count for row in rows["medusa"] for count in row.nodes]
+    times = {count: step_ms(medusa, context, nodes=count) for count in set(nodes)}
+    steps = {"plain": step_ms(plain, context), "medusa": sum(times[count] for count in nodes) / max(len(nodes), 1)}
     report: Report = {}
     for name, own in rows.items():
         report |= {
@@ -205,6 +208,7 @@ def _speed(run: Run, answers: list[Answer], plain: Decoder, medusa: Decoder, max
         "step_overhead": overhead,
         "most_that_a_step_allows": _mean(emitted) / overhead,
         "context": context,
+        "steps_by_nodes": {str(count): number for count, number in sorted(Counter(nodes).items())},
         "speed_up_decoding_by_category": {
             category: _decoding_rate([a.medusa for a in own if a.medusa]) / _decoding_rate([a.plain for a in own])
             for category in sorted({answer.category for answer in answers})
@@ -311,6 +315,9 @@ def _table(report: Report) -> str:
         f"{speed['medusa_step_ms']:.3f} ms = {speed['step_overhead']:.2f} x: decoding alone can be at most "
         f"{speed['most_that_a_step_allows']:.2f} x",
     ]
+    if len(speed["steps_by_nodes"]) > 1:
+        shares = ", ".join(f"{count}: {number}" for count, number in speed["steps_by_nodes"].items())
+        lines.append(f"steps by nodes that they verified  {shares}")
     if speed["speed_up_decoding"] > 1.05 * speed["most_that_a_step_allows"]:
         lines.append("warning: measured more than a step allows; the machine was not quiet, measure again")
     if "copy_gb_per_s" in speed:

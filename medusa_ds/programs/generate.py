@@ -31,7 +31,7 @@ class Settings(AcceptanceSettings, RunSettings):
 def run(settings: Settings) -> None:
     """Decode with a run's heads."""
     run, prompt = settings.load_run(), settings.prompt
-    decoder = Decoder(run.backbone, run.heads, run.tree, settings.acceptance)
+    decoder = Decoder(run.backbone, run.heads, run.tree, settings.acceptance, adapt=True)
     messages: list[dict[str, str]] = []
     while (turn := prompt if prompt is not None else _ask()) is not None:
         messages.append({"role": "user", "content": turn})

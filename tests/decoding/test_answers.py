@@ -28,7 +28,8 @@ class Fake:
         self.met |= cold
         self.calls.append((self.name, len(prompt), max_new_tokens))
         decode_s = self.step_s * (max_new_tokens - 1)
-        return [Generation([7] * max_new_tokens, [1] * (max_new_tokens - 1), "length", 2.0 + 100 * len(cold), decode_s)]
+        row = Generation([7] * max_new_tokens, finish="length", prefill_s=2.0 + 100 * len(cold), decode_s=decode_s)
+        return [row]
 
 
 def answer(texts, medusa=True, max_new_tokens=9):

@@ -1,7 +1,9 @@
 """`medusa-ds generate`, `evaluate` and `tree` on a tiny run: finished, as a heads folder and as a checkpoint."""
 
+import itertools
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from medusa_ds.cli import main
 from medusa_ds.data.prompts import Prompt, read_prompts
+from medusa_ds.decoding import decoder
 from medusa_ds.errors import UserError
 from medusa_ds.heads.files import save_heads
 from medusa_ds.heads.medusa import MedusaHeads
@@ -39,6 +42,13 @@ def _save_checkpoint(output, named_tensors, step):
     ]
     checkpoint.save(output / "checkpoints", step, iter(tensors), {"engine": {}}, 1)
     checkpoint.mark_best(output / "checkpoints", step)
+
+
+@pytest.fixture(autouse=True)
+def steady_clock(monkeypatch):
+    """All steps take the same time: how much of the tree a step verifies on a CPU depends on it."""
+    now = itertools.count()
+    monkeypatch.setattr(decoder, "time", SimpleNamespace(perf_counter=lambda: next(now) / 1000))
 
 
 @pytest.fixture
