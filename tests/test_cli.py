@@ -67,7 +67,21 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit) as stop:
         main([name, "--help"])
     assert stop.value.code == 0
-    assert f"usage: medusa-ds {name}" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"usage: medusa-ds {name}" in shown and f"\n    medusa-ds {name}" in shown.partition("Example:")[2]
+
+
+def test_help_says_defaults_choices_and_bounds(capsys: pytest.CaptureFixture[str]) -> None:
+    """Mutation: leave the default out of an option's help."""
+    for command, options in (
+        ("evaluate", ("--max-new-tokens N", "(default: 256)", "{greedy,typical,exact}", "(default: greedy)")),
+        ("bench", ("(default: 3,5)", "--timeout S", "(default: 1800)")),
+        ("distill", ("--openings [FILE]", "(default: 5)")),
+    ):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        shown = " ".join(capsys.readouterr().out.split())
+        assert [option for option in options if option not in shown] == []
 
 
 def test_list_names_every_recipe(capsys: pytest.CaptureFixture[str]) -> None:
