@@ -176,14 +176,15 @@ def resolve_paths(raw: dict[str, Any], at: Origin, planning: bool) -> list[str]:
     if isinstance(path, list):
         path[:] = [{"path": item} if isinstance(item, str) else item for item in path]
         sources = [(item, f"data.path.{i}.path") for i, item in enumerate(path) if isinstance(item, dict)]
-    for holder, key in sources:
-        value = holder.get("path")
+    for holder, key in [*sources, (section("data"), "data.validation")]:
+        name = key.rpartition(".")[2]
+        value = holder.get(name)
         if not isinstance(value, str) or value == "sample":
             continue
         found = find(value, key)
         kinds = "a JSON, JSONL or Parquet file"
         if found is not None:
-            holder["path"] = str(found)
+            holder[name] = str(found)
             if os.path.isdir(found) and not any(file.suffix in DATA_SUFFIXES for file in found.iterdir()):
                 wrong(key, f"found {found}, a directory without {kinds}")
             elif not os.path.isdir(found) and found.suffix not in DATA_SUFFIXES:

@@ -205,10 +205,10 @@ class DataSpec(Section):
     """One source (see `SourceSpec.path`), or a list of paths and of weighted ones."""
     split: Split = "train"
     """Split of a hub dataset when `path` is one source."""
-    validation: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    """Share of the conversations held out."""
+    validation: Annotated[float, Field(ge=0, lt=1)] | str = 0.05
+    """Share of the conversations held out, or a source of its own (see `SourceSpec.path`)."""
     validation_max: Count = 512
-    """Most conversations held out."""
+    """Most conversations held out of a share."""
     max_length: Annotated[int, Field(ge=16)] = 1024
     """Tokens of a sequence; longer conversations are cut at the end."""
     packing: bool | None = None

@@ -74,7 +74,8 @@ def load_conversations(spec: DataSpec) -> Conversations:
     sources = [SourceSpec(path=spec.path, split=spec.split)] if isinstance(spec.path, str) else spec.path
     rejected: Counts = {}
     held_texts: set[str] = set()
-    train, validation, keys, rows, used = [], [], [], 0, 0
+    train, validation, rows, used = [], [], 0, 0
+    keys: list[list[Any]] = []
     if isinstance(spec.validation, str):
         data, usable, key = _read("data.validation", SourceSpec(path=spec.validation), rejected)
         validation.append(data.select(usable))

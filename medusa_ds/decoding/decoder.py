@@ -107,7 +107,7 @@ class Decoder:
             self._finish = compile_part(self._finish, one_row)  # type: ignore[method-assign]
         self._session: Session | None = None
         self.ends = set(end_tokens(backbone))
-        self.limit, self.clamp = position_limit(backbone)
+        self.limit, self.clamp = position_limit(backbone.config)
 
     def part(self, nodes: int) -> Tree:
         """The most promising nodes of the tree."""

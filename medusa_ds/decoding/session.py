@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from medusa_ds.decoding.kernels.tree_attention import applies, tree_attention
@@ -314,17 +314,17 @@ class Session:
         self.length_B.add_(count_B * self.active_B)
 
 
-def position_limit(backbone: PreTrainedModel) -> tuple[int, bool]:
+def position_limit(config: PretrainedConfig) -> tuple[int, bool]:
     """Most tokens of a text, and whether no position beyond may be asked for, not even of a token that is dropped.
 
     Raises:
         UserError: the model cannot be decoded.
     """
-    asked = Asked(backbone.config)
+    asked = Asked(config)
     if (reason := why_not_decoded(asked)) is not None:
         raise UserError(f"model.name: not decoded: {reason}; its heads can be trained and exported")
     limit = find_facts(asked).limit
-    return limit or getattr(backbone.config, "max_position_embeddings", None) or 1 << 30, limit is not None
+    return limit or getattr(config, "max_position_embeddings", None) or 1 << 30, limit is not None
 
 
 @functools.cache

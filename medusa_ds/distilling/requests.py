@@ -52,12 +52,14 @@ class Request(NamedTuple):
 class Reply(NamedTuple):
     """An answer, and what ended it.
 
-    `finish`: `end`, or why it cannot be used: `cut off`, `repetition`, `prompt too long`, `failed: ...`.
+    `finish`: `end`, or why it cannot be used: `cut off`, `repetition`, `prompt too long`, `failed: ...`. `thoughts`: of
+    a server that tells them apart.
     """
 
     text: str
     tokens: int
     finish: str
+    thoughts: str = ""
 
 
 Handle = Callable[[Request, Reply], Request | None]

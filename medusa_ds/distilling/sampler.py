@@ -22,11 +22,10 @@ from medusa_ds.data.dialogues import Chat
 from medusa_ds.data.layouts import UnusableRow
 from medusa_ds.decoding.acceptance import Acceptance
 from medusa_ds.decoding.decoder import capture, end_tokens, prefill
-from medusa_ds.decoding.session import Session, position_limit, static_attention
+from medusa_ds.decoding.session import Session, static_attention
 from medusa_ds.decoding.trees import chain
 from medusa_ds.distilling.requests import Handle, Reply, Request, Sampling
 from medusa_ds.distilling.texts import loops
-from medusa_ds.errors import UserError
 from medusa_ds.model.attention import base_model
 from medusa_ds.model.backbone import vocabulary_projection
 
@@ -63,11 +62,6 @@ class Sampler:
         self.backbone, self.chat, self.sampling = backbone.eval(), chat, sampling
         device, self.lm_head = backbone.device, vocabulary_projection(backbone)
         room = sampling.max_prompt_tokens + sampling.max_new_tokens
-        limit, _ = position_limit(backbone)
-        if room > limit:
-            raise UserError(
-                f"--max-prompt-tokens and --max-new-tokens: found {room} together; the model's limit is {limit}"
-            )
         self.acceptance = Acceptance(
             "exact" if sampling.temperature else "greedy", sampling.temperature or 1.0, top_p=sampling.top_p
         )

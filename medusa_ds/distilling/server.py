@@ -1,29 +1,51 @@
 """An OpenAI-compatible server (vLLM, SGLang, TGI, ...) as the engine: many requests in flight.
 
 The `openai` client itself tries again, with growing pauses, after lost connections, timeouts and statuses 408, 409, 429
-and 5xx. A request that fails for good costs its own conversation alone, which the next start asks again. When nothing
-but failures comes back, the server is gone, and the run ends.
+and 5xx. A request that fails for good costs its own conversation alone, which the next start asks again. When the first
+ones all fail alike, or nothing but failures comes back any more, the run ends.
 """
 
 import os
+import re
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
+from urllib.parse import urlsplit
 
+from medusa_ds.config.parsing import redact
 from medusa_ds.distilling.requests import Handle, Reply, Request, Sampling
 from medusa_ds.errors import UserError
 
-_FINISH = {"stop": "end", "length": "cut off"}
-_GONE = 20  # failures in a row, over those in flight
 MAX_ANSWER_BYTES = 16 << 20
+_FINISH = {"stop": "end", "length": "cut off"}
+_FIRST, _GONE = 3, 20  # failures in a row: alike at the start; over those in flight later
+_OF_A_ROW = re.compile("status (400|413|422)")  # such as a conversation that is too long
+_EXAMPLE = "such as http://localhost:8000/v1"
+
+
+def check_url(url: str) -> None:
+    """Refuse what is not the address of a server.
+
+    Raises:
+        UserError: no http or https, no host, or something in it that can be a key, which is not repeated.
+    """
+    if "@" in url or "?" in url or redact(url) != url:
+        raise UserError(f"--server: found a key in the URL (not shown); set OPENAI_API_KEY and give a URL {_EXAMPLE}")
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        good = False
+    if not good:
+        raise UserError(f"--server: found {url!r}; allowed is a URL {_EXAMPLE}")
 
 
 class Server:
     """Answers requests by way of a server.
 
     Args:
-        url: such as `http://localhost:8000/v1`.
+        url: see `check_url`.
         model: the name under which the server knows the model.
         sampling: how to draw.
         in_flight: requests at once.
@@ -39,43 +61,49 @@ class Server:
         except ImportError:
             raise UserError("--server: needs the openai package; pip install 'medusa-ds[distill]'") from None
         self.url, self.model, self.sampling, self.in_flight = url, model, sampling, in_flight
-        key = os.environ.get("OPENAI_API_KEY", "none")
         bounded = openai.DefaultHttpxClient(event_hooks={"response": [_bound]}, headers={"Accept-Encoding": "identity"})
-        self.client = openai.OpenAI(
-            base_url=url, api_key=key, timeout=timeout_s, max_retries=retries, http_client=bounded
-        )
+        key = os.environ.get("OPENAI_API_KEY", "none")
+        options: dict[str, Any] = {"timeout": timeout_s, "max_retries": retries, "http_client": bounded}
+        self.client = openai.OpenAI(base_url=url, api_key=key, **options)
 
     def run(self, requests: deque[Request], handle: Handle) -> None:
         """See `Engine`.
 
         Raises:
-            UserError: the server answers nothing any more.
+            UserError: the server answers nothing, or nothing any more.
         """
         pool = ThreadPoolExecutor(self.in_flight)
         waiting: dict[Future[Reply], Request] = {}
-        failures = 0
+        failures: list[str] = []
+        answered = False
         try:
             while requests or waiting:
-                while requests and len(waiting) < self.in_flight:
+                while requests and len(waiting) < (self.in_flight if answered else min(_FIRST, self.in_flight)):
                     request = requests.popleft()
                     waiting[pool.submit(self._ask, request)] = request
                 for future in wait(waiting, return_when=FIRST_COMPLETED).done:
                     request, reply = waiting.pop(future), future.result()
-                    failures = failures + 1 if reply.finish.startswith("failed") else 0
+                    if reply.finish.startswith("failed"):
+                        failures.append(reply.finish)
+                    else:
+                        failures, answered = [], True
                     following = handle(request, reply)
                     if following is not None:
                         requests.appendleft(following)
-                if failures >= self.in_flight + _GONE:
+                kinds = {failure.split(": ")[1] for failure in failures}
+                alike = not answered and len(kinds) == 1 and not _OF_A_ROW.match(min(kinds))
+                if len(failures) >= (_FIRST if alike else self.in_flight + _GONE):
                     raise UserError(
-                        f"--server: {self.url}: {failures} requests failed one after the other, the last one: "
-                        f"{reply.finish}; finished rows are kept: mend the server, and the same command goes on"
+                        f"--server: {self.url}: {len(failures)} requests failed one after the other, the last one: "
+                        f"{failures[-1]}; expected is JSON with `choices`, as OpenAI-compatible servers give it; "
+                        "finished rows are kept: mend the server or the URL, and the same command goes on"
                     )
         finally:
             self.client.close()  # what is still asked need not be waited for
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _ask(self, request: Request) -> Reply:
-        sampling = self.sampling
+        sampling, response = self.sampling, None
         options: dict[str, Any] = {
             "model": self.model,
             "temperature": sampling.temperature,
@@ -85,18 +113,35 @@ class Server:
         }
         try:
             if request.messages:
-                options["messages"] = request.messages
-                choice = (answer := self.client.chat.completions.create(**options)).choices[0]
-                text = choice.message.content
+                options["messages"] = [{key: turn[key] for key in ("role", "content")} for turn in request.messages]
+                raw = self.client.chat.completions.with_raw_response.create(**options)
             else:
-                choice = (answer := self.client.completions.create(prompt=request.text, **options)).choices[0]
-                text = choice.text
-            if not isinstance(text, str):
-                raise ValueError("an answer without text")
-            tokens = answer.usage.completion_tokens if answer.usage else 0
-            return Reply(text, tokens, _FINISH.get(choice.finish_reason, f"finish reason {choice.finish_reason}"))
+                raw = self.client.completions.with_raw_response.create(prompt=request.text, **options)
+            response = raw.http_response
+            return _read(response.json())
         except Exception as error:  # whatever the client and the layers below it make of a server's answer
-            return Reply("", 0, f"failed: {type(error).__name__}: {' '.join(str(error).split())[:120]}")
+            response = response or getattr(error, "response", None)
+            if response is None:
+                cause = error.__cause__ or error
+                return Reply("", 0, f"failed: no answer, {type(cause).__name__}: {_short(cause)}")
+            kind = response.headers.get("Content-Type", "no content type").partition(";")[0]
+            return Reply("", 0, f"failed: status {response.status_code}, {kind}: {_short(redact(response.text))}")
+
+
+def _read(answer: Any) -> Reply:
+    """What a server has answered; raises whatever follows from an answer of another form."""
+    choice = answer["choices"][0]
+    message = choice.get("message") or {"content": choice["text"]}
+    text, finish = message["content"], choice["finish_reason"]
+    thoughts = message.get("reasoning_content") or message.get("reasoning") or ""
+    if not isinstance(text or "", str) or not isinstance(thoughts, str) or (text is None and not thoughts):
+        raise ValueError("an answer without text")
+    tokens = (answer.get("usage") or {}).get("completion_tokens") or 0
+    return Reply(text or "", int(tokens), _FINISH.get(finish, f"finish reason {finish}"), thoughts)
+
+
+def _short(text: Any) -> str:
+    return " ".join(str(text).split())[:80]
 
 
 def _bound(response: Any) -> None:

@@ -14,6 +14,8 @@ becomes depends on none of them.
 """
 
 import json
+import sys
+import time
 from collections import Counter, deque
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,8 +23,8 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
+from tqdm import tqdm
 
-from medusa_ds import files
 from medusa_ds.config.recipe import Recipe
 from medusa_ds.config.settings import Bare, RecipeSettings
 from medusa_ds.config.types import Count, Positive
@@ -30,20 +32,20 @@ from medusa_ds.data.dialogues import Chat
 from medusa_ds.data.prompts import Prompt, load_prompts
 from medusa_ds.decoding.decoder import end_at
 from medusa_ds.decoding.kernels.packed import pack_projections
-from medusa_ds.distilling.journal import Journal
-from medusa_ds.distilling.output import Output
-from medusa_ds.distilling.progress import Progress
+from medusa_ds.decoding.session import position_limit
+from medusa_ds.distilling.output import Journal, Output
 from medusa_ds.distilling.requests import MAKE_PROMPT, Engine, Reply, Request, Sampling
 from medusa_ds.distilling.sampler import Sampler
-from medusa_ds.distilling.server import Server
+from medusa_ds.distilling.server import Server, check_url
 from medusa_ds.distilling.texts import Excluded, Seen, read_openings, repetitive
 from medusa_ds.errors import UserError
-from medusa_ds.model.backbone import load_backbone, load_tokenizer
+from medusa_ds.files import digest
+from medusa_ds.model.backbone import load_backbone, load_config, load_tokenizer
 from medusa_ds.ranks import Ranks
 from medusa_ds.runs import place
 from medusa_ds.training.supervisor import Supervisor, end_with_others
 
-MADE_PROMPT_TOKENS = 256
+PROMPT_TOKENS, MADE_PROMPT_TOKENS = 1024, 256
 OPENINGS = Path(__file__).parents[1] / "data" / "openings.txt"
 Messages = list[dict[str, Any]]
 
@@ -76,8 +78,8 @@ class Settings(RecipeSettings):
     keep_unfinished: bool = False
     """Keep answers that are cut off or repeat themselves, without a label on their end: heads that decode long texts
     meet such text."""
-    max_prompt_tokens: Count = 1024
-    """Of a conversation before an answer."""
+    max_prompt_tokens: Count | None = None
+    """Of a conversation before an answer; without it, 1024, or what the model's limit leaves beside an answer."""
     seed: int = 0
     """Of all draws."""
     batch: Count | None = None
@@ -95,10 +97,24 @@ class Settings(RecipeSettings):
     dtype: Literal["bf16", "fp32"] | None = None
     """Without it, bf16 on a GPU and fp32 on a CPU."""
 
-    @property
-    def sampling(self) -> Sampling:
-        """How answers are drawn."""
-        return Sampling(self.temperature, self.top_p, self.max_new_tokens, self.max_prompt_tokens, self.seed)
+    def sampling(self, limit: int | None) -> Sampling:
+        """How answers are drawn.
+
+        Args:
+            limit: tokens of prompt and answer together that the model has positions for.
+
+        Raises:
+            UserError: more is asked for.
+        """
+        room = limit or self.max_new_tokens + PROMPT_TOKENS
+        most = self.max_prompt_tokens or min(PROMPT_TOKENS, room - self.max_new_tokens)
+        if limit and (most < 1 or most + self.max_new_tokens > limit):
+            given = f" and --max-prompt-tokens {self.max_prompt_tokens}" if self.max_prompt_tokens else ""
+            raise UserError(
+                f"distill: found --max-new-tokens {self.max_new_tokens}{given}; prompt and answer together have at "
+                f"most the model's {limit} tokens"
+            )
+        return Sampling(self.temperature, self.top_p, self.max_new_tokens, most, self.seed)
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -113,11 +129,13 @@ def run(settings: Settings) -> dict[str, Any]:
     if settings.openings and not settings.synthesize:
         raise UserError("--openings: found it without --synthesize, whose prompts it begins; give both or neither")
     ranks = Ranks()
-    if settings.server and ranks.size > 1:
-        raise UserError(
-            f"--server: found {ranks.size} ranks; one process keeps the server busy: run medusa-ds distill without the "
-            "deepspeed launcher, with more requests in flight (--batch)"
-        )
+    if settings.server:
+        check_url(settings.server)
+        if ranks.size > 1:
+            raise UserError(
+                f"--server: found {ranks.size} ranks; one process keeps the server busy: run medusa-ds distill without "
+                "the deepspeed launcher, with more requests in flight (--batch)"
+            )
     kept = "ending at once; finished rows are kept, and the same command goes on"
     supervisor = Supervisor(ranks.rank, ranks.local_size, recipe.train.hang_timeout, before_start=kept)
     try:
@@ -131,30 +149,32 @@ def run(settings: Settings) -> dict[str, Any]:
 def _distill(recipe: Recipe, settings: Settings, ranks: Ranks) -> dict[str, Any]:
     chat = Chat(load_tokenizer(recipe.model), recipe.data.template_args)
     chat.check()
-    asked = _read("--prompts", settings.prompts, settings.split)[: settings.limit] if settings.prompts else []
-    excluded = [row for source in settings.exclude for row in _read("--exclude", source) if not isinstance(row, str)]
+    limit = None if settings.server else position_limit(load_config(recipe.model))[0]
+    sampling = settings.sampling(limit)
+    rows = _read("--prompts", settings.prompts, settings.split)[: settings.limit] if settings.prompts else []
+    excluded = [row for source in settings.exclude for _, row in _read("--exclude", source) if not isinstance(row, str)]
     unwanted = [message["content"] for row in excluded for message in row if message["role"] == "user"]
     openings = read_openings(settings.openings) if settings.openings else [""]
-    output = Output(Path(settings.out), _state(recipe, settings, asked, unwanted, openings), ranks)
+    state = _state(recipe, settings, sampling, [row for _, row in rows], unwanted, openings)
+    output = Output(Path(settings.out), state, ranks)
     try:
-        engines = _Engines(recipe, settings, chat, ranks)
-        prompts = asked + _make_prompts(settings, openings, chat, engines, output, len(asked))
-        removed = _removed(prompts, Excluded(unwanted), chat.tokenizer.all_special_tokens, len(asked))
-        failed = _answer(settings, chat, engines, prompts, removed, output)
+        engines = _Engines(recipe, settings, chat, sampling, ranks)
+        rows += _make_prompts(settings, openings, engines, output, len(rows))
+        removed = _removed([row for _, row in rows], Excluded(unwanted), chat.tokenizer.all_special_tokens)
+        failed = _answer(settings, engines, rows, removed, output)
         parts = ranks.gather((failed, removed))
         output.merge()
     finally:
         output.close()
-    failed = sum((part for part, _ in parts), Counter())
-    removed = {number: reason for _, part in parts for number, reason in part.items()}
-    return ranks.first(lambda: _summary(settings.out, len(prompts), failed, removed))
+    everyone = [{number: why for part in parts for number, why in part[kind].items()} for kind in (0, 1)]
+    return ranks.first(lambda: _summary(settings.out, [place for place, _ in rows], *everyone))
 
 
 class _Engines:
     """Makes engines; the model is loaded once, when it is first needed."""
 
-    def __init__(self, recipe: Recipe, settings: Settings, chat: Chat, ranks: Ranks) -> None:
-        self.recipe, self.settings, self.chat, self.ranks = recipe, settings, chat, ranks
+    def __init__(self, recipe: Recipe, settings: Settings, chat: Chat, sampling: Sampling, ranks: Ranks) -> None:
+        self.recipe, self.settings, self.chat, self.sampling, self.ranks = recipe, settings, chat, sampling, ranks
         self.backbone: Any = None
 
     def make(self, sampling: Sampling, rows: int) -> Engine:
@@ -175,53 +195,50 @@ class _Engines:
         return Sampler(self.backbone, self.chat, sampling, min(batch, rows))
 
 
-def _read(where: str, source: str, split: str = "train") -> list[Any]:
-    """Messages of every prompt, or why a row cannot be used."""
-    return [row.messages if isinstance(row, Prompt) else row for _, row in load_prompts(where, source, split)]
+def _read(where: str, source: str, split: str = "train") -> list[tuple[str, Any]]:
+    """Where every prompt stands, and its messages, or why it cannot be used."""
+    found = load_prompts(where, source, split)
+    return [(place, row.messages if isinstance(row, Prompt) else f"unusable row: {row}") for place, row in found]
 
 
 def _state(
-    recipe: Recipe, settings: Settings, asked: list[Any], unwanted: list[str], openings: list[str]
+    recipe: Recipe, settings: Settings, sampling: Sampling, asked: list[Any], unwanted: list[str], openings: list[str]
 ) -> dict[str, Any]:
     """What an output depends on."""
-
-    def digest(value: Any) -> str:
-        return files.digest(json.dumps(value))[:16]
-
     return {
         "model": recipe.model.name,
         "revision": recipe.model.revision,
         "template_args": recipe.data.template_args,
         "prompts": len(asked),
-        "prompts_digest": digest(asked),
-        "exclude_digest": digest(unwanted),
+        "prompts_digest": digest(json.dumps(asked))[:16],
+        "exclude_digest": digest(json.dumps(unwanted))[:16],
         "synthesize": settings.synthesize or 0,
         "synthesize_temperature": settings.synthesize_temperature,
-        "openings_digest": digest(openings),
+        "openings_digest": digest(json.dumps(openings))[:16],
         "keep_unfinished": settings.keep_unfinished,
-        **asdict(settings.sampling),
+        **asdict(sampling),
     }
 
 
 def _make_prompts(
-    settings: Settings, openings: list[str], chat: Chat, engines: _Engines, output: Output, first: int
-) -> list[Any]:
-    """The prompts that the model makes, kept in the progress file: messages, or why one cannot be used."""
-    ranks = engines.ranks
+    settings: Settings, openings: list[str], engines: _Engines, output: Output, first: int
+) -> list[tuple[str, Any]]:
+    """The prompts that the model makes, kept in the progress file, as `_read` gives those of a source."""
+    ranks, chat = engines.ranks, engines.chat
     made = {row["row"]: row for row in output.before if "prompt" in row}
     wanted = range(first, first + (settings.synthesize or 0))
     missing, new = [row for row in wanted if row not in made], {}
     begin = chat.before_prompt()
     texts = {row: begin + openings[row % len(openings)] for row in missing}
     if todo := deque(Request(row, MAKE_PROMPT, texts[row], []) for row in ranks.share(missing)):
-        bar = _begin(f"making {len(missing):,} prompts", len(todo), ranks)
+        bar = _Bar(f"making {len(missing):,} prompts", len(todo), ranks)
         before = max(len(chat.tokenizer(begin + each, add_special_tokens=False)["input_ids"]) for each in openings)
         sampling = replace(
-            settings.sampling,
+            engines.sampling,
             temperature=settings.synthesize_temperature,
             top_p=1.0,
             max_prompt_tokens=before,
-            max_new_tokens=max(1, min(MADE_PROMPT_TOKENS, settings.sampling.max_prompt_tokens - before)),
+            max_new_tokens=max(1, min(MADE_PROMPT_TOKENS, engines.sampling.max_prompt_tokens - before)),
         )
 
         def keep(request: Request, reply: Reply) -> None:
@@ -236,28 +253,28 @@ def _make_prompts(
     for part in ranks.gather(new):
         made |= part
     seen = Seen()
-    prompts: list[Any] = []
+    prompts: list[tuple[str, Any]] = []
     for number in wanted:
         if number not in made:
             raise UserError(f"{settings.server}: some prompts could not be made; the same command tries them again")
         text, finish = made[number]["prompt"].strip(), made[number]["finish"]
+        problem = ""
         if finish != "end" or not text:
-            prompts.append(f"made prompt: {finish if text else 'empty'}")
+            problem = finish if text else "empty"
         elif repetitive(text):
-            prompts.append("made prompt: repetition")
+            problem = "repetition"
         elif not seen.add(text):
-            prompts.append("made prompt: near-duplicate")
-        else:
-            prompts.append([{"role": "user", "content": text}])
+            problem = "near-duplicate"
+        prompts.append((f"row {number}", f"made prompt: {problem}" if problem else [{"role": "user", "content": text}]))
     return prompts
 
 
-def _removed(prompts: list[Any], excluded: Excluded, controls: list[str], asked: int) -> dict[int, str]:
+def _removed(prompts: list[Any], excluded: Excluded, controls: list[str]) -> dict[int, str]:
     """Rows that are not answered, with the reason."""
     removed = {}
     for number, messages in enumerate(prompts):
         if isinstance(messages, str):
-            removed[number] = messages if number >= asked else f"unusable row: {messages}"
+            removed[number] = messages
         elif any(control in message["content"] for message in messages for control in controls):
             removed[number] = "control tokens in a prompt"
         elif any(excluded.overlap(message["content"]) for message in messages if message["role"] == "user"):
@@ -266,12 +283,12 @@ def _removed(prompts: list[Any], excluded: Excluded, controls: list[str], asked:
 
 
 def _answer(
-    settings: Settings, chat: Chat, engines: _Engines, prompts: list[Any], removed: dict[int, str], output: Output
-) -> Counter[str]:
-    """Answer this rank's part of what is neither answered nor removed; the reasons of rows that failed."""
+    settings: Settings, engines: _Engines, prompts: list[tuple[str, Any]], removed: dict[int, str], output: Output
+) -> dict[int, str]:
+    """Answer this rank's part of what is neither answered nor removed; the rows that failed, with the reason."""
     removed |= {row["row"]: row["removed"] for row in output.before if "removed" in row}
     talks: dict[int, tuple[Messages, deque[dict[str, Any]], list[int]]] = {}
-    failed: Counter[str] = Counter()
+    failed: dict[int, str] = {}
 
     def ask(number: int, turn: int) -> Request | None:
         """The next answer of a conversation, if a user's turn is left."""
@@ -285,13 +302,13 @@ def _answer(
     missing = [number for number in range(len(prompts)) if number not in output.written and number not in removed]
     todo: deque[Request] = deque()
     for number in engines.ranks.share(missing):
-        talks[number] = ([], deque(prompts[number]), [])
+        talks[number] = ([], deque(prompts[number][1]), [])
         request = ask(number, 0)
         assert request is not None
         todo.append(request)
     if not todo:
         return failed
-    bar = _begin(f"answering {len(missing):,} of {len(prompts):,} rows", len(todo), engines.ranks)
+    bar = _Bar(f"answering {len(missing):,} of {len(prompts):,} rows", len(todo), engines.ranks)
 
     def keep(request: Request, reply: Reply) -> Request | None:
         number, finish = request.row, reply.finish
@@ -302,7 +319,10 @@ def _answer(
             finish = "repetition"
         unfinished = settings.keep_unfinished and finish in ("cut off", "repetition") and bool(reply.text.strip())
         if finish == "end" or unfinished:
-            messages.append({"role": "assistant", "content": reply.text} | ({"unfinished": True} if unfinished else {}))
+            thoughts = {"reasoning_content": reply.thoughts} if reply.thoughts else {}
+            messages.append({"role": "assistant", "content": reply.text, **thoughts})
+            if unfinished:
+                messages[-1]["unfinished"] = True
             tokens.append(reply.tokens)
             following = None if unfinished else ask(number, request.turn + 1)
             if following is not None:
@@ -310,7 +330,7 @@ def _answer(
                 return following
             output.rows.append({"row": number, "messages": messages, "tokens": tokens})
         elif finish.startswith("failed"):
-            failed[finish] += 1
+            failed[number] = finish
         else:
             removed[number] = f"answer: {finish}"
             output.progress.append({"row": number, "removed": removed[number]})
@@ -318,42 +338,54 @@ def _answer(
         del talks[number]
         return None
 
-    engines.make(settings.sampling, len(todo)).run(todo, keep)
+    engines.make(engines.sampling, len(todo)).run(todo, keep)
     bar.close()
     return failed
 
 
-def _begin(text: str, rows: int, ranks: Ranks) -> Progress:
-    """Say what begins, and show the first rank's progress."""
-    if ranks.rank == 0:
-        print(text + (f" on {ranks.size} ranks; {rows:,} of them here" if ranks.size > 1 else ""), flush=True)
-    return Progress(rows, shown=ranks.rank == 0)
+class _Bar(tqdm):
+    """Rows, tokens and the time left: a line that is rewritten, or on no terminal one every 15 seconds."""
+
+    def __init__(self, text: str, rows: int, ranks: Ranks) -> None:
+        if ranks.rank == 0:
+            print(text + (f" on {ranks.size} ranks; {rows:,} of them here" if ranks.size > 1 else ""), flush=True)
+        plain = not sys.stderr.isatty()
+        form = "{n:,} of {total:,} rows{postfix} in {elapsed}, {remaining} left" + "\n" * plain
+        super().__init__(total=rows, bar_format=form, mininterval=15 if plain else 0.5, disable=ranks.rank > 0)
+        self.tokens, self.began = 0, time.monotonic()
+
+    def add(self, rows: int, tokens: int) -> None:
+        """Count rows that have ended, and tokens."""
+        self.tokens += tokens
+        rate = self.tokens / max(time.monotonic() - self.began, 1e-9)
+        self.set_postfix_str(f"{self.tokens:,} tokens, {rate:,.0f} tokens/s", refresh=False)
+        self.update(rows)
 
 
-def _summary(out: str, asked: int, failed: Counter[str], removed: dict[int, str]) -> dict[str, Any]:
+def _summary(out: str, places: list[str], failed: dict[int, str], removed: dict[int, str]) -> dict[str, Any]:
     written = Journal(Path(out))
     lengths = sorted(tokens for row in written.rows for tokens in row["tokens"])
     written.close()
+    shares = {str(share): lengths[int(share / 100 * (len(lengths) - 1))] for share in (0, 50, 90, 100) if lengths}
     report: dict[str, Any] = {
-        "asked": asked,
+        "asked": len(places),
         "written": len(written.rows),
-        "failed": sum(failed.values()),
+        "failed": len(failed),
         "removed": len(removed),
         "answers": len(lengths),
         "tokens": sum(lengths),
-        "answer_tokens": {str(share): lengths[int(share / 100 * (len(lengths) - 1))] for share in (0, 50, 90, 100)}
-        if lengths
-        else {},
+        "answer_tokens": shares,
         "removed_by_reason": dict(Counter(removed.values()).most_common()),
-        "failed_by_reason": dict(failed),
+        "failed_by_reason": dict(Counter(failed.values())),
     }
     print(
-        f"{asked:,} rows asked = {report['written']:,} written to {out} + {report['removed']:,} removed + "
-        f"{report['failed']:,} failed"
+        f"{len(places):,} rows asked = {report['written']:,} written to {out} + {len(removed):,} removed + "
+        f"{len(failed):,} failed"
     )
-    reasons = {**report["removed_by_reason"], **report["failed_by_reason"]}
-    print("".join(f"  {count:,} x {reason}\n" for reason, count in reasons.items()), end="")
-    middle = ", ".join(f"{share}%: {tokens}" for share, tokens in report["answer_tokens"].items())
+    first = {why: places[number] for number, why in sorted({**removed, **failed}.items(), reverse=True)}
+    for why, count in {**report["removed_by_reason"], **report["failed_by_reason"]}.items():
+        print(f"  {count:,} x {why} (first: {first[why]})")
+    middle = ", ".join(f"{share}%: {tokens}" for share, tokens in shares.items())
     print(f"{report['answers']:,} answers with {report['tokens']:,} tokens; tokens of an answer by rank: {middle}")
     if failed:
         print("the same command asks the failed rows again")

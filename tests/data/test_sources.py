@@ -164,6 +164,19 @@ def test_split_never_holds_one_text_on_both_sides(tmp_path):
     assert len(load(tmp_path / "x.jsonl", validation=0.2, validation_max=9).validation) == 9
 
 
+def test_validation_may_be_a_source_of_its_own(tmp_path):
+    """What stands in both is left out of training and counted. Mutation: train on it too."""
+    file = write(tmp_path / "x.jsonl", *[row(str(number)) for number in range(20)])
+    own = write(tmp_path / "own.jsonl", row("held"), row("3"), row("", "x"))
+    found = load([SourceSpec(path=str(file))], validation=str(own), validation_max=1)
+    assert [turns[0]["content"] for turns in messages(found.validation)] == ["held", "3"]
+    assert "3" not in [turns[0]["content"] for turns in messages(found.train)] and len(found.train) == 19
+    assert found.rejected["stands in data.validation too"] == (1, f"{file}:4")
+    assert accounted(found) and found.rows == 23
+    with pytest.raises(UserError, match=r"data.validation: .*none.jsonl: found no such file"):
+        load(file, validation=str(tmp_path / "none.jsonl"))
+
+
 def test_weights_draw_or_repeat_rows(tmp_path):
     half, twice, one_and_a_half = (write(tmp_path / f"{n}.jsonl", *[row(f"{n}{i}") for i in range(10)]) for n in "abc")
     spec = [SourceSpec(path=str(p), weight=w) for p, w in ((half, 0.5), (twice, 2), (one_and_a_half, 1.5))]

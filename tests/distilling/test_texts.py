@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from medusa_ds.distilling.journal import Journal
+from medusa_ds.distilling.output import Journal
 from medusa_ds.distilling.texts import Excluded, Seen, loops, repetitive
 from medusa_ds.errors import UserError
 

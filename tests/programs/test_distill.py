@@ -16,6 +16,7 @@ from support import fault, launch
 from medusa_ds import cli
 from medusa_ds.config.recipe import DataSpec
 from medusa_ds.data.sources import load_conversations
+from medusa_ds.programs.distill import Settings
 
 WORDS = "red green blue one two three four five six seven".split()
 
@@ -232,3 +233,38 @@ def test_a_server_is_asked_by_one_process(tiny_recipe, tmp_path, prompts, capsys
         run(tiny_recipe, tmp_path / "out.jsonl", prompts, "--server", "http://localhost:1/v1")
     assert "--server: found 2 ranks" in capsys.readouterr().err
     assert not list(tmp_path.glob("out*"))
+
+
+def test_limits_are_checked_before_the_model_is_loaded(tiny_recipe, tmp_path, prompts, capsys, monkeypatch):
+    """The default of the prompts' limit leaves room for an answer. Mutation: ask the loaded model."""
+    monkeypatch.setattr("medusa_ds.programs.distill.load_backbone", lambda *_, **__: pytest.fail("loaded"))
+    out = tmp_path / "out.jsonl"
+    base = ["distill", str(tiny_recipe), "--out", str(out), "--prompts", str(prompts), "--device", "cpu"]
+    limit = 2048
+    for more, says in (
+        (["--max-new-tokens", str(limit)], f"--max-new-tokens {limit}; prompt and answer together have at most"),
+        (["--max-new-tokens", "2000", "--max-prompt-tokens", "49"], "--max-new-tokens 2000 and --max-prompt-tokens 49"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main([*base, *more])
+        assert says in capsys.readouterr().err and not out.exists()
+    settings = Settings(recipe="x", out="x", prompts="x", max_new_tokens=2000)
+    assert [settings.sampling(room).max_prompt_tokens for room in (2048, 8192, None)] == [48, 1024, 1024]
+
+
+def test_a_file_without_rows_is_nobodys(tiny_recipe, tmp_path, prompts):
+    """Mutation: refuse it for the settings of a run that wrote nothing."""
+    out = tmp_path / "out.jsonl"
+    out.write_text("")
+    (tmp_path / "out.jsonl.progress").write_text('{"model": "other", "seed": 3}\n')
+    run(tiny_recipe, out, prompts, "--limit", "2", "--keep-unfinished")
+    assert lines(out) and lines(tmp_path / "out.jsonl.progress")[0]["seed"] == 0
+
+
+def test_unusable_prompts_are_told_with_file_and_line(tiny_recipe, tmp_path, prompts, capsys):
+    half = tmp_path / "half.jsonl"
+    half.write_text('{"turns": ["one two"]}\n{"turns": ["three\n{"a": 1}\n')
+    run(tiny_recipe, tmp_path / "out.jsonl", half, "--keep-unfinished")
+    printed = capsys.readouterr().out
+    assert f"1 x unusable row: not valid JSON (first: {half}:2)" in printed
+    assert "no known layout in its keys: a; known are" in printed and f"(first: {half}:3)" in printed

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import threading
 import time
 from collections import Counter
@@ -21,6 +22,8 @@ class Faults(BaseHTTPRequestHandler):
     asked: Counter
     plan: dict
     dead = False
+    always: tuple | None = None  # status, content type, body
+    thoughts: dict
 
     def log_message(self, *_):
         pass
@@ -43,7 +46,8 @@ class Faults(BaseHTTPRequestHandler):
             time.sleep(0.4)
         status = int(fault[0]) if fault and fault[0].isdigit() else 200
         text = f"answer to {said}" if "messages" in body else "tell me of birds"
-        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}, "text": text}
+        message = {"role": "assistant", "content": text, **self.thoughts}
+        choice = {"index": 0, "finish_reason": "stop", "message": message, "text": text}
         answer = {
             "id": "1",
             "object": "x",
@@ -59,8 +63,11 @@ class Faults(BaseHTTPRequestHandler):
             data = b"<html>"
         if fault == ["endless"]:
             data = json.dumps(answer | {"padding": "x" * server_module.MAX_ANSWER_BYTES}).encode()
+        kind = "application/json"
+        if self.always:
+            status, kind, data = self.always
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", kind)
         if fault == ["compressed"]:
             data = gzip.compress(data)
             self.send_header("Content-Encoding", "gzip")
@@ -73,7 +80,7 @@ class Faults(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server():
-    handler = type("Handler", (Faults,), {"asked": Counter(), "plan": {}})
+    handler = type("Handler", (Faults,), {"asked": Counter(), "plan": {}, "thoughts": {}})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
         thread = threading.Thread(target=running.serve_forever, args=(0.05,), daemon=True)
         thread.start()
@@ -153,3 +160,78 @@ def test_a_server_makes_prompts_from_the_template(tiny_recipe, tmp_path, server,
     assert handler.asked["<|im_start|>user\n"] == 3
     said = [message["content"] for message in lines(out)[0]["messages"]]
     assert said == ["tell me of birds", "answer to tell me of birds"]
+
+
+KEY = "sk-" + "a1B2" * 8
+NEVER = [
+    ((401, "application/json", b'{"error": "no such key"}'), 'status 401, application/json: {"error": "no such key"}'),
+    ((500, "text/plain", b"overloaded " + b"x" * 200), f"status 500, text/plain: overloaded {'x' * 69};"),
+    ((200, "text/html; charset=utf-8", b"<html> \n Hello</html>"), "status 200, text/html: <html> Hello</html>"),
+    ((200, "application/json", b'{"models": []}'), 'status 200, application/json: {"models": []}'),
+    ((200, "application/json", b'{"choices": []}'), 'status 200, application/json: {"choices": []}'),
+    ((200, "application/json", b'{"choices": [{"message": {}}]}'), "status 200, application/json"),
+]
+
+
+@pytest.mark.filterwarnings(BROKEN, "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(("always", "said"), NEVER)
+def test_a_server_that_never_answers_ends_the_run_at_once(
+    tiny_recipe, tmp_path, server, capfd, monkeypatch, always, said
+):
+    """One line, status 2, no row touched, and another URL may take the file. Mutation: count it as failed rows."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    handler, url = server
+    file, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    file.write_text("".join(json.dumps({"turns": [f"number {n}"]}) + "\n" for n in range(50)))
+    handler.always = always
+    more = ["--server", url, "--timeout", "5", "--retries", "1"]
+    with pytest.raises(SystemExit, match="2"):
+        run(tiny_recipe, out, file, *more, "--seed", "7")
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and said in errors[0] and url in errors[0], errors
+    assert "expected is JSON with `choices`" in errors[0] and KEY not in errors[0]
+    assert sum(handler.asked.values()) <= 12 and lines(out) == []
+    handler.always = None
+    run(tiny_recipe, out, file, *more)
+    assert len(lines(out)) == 50
+
+
+@pytest.mark.filterwarnings(BROKEN, "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("http://127.0.0.1:9/v1", "http://127.0.0.1:9/v1: 3 requests failed .* no answer, ConnectError"),
+        ("localhost:8000/v1", "found 'localhost:8000/v1'; allowed is a URL such as http://localhost:8000/v1"),
+        ("file:///etc/passwd", "found 'file:///etc/passwd'; allowed is a URL"),
+        ("http://", "found 'http://'; allowed is a URL"),
+        (f"http://me:{KEY}@localhost:8000/v1", "found a key in the URL (not shown); set OPENAI_API_KEY"),
+        (f"http://localhost:8000/v1?api_key={KEY}", "found a key in the URL (not shown); set OPENAI_API_KEY"),
+        (f"http://localhost:8000/{KEY}/v1", "found a key in the URL (not shown); set OPENAI_API_KEY"),
+    ],
+)
+def test_an_address_that_is_no_servers(tiny_recipe, tmp_path, prompt_file, capfd, url, said):
+    """Mutation: repeat the URL that holds a key."""
+    with pytest.raises(SystemExit, match="2"):
+        run(tiny_recipe, tmp_path / "out.jsonl", prompt_file, "--server", url, "--timeout", "2", "--retries", "1")
+    text = capfd.readouterr().err
+    assert re.search(said.replace("(", r"\(").replace(")", r"\)"), text), text
+    assert text.count("error: ") == 1 and KEY not in text and "Traceback" not in text
+
+
+@pytest.fixture
+def prompt_file(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"turns": [f"number {n}"]}) + "\n" for n in range(9)))
+    return file
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning"])
+def test_a_servers_thoughts_are_kept(tiny_recipe, tmp_path, server, prompt_file, key):
+    """Mutation: take the content alone."""
+    handler, url = server
+    handler.thoughts = {key: "hm"}
+    out = tmp_path / "out.jsonl"
+    run(tiny_recipe, out, prompt_file, "--server", url)
+    assert {message.get("reasoning_content") for row in lines(out) for message in row["messages"]} == {None, "hm"}
+    assert all(row["messages"][1]["reasoning_content"] == "hm" for row in lines(out))
