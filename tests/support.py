@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -108,14 +109,20 @@ def launch(
     cwd: Path | None = None,
     port: int | None = None,
     options: tuple[str, ...] | None = None,
+    pipe: bool = False,
     log_dir: Path,
 ) -> Run:
-    """Start `deepspeed RECIPE overrides` in a session of its own, so that a test can signal the whole tree."""
+    """Start `deepspeed RECIPE overrides` in a session of its own, so that a test can signal the whole tree.
+
+    With `pipe` its lines go through `cat`, which a signal to the tree ends, and its errors to `stderr.txt`.
+    """
     deepspeed = shutil.which("deepspeed", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     assert deepspeed is not None
     options = options or ("--num_gpus", str(ranks))
     target = ["--module", "medusa_ds", str(recipe)] if module else [str(recipe)]
     command = [deepspeed, "--master_port", str(port or free_port()), *options, *target, *overrides]
+    if pipe:
+        command = ["bash", "-c", f"{shlex.join(command)} 2>{shlex.quote(str(log_dir / 'stderr.txt'))} | cat"]
     log = _new_log(log_dir)
     surroundings = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "PYTHONPATH": "", **(env or {})}
     with open(log, "w") as stream:

@@ -6,12 +6,17 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
 import pytest
 from forks import free_port
 from support import launch, launched, losses_of, metrics_of, train
+
+from medusa_ds.config.recipe import Recipe
+from medusa_ds.errors import UserError
+from medusa_ds.programs.train import _claim, _is_free, _shipped
 
 
 def test_recipe_trains_heads_and_says_where_they_are(tiny_recipe: Path, tmp_path: Path) -> None:
@@ -22,7 +27,8 @@ def test_recipe_trains_heads_and_says_where_they_are(tiny_recipe: Path, tmp_path
     assert last["acceptance_length"] > first["acceptance_length"]
     assert f"{first['acceptance_length']:.3f} -> {last['acceptance_length']:.3f}" in text
     assert "heads saved in out/heads" in text.replace(f"{tmp_path}/", "")
-    assert "next: medusa-ds generate" in text
+    assert "time: 0:" in text and f"next: medusa-ds generate {out}" in text
+    assert text.index("heads saved in") < text.index(f"medusa-ds evaluate {out} --prompts FILE")
     config = json.loads((out / "heads" / "heads.json").read_text())
     assert (config["num"], config["layers"], config["lm_head"]) == (3, 1, "own")
     lines = metrics_of(out)
@@ -43,7 +49,8 @@ def test_recipe_trains_heads_and_says_where_they_are(tiny_recipe: Path, tmp_path
     assert launch_line["versions"]["deepspeed"] and launch_line["ranks"] == 1
     assert "train.steps=30" in launch_line["command"]
     again = train(tiny_recipe, "train.steps=30", "train.save_every=100", log_dir=tmp_path)
-    assert "holds a finished run" in again and len(metrics_of(out)) == 30
+    assert "holds a finished run" in again and f"with heads.init_from={out} to go on" in again
+    assert len(metrics_of(out)) == 30
 
 
 def test_plain_yaml_runs_as_a_module_from_any_directory(tiny_recipe: Path, tmp_path: Path) -> None:
@@ -154,6 +161,70 @@ def test_signal_to_the_launcher_leaves_one_whole_checkpoint_and_nothing_running(
     done = len(metrics_of(tmp_path / "out"))
     checkpoints = [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()]
     assert checkpoints == [f"step-{done:06d}"], (checkpoints, run.text)
+
+
+SLOW = """
+import time
+from medusa_ds.train import main
+from medusa_ds.training import engine, supervisor
+
+supervisor.PATIENCE_S = 2.0
+move = engine.MedusaEngine._on_device
+engine.MedusaEngine._on_device = lambda self, batch: time.sleep(1.2) or move(self, batch)
+main({recipe!r})
+"""
+
+
+def test_ctrl_c_in_slow_steps_saves_the_last_finished_one_though_the_pipe_is_gone(
+    tiny_recipe: Path, tmp_path: Path
+) -> None:
+    """Two micro-batches of 1.2 s a step where 2 s are left; what reads the lines, as `tee` does, ends with Ctrl-C.
+
+    Mutations: without the look between micro-batches the step is finished; without `tell` the rank dies of the pipe.
+    """
+    (tmp_path / "slow.py").write_text(SLOW.format(recipe=str(tiny_recipe)))
+    run = launch(tmp_path / "slow.py", "train.steps=300", "train.save_every=100", log_dir=tmp_path, pipe=True)
+    run.wait_for("step 1/300")
+    assert "warning: a step takes about" in run.text and "leaves its step at the next micro-batch" in run.text
+    tree = psutil.Process(run.process.pid).children(recursive=True)
+    time.sleep(1)
+    os.killpg(run.process.pid, signal.SIGINT)
+    _, alive = psutil.wait_procs(tree, timeout=60)
+    assert not alive
+    err = (tmp_path / "stderr.txt").read_text()
+    assert "the last finished step is saved after this micro-batch" in err and "the launcher leaves 2 s" in err, err
+    done = len(metrics_of(tmp_path / "out"))
+    assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == [f"step-{done:06d}"]
+
+
+@pytest.mark.parametrize("there", ["checkpoints/step-000002", "heads/heads.json", None])
+def test_an_output_is_another_recipes_where_something_would_be_lost(
+    there: str | None, tiny_recipe: Path, tmp_path: Path
+) -> None:
+    recipe, out = Recipe.load(tiny_recipe), tmp_path / "out"
+    out.mkdir()
+    (out / "recipe.yaml").write_text(Recipe.load(tiny_recipe, ["train.lr=1e-3"]).to_yaml())
+    if there:
+        (out / there).mkdir(parents=True)
+    with ExitStack() as stack:
+        if there is None:
+            _claim(out, recipe, stack)
+            return
+        with pytest.raises(UserError, match=r"train\.lr: this output was made with 0\.001") as error:
+            _claim(out, recipe, stack)
+    assert ("to train these heads further, set heads.init_from=" in str(error.value)) == (there == "heads/heads.json")
+
+
+def test_names_for_weights_and_biases_may_change_and_reach_deepspeed(tiny_recipe: Path) -> None:
+    recipe = Recipe.load(tiny_recipe, ["train.wandb={project: medusa, group: smol, name: first}"])
+    config = recipe.ds_config(1, on_gpu=False)
+    assert config["wandb"] == {"enabled": True, "project": "medusa", "group": "smol"}
+    assert _is_free("train.wandb.name") and not _is_free("train.warmup_ratio")
+
+
+def test_shipped_heads_of_a_model_are_named_at_the_end_of_a_first_run() -> None:
+    assert "medusa-ds generate smollm2_135m" in _shipped(Recipe.load("smollm2_135m_stage1"))
+    assert _shipped(Recipe.load("llama3_8b_stage1")) == ""
 
 
 def test_dead_rank_ends_the_job(tiny_recipe: Path, tmp_path: Path) -> None:

@@ -28,3 +28,9 @@ def test_clipping_is_either_deepspeeds_or_adams(tmp_path, zero):
     assert config["gradient_clipping"] == (0.0 if by_adam else 1.0)
     assert config["zero_optimization"].get("compute_grad_norm", True) != by_adam
     assert config["bf16"].get("check_grad_overflow", True) != by_adam
+
+
+def test_events_for_tensorboard_lie_in_a_folder_of_that_name(tmp_path):
+    recipe = make_recipe(tmp_path, train={"tensorboard": True})
+    found = complete_config(recipe.ds_config(1, on_gpu=False), recipe)["tensorboard"]
+    assert found == {"enabled": True, "output_path": str(tmp_path), "job_name": "tensorboard"}

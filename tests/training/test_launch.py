@@ -1,9 +1,14 @@
-"""What a rank takes of its host."""
+"""What a rank takes of its host, and what it says before DeepSpeed compiles."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from medusa_ds.training.launch import BESIDE_A_GPU, share_cores
+from medusa_ds.training.launch import BESIDE_A_GPU, announce, share_cores
 
 
 @pytest.fixture
@@ -37,3 +42,29 @@ def test_the_environment_decides_first(eight_threads):
     eight_threads.setenv("OMP_NUM_THREADS", "8")
     share_cores(True, False)
     assert torch.get_num_threads() == 8
+
+
+def test_an_operator_is_announced_once_a_host_and_only_where_it_is_not_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    announce("cpu_adam")
+    assert capsys.readouterr().out == ""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    announce("cpu_adam")
+    assert "compiles cpu_adam for this machine, once" in capsys.readouterr().out
+    (tmp_path / "py311" / "cpu_adam").mkdir(parents=True)
+    (tmp_path / "py311" / "cpu_adam" / "cpu_adam.so").touch()
+    announce("cpu_adam")
+    assert capsys.readouterr().out == ""
+
+
+def test_one_rank_on_a_cpu_compiles_nothing(tmp_path):
+    """Mutation: leave `__compatible_ops__` alone; then DeepSpeed builds its all-reduce in shared memory."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from worker import make_recipe\n"
+        "from medusa_ds.training.launch import start_process_group; start_process_group(make_recipe('out'))\n"
+        "import deepspeed; assert deepspeed.comm.comm.cdb.shm_comm_op is None"
+    )
+    env = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent)], env=env, check=True, timeout=120)
+    assert not list(tmp_path.iterdir())
