@@ -137,7 +137,7 @@ def _run(recipe: Recipe, recipe_file: Path, ranks: Ranks, output: Path, supervis
             ends = open_hidden_cache(recipe, data, start_process_group(recipe)) if uses_cache else None
             engine = MedusaEngine(recipe, steps, partial(build_model, token_map=tokens, ends=ends))
         del ends
-        state = engine.resume_newest(data.fingerprint)
+        recipe, state = engine.recipe, engine.resume_newest(data.fingerprint)
         report = Report(output, ranks.rank, steps, engine.steps_taken)
         if ranks.rank == 0:
             _keep_launch(output, recipe, engine, recipe_file)

@@ -258,9 +258,9 @@ def settle(recipe: Recipe, device: torch.device) -> Recipe:
     Rank 0 says what was chosen and why. On a CPU it is what costs no time: ZeRO 2 and no recomputation.
     """
     setting, ranks = recipe.train.activation_checkpointing, Ranks()
-    if recipe.deepspeed != "auto" and (setting != "auto" or recipe.stage == 1):
+    if recipe.deepspeed != "auto" and setting != "auto":
         return recipe
-    if device.type == "cuda":
+    if device.type == "cuda" and (recipe.deepspeed == "auto" or recipe.stage == 2):
         config = load_config(recipe.model).get_text_config()
         gpu_bytes = min(ranks.gather(torch.cuda.mem_get_info(device)[0]))
         cpu_bytes = min(ranks.gather(psutil.virtual_memory().available))
