@@ -115,6 +115,20 @@ BAD: dict[str, tuple[str, list[str], str | None, list[str]]] = {
         None,
         ["data.path.1 (from", "found 3; allowed is text or a section of the keys path, split, weight"],
     ),
+    "neither a switch nor a section": (GOOD, ["train.wandb=[1]"], None, ["train.wandb (from", "found [1]", "project"]),
+    "unknown key of a switch's section": (
+        GOOD,
+        ["train.wandb={projekt: x}"],
+        None,
+        ["train.wandb.projekt", "mean project?"],
+    ),
+    "a key called like a type": (edit("num: 3", "int: 3"), [], None, ["r.yaml:4: heads.int: unknown key"]),
+    "neither auto nor a number": (
+        GOOD,
+        ["train.activation_checkpointing=fast"],
+        None,
+        ["train.activation_checkpointing", 'found "fast"', "auto, true or false or a whole number of at least 1"],
+    ),
     "bad hash": (
         edit("model\n", "model\n  package: {requirement: a, file: b, sha256: xyz}\n"),
         [],

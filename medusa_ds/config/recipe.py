@@ -114,7 +114,7 @@ class Recipe(Section):
             recipe = cls.model_validate(raw)
         except ValidationError as error:
             problems += _explain(error, raw, at)
-            wrong = {".".join(map(str, _key(item["loc"]))) for item in error.errors()}
+            wrong = {".".join(map(str, _key(item))) for item in error.errors()}
             recipe = cls._without(raw, wrong)
         if recipe is not None:
             problems += [at.say(key, text) for key, text in recipe._problems() if key not in wrong]
@@ -255,9 +255,13 @@ class Recipe(Section):
         return "\n".join(out) + "\n"
 
 
-def _key(loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
-    """A pydantic location without the branches of a union."""
-    return tuple(part for part in loc if isinstance(part, int) or re.fullmatch(r"(?!str$)\w+", part))
+def _key(error: Any) -> tuple[int | str, ...]:
+    """Where an error of pydantic is, without the branches of a union; the name of an unknown key may be that of one."""
+    *above, last = error["loc"]
+    branches = {"str", "bool", "int", "float", *(section.__name__ for section in sections().values())}
+    above += [last] if error["type"] != "extra_forbidden" else []
+    kept = [part for part in above if isinstance(part, int) or (re.fullmatch(r"\w+", part) and part not in branches)]
+    return (*kept, last) if error["type"] == "extra_forbidden" else tuple(kept)
 
 
 def _explain(error: ValidationError, raw: dict[str, Any], at: Origin) -> list[str]:
@@ -265,7 +269,7 @@ def _explain(error: ValidationError, raw: dict[str, Any], at: Origin) -> list[st
     problems: dict[str, str] = {}
     hidden = [key.split(".") for key in secret_keys(raw)]
     for item in error.errors():
-        loc, kind = _key(item["loc"]), item["type"]
+        loc, kind = _key(item), item["type"]
         key = ".".join(map(str, loc))
         found = json.dumps(item["input"], default=str, ensure_ascii=False)
         found = found if len(found) <= 80 else found[:77] + "..."
