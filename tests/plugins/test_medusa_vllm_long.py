@@ -7,7 +7,11 @@ its greedy texts, so that they are right now and then.
 
 import json
 import os
+import signal
 import subprocess
+import sys
+import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,19 +19,22 @@ from typing import Any
 import pytest
 import torch
 from exporting import MakeRun, export_
+from forks import free_port
 from support import tiny_tokenizer
 from test_medusa_vllm import export_cut
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from medusa_ds.cli import main
 from medusa_ds.decoding.decoder import Decoder
 from medusa_ds.decoding.trees import chain
 from medusa_ds.heads.base import Heads
 from medusa_ds.heads.files import META, load_heads, save_heads
 from medusa_ds.heads.kinds import make_heads
+from medusa_ds.runs import load_run
 
-PYTHON = os.environ.get("MEDUSA_DS_VLLM_PYTHON")
+PYTHON, ROOT = os.environ.get("MEDUSA_DS_VLLM_PYTHON"), Path(__file__).parents[2]
 pytestmark = [
     pytest.mark.long,
     pytest.mark.skipif(PYTHON is None, reason="MEDUSA_DS_VLLM_PYTHON names no Python with vLLM (docs/serving.md)"),
@@ -195,8 +202,13 @@ def heads_of(
     return make
 
 
-def decode(model: LlamaForCausalLM, heads: Heads | None, prompts: list[list[int]]) -> tuple[list[Any], Counts]:
-    """Texts of our own decoder with a chain of the heads, and what it accepted until each text was long enough."""
+def decode(
+    model: LlamaForCausalLM, heads: Heads | None, prompts: list[list[int]], *ends: int
+) -> tuple[list[Any], Counts]:
+    """Texts of our own decoder with a chain of the heads, and what it accepted until each text was long enough.
+
+    A step that reaches an end counts whole, as in vLLM, which looks for the end afterwards.
+    """
     decoder = Decoder(model, heads, chain(HEADS if heads else 0))
     decoder.ends = set()
     texts, drafts, accepted = [], 0, [0] * HEADS
@@ -205,7 +217,7 @@ def decode(model: LlamaForCausalLM, heads: Heads | None, prompts: list[list[int]
         texts.append(row.tokens[:NEW])
         length = 1
         for step in row.accepted:
-            if length >= NEW:
+            if length >= NEW or set(row.tokens[:length]) & set(ends):
                 break
             drafts, length = drafts + 1, length + step
             accepted = [count + (k < step - 1) for k, count in enumerate(accepted)]
@@ -327,3 +339,66 @@ def test_sampling_keeps_the_models_distribution(
         p_value = torch.special.gammaincc(torch.tensor((cells.shape[1] - 1) / 2).double(), statistic / 2)
         print(method, position, cells.shape[1], float(p_value))
         assert p_value > 1e-3, (position, float(p_value))
+
+
+def test_serve_starts_a_server_that_evaluate_measures(
+    model: LlamaForCausalLM, heads_of: Callable[[str], tuple[Path, Heads]], work: Path, tmp_path: Path
+) -> None:
+    """Accepted tokens by position as in our own decoder, by way of the server's page of metrics; then it dies."""
+    path, heads = heads_of("hydra, shared, 2 layers")
+    (work / "sitecustomize.py").write_text(
+        "from triton.backends import backends\nbackends.setdefault('cpu', type('Backend', (), {'driver': None}))\n"
+    )
+    ours = {"TRITON_INTERPRET": "1", "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": str(work)}
+    port = free_port()
+    command = [sys.executable, "-m", "medusa_ds.cli", "serve", str(path), "--python", str(PYTHON), "--port", str(port)]
+    command += "--host 127.0.0.1 --dtype float32 --enforce-eager --max-model-len 256 --max-num-seqs 8".split()
+    url = f"http://127.0.0.1:{port}"
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(f'{{"turns": ["from {word}"]}}\n' for word in ("red", "sun", "river")))
+    report = tmp_path / "report.json"
+    evaluate = [
+        "evaluate",
+        str(path),
+        "--prompts",
+        str(prompts),
+        "--server",
+        f"{url}/v1",
+        "--device",
+        "cpu",
+        "--max-new-tokens",
+        str(NEW),
+        "--json",
+        str(report),
+    ]
+    with open(work / "server.txt", "w") as log:
+        server = subprocess.Popen(
+            command, env={**os.environ, **ours}, stdout=log, stderr=log, cwd=ROOT, start_new_session=True
+        )
+    try:
+        wait_for(server, f"{url}/health", work / "server.txt")
+        main(evaluate)
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+    found = json.loads(report.read_text())
+    assert found["texts"] == {"compared": 3, "differ": 0, "differ_by_a_tie": 0, "differences": []}
+    loaded = load_run(path, torch.device("cpu"), torch.float32)
+    encoded = [loaded.encode([{"role": "user", "content": f"from {word}"}]) for word in ("red", "sun", "river")]
+    _, (drafts, accepted) = decode(model, heads, encoded, loaded.tokenizer.eos_token_id)
+    assert (found["accepted"]["steps"], found["accepted"]["by_position"]) == (drafts, accepted)
+    assert found["speed"]["server_tokens_per_s"] > 0
+    with pytest.raises(SystemExit):
+        main(evaluate)
+
+
+def wait_for(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    """Until a starting server answers."""
+    for _ in range(600):
+        assert server.poll() is None, log.read_text()[-8000:]
+        try:
+            urllib.request.urlopen(url, timeout=5).close()
+            return
+        except OSError:
+            time.sleep(1)
+    raise AssertionError(log.read_text()[-8000:])
