@@ -1,9 +1,9 @@
-"""vLLM: 0.28 to 0.33 by the plug-in in `plugins/vllm`, and up to 0.32 by its own Medusa heads.
+"""vLLM: 0.28 to 0.33 by the plug-in in `plugins/vllm`, and Medusa heads up to 0.32 by its own reader of them.
 
 `model.safetensors` (or shards) holds names of its layout and `model.safetensors.index.json` says so: without an index
 vLLM reads every safetensors file in the directory. Heads that share the LM head get a single copy of it
 (`original_lm_head` in `config.json`), of which vLLM cuts the rows that a token map names. Beside own projections it
-passes over the map; `medusa-ds import` does not.
+passes over the map; the plug-in and `medusa-ds import` do not.
 """
 
 import json
@@ -16,7 +16,7 @@ from medusa_ds.exporting.source import Files, Source
 from medusa_ds.files import write_json
 
 MAX_SHARD_SIZE = "5GB"  # transformers' and huggingface_hub's own
-KINDS: tuple[str, ...] = ("medusa",)
+KINDS: tuple[str, ...] = ("medusa", "hydra")
 
 
 def files(source: Source) -> Files:
@@ -42,5 +42,6 @@ def code(source: Source, out: str, base: str) -> str:
         f"{run} {base} --speculative-config '{json.dumps(speculative | {'method': method})}'"
         for run, method in (("VLLM_USE_V2_MODEL_RUNNER=1 vllm serve", "mtp"), ("vllm serve", "medusa"))
     ]
-    commands = "\n".join(lines)
-    return f"0.28 to 0.33 with medusa-ds installed beside it, or up to 0.32 without:\n\n```bash\n{commands}\n```"
+    alone = source.meta["kind"] == "medusa"  # vLLM's own reader knows no other kind
+    commands, also = "\n".join(lines if alone else lines[:1]), ", or up to 0.32 without" if alone else ""
+    return f"0.28 to 0.33 with medusa-ds or its plug-in installed beside it{also}:\n\n```bash\n{commands}\n```"

@@ -129,6 +129,24 @@ def test_hydra_drafts_are_those_of_its_equation(plugin: Any, tmp_path: Path, sha
                 assert drafts[row, k] == token, (row, k)
 
 
+@pytest.mark.parametrize("lm_head", ["own", "shared"])
+def test_exported_hydra_heads_draft_what_they_guess(plugin: Any, make_run: MakeRun, lm_head: str) -> None:
+    run = make_run("run", "heads.kind=hydra", f"heads.lm_head={lm_head}", "heads.layers=2")
+    path = export_(run, "out", "--for", "vllm")
+    loaded = load_run(run, torch.device("cpu"), torch.float32)
+    target, embed = loaded.backbone.get_output_embeddings(), loaded.backbone.get_input_embeddings()
+    model = load(plugin, path, target, embed)
+    hidden, ids = torch.randn(64, 32, generator=torch.Generator().manual_seed(2)), torch.arange(64)
+    with torch.no_grad():
+        drafts = fake_vllm.MultiModuleMTPSpeculator().drafts(model, hidden, ids, 3)
+        following = torch.cat([ids[None], drafts.T[:2]])
+        states = loaded.heads.states(hidden, following, embed)
+        for k, (head, state) in enumerate(zip(loaded.heads, states, strict=True)):
+            assert drafts[:, k].equal(head.logits(state, target).argmax(-1)), k
+    readme = (path / "README.md").read_text()
+    assert '"method": "mtp"' in readme and '"method": "medusa"' not in readme
+
+
 def test_a_tensor_that_is_no_heads_or_is_missing_is_found(plugin: Any, make_run: MakeRun) -> None:
     path = export_(make_run(), "out", "--for", "vllm")
     model = plugin.MedusaMTPModel(vllm_config=fake_vllm.config_of(AutoConfig.from_pretrained(path)))
