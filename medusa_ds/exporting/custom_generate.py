@@ -25,7 +25,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn.functional import linear, pad, silu
+from torch.nn.functional import linear, pad, rms_norm, silu
 from transformers import generation
 
 from medusa_ds.decoding.pace import Pace  # an export has that module here
@@ -72,7 +72,8 @@ class Heads:
         state, states, tokens = hidden, [], []
         for k in range(number):
             if self.sees_tokens:
-                state = state + self._silu(torch.cat([state, self.embed(token).to(state.device)], -1), f"{k}.step")
+                unit = rms_norm(self.embed(token).to(state.device), state.shape[-1:], eps=1e-6)
+                state = state + self._silu(torch.cat([state, unit], -1), f"{k}.step")
             x = state
             for block in range(self.blocks):
                 x = x + self._silu(x, f"{k}.blocks.{block}")
