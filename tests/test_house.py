@@ -22,7 +22,7 @@ LAYERS = [
     {"data", "model"},
     {"heads"},
     {"training", "decoding"},
-    {"runs"},
+    {"runs", "page"},
     {"distilling", "exporting"},
     {"benchmarks"},
     {"programs"},

@@ -140,7 +140,7 @@ def _run(recipe: Recipe, recipe_file: Path, ranks: Ranks, output: Path, supervis
         recipe, state = engine.recipe, engine.resume_newest(data.fingerprint)
         report = Report(output, ranks.rank, steps, engine.steps_taken)
         if ranks.rank == 0:
-            _keep_launch(output, recipe, engine, recipe_file)
+            _keep_launch(output, recipe, engine, recipe_file, data.report)
         if recipe.train.tensorboard:
             report.say(f"TensorBoard's events: {output / 'tensorboard'}")
         if engine.steps_taken:
@@ -152,6 +152,8 @@ def _run(recipe: Recipe, recipe_file: Path, ranks: Ranks, output: Path, supervis
         engine.export(output)  # heads.json last: it is what makes a run a finished one
         report.close()
         engine.close()  # waits for all ranks
+        if ranks.rank == 0:
+            _write_page(output)
         say(loop.summary(output) + _shipped(recipe), flush=True)
     except NonFiniteError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -222,8 +224,8 @@ def _claim(output: Path, recipe: Recipe, stack: ExitStack) -> None:
         )
 
 
-def _keep_launch(output: Path, recipe: Recipe, engine: MedusaEngine, recipe_file: Path) -> None:
-    """Keep what a run was made of: the resolved recipe, and one line a launch with versions, git state and command."""
+def _keep_launch(output: Path, recipe: Recipe, engine: MedusaEngine, recipe_file: Path, data: dict[str, Any]) -> None:
+    """Keep what a run was made of: the resolved recipe, and a line a launch with versions, git state, command, data."""
     files.write(output / "recipe.yaml", recipe.to_yaml())
     from medusa_ds.training.report import library_versions
 
@@ -239,6 +241,7 @@ def _keep_launch(output: Path, recipe: Recipe, engine: MedusaEngine, recipe_file
         "versions": library_versions(),
         "git": _git_state(recipe_file.parent),
         "deepspeed": engine.ds_config,
+        "data": data,
     }
     with open(output / "launches.jsonl", "a", encoding="utf-8") as stream:
         stream.write(json.dumps(launch) + "\n")
@@ -253,6 +256,16 @@ def _git_state(directory: Path) -> dict[str, Any] | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return {"commit": commit.stdout.strip(), "changed": bool(status.stdout)} if commit.returncode == 0 else None
+
+
+def _write_page(output: Path) -> None:
+    """The page about the run, without which a run is a finished one all the same."""
+    from medusa_ds.page import NAME, write_page
+
+    try:
+        write_page(output, output / NAME)
+    except UserError as error:
+        print(f"warning: {error}", flush=True)
 
 
 def _shipped(recipe: Recipe) -> str:

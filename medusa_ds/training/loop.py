@@ -152,7 +152,7 @@ class Loop:
         lines.append(f"heads saved in {output / 'heads'}")
         if self.recipe.stage == 2:
             lines.append(f"tuned backbone saved in {output / 'backbone'}")
-        lines.append(f"time: {clock(self.report.seconds)} since this start")
+        lines.append(f"time: {clock(self.report.seconds)} since this start; all figures in {output / 'report.html'}")
         lines.append(f"next: medusa-ds generate {output} --prompt 'What is the capital of France?'")
         lines.append(f"      medusa-ds evaluate {output} --prompts FILE")
         return "\n".join(lines)
