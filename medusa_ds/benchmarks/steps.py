@@ -71,5 +71,11 @@ def start(case: Case, recipe: Recipe, rank: int, folder: Path) -> Training:
             ends = open_hidden_cache(recipe, data, start_process_group(recipe))
             build = partial(build_model, token_map=tokens, ends=ends)
         engine = MedusaEngine(recipe, TOTAL_STEPS, build)
-        step, model = lambda batch, step: engine.train_batch([batch], step).loss, engine.model
+
+        def take(batch: MicroBatch, number: int) -> float:
+            result = engine.train_batch([batch], number)
+            assert result is not None, "nobody asked it to stop"
+            return result.loss
+
+        step, model = take, engine.model
     return Training(step, model, make_feed(case, data, model.heads.vocab_size, rank), data)
