@@ -126,6 +126,8 @@ def decode(
     ]
     if asked or (config.num_beams or 1) > 1:
         raise ValueError(f"Medusa heads do not support {', '.join(asked) or 'beam search'}")
+    if any(hasattr(layer, "recurrent_states") for layer in getattr(cache, "layers", [])):
+        raise ValueError("Medusa heads need layers that can go back to an earlier token; this model's cannot")
     if cache is None or not config.use_cache or any(layer.is_compileable for layer in cache.layers):
         raise ValueError("Medusa heads need use_cache=True and a dynamic cache (no cache_implementation)")
     keeps_past = hasattr(cache, "activate_past_recording")  # sliding windows keep what a crop may need
@@ -137,7 +139,12 @@ def decode(
     finished = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
     guesses, seen_hidden, pace = input_ids[:, :0], [], heads.pace(len(input_ids))
     pace.begin()
-    hook = heads.lm_head.register_forward_pre_hook(lambda _, args: seen_hidden.append(args[0]))
+    # what heads read is the base model's; what the LM head is given may be scaled, but not every model calls its base
+    hooks = [
+        heads.lm_head.register_forward_pre_hook(lambda _, args: None if seen_hidden else seen_hidden.append(args[0]))
+    ]
+    if model.base_model is not model:
+        hooks.append(model.base_model.register_forward_hook(lambda *args: seen_hidden.append(args[2][0])))
     try:
         while not finished.all():
             started, size = time.perf_counter(), pace.choose()
@@ -153,7 +160,7 @@ def decode(
                 passed["logits_to_keep"] = width
             logits = model(input_ids=tokens[:, known:], use_cache=True, **passed).logits
             logits = logits[:, -width:].to(input_ids.device, torch.float32, copy=True)
-            hidden = seen_hidden.pop()[:, -width:]
+            hidden = seen_hidden.pop()[:, -width:].to(heads.lm_head.weight.device)
             chosen: list[Tensor] = []
             for i in range(width):  # up to the first that is not the guess in some row
                 scores = logits_processor(tokens[:, : length + i], logits[:, i])
@@ -178,7 +185,8 @@ def decode(
                 same = width - 1 == guesses.shape[1]
                 pace.saw(width - 1, range(accepted), time.perf_counter() - started if same else None)
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
     if streamer is not None:
         streamer.end()
     if config.return_dict_in_generate:

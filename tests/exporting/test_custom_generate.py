@@ -5,17 +5,21 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from exporting import MakeRun, export_
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from medusa_ds.exporting import custom_generate
 from medusa_ds.heads.files import META, load_heads, save_heads
 from medusa_ds.heads.medusa import MedusaHeads
+from medusa_ds.model.attention import base_model
+from medusa_ds.model.backbone import vocabulary_projection
+from medusa_ds.model.facts import Asked, build_twin
 from medusa_ds.runs import load_run
 
 
@@ -211,3 +215,38 @@ def test_sampling_with_heads_has_the_models_distribution(
     assert len(passes) < 2.97 * draws  # guesses were kept
     wanted = expected * draws * rows
     assert float(((seen - wanted) ** 2 / wanted).sum()) < 63 + 4 * (2 * 63) ** 0.5
+
+
+def run_of(asked: Asked, path: Path) -> tuple[Any, MedusaHeads]:
+    """A small model of a family, and heads as a run leaves them, with a block that is no identity."""
+    model = build_twin(asked)
+    model.generation_config.eos_token_id = model.generation_config.bos_token_id = None
+    vocab, size = model.get_output_embeddings().weight.shape
+    heads = MedusaHeads(2, 1, size, vocab, logits=vocabulary_projection(model).logits)
+    heads.initialize(model.get_output_embeddings().weight, model.get_output_embeddings().bias)
+    torch.nn.init.normal_(heads[0].blocks[0].weight)
+    shape = {"num": 2, "layers": 1, "lm_head": "own", "hidden_size": size, "vocab_size": vocab}
+    save_heads(path / "heads", heads.state_dict(), {"base_model": "x", "revision": None, "recipe": "", **shape})
+    return model, heads
+
+
+@pytest.mark.parametrize("family", ["minicpm3", "phi", "opt"])
+def test_heads_read_what_the_base_model_gives_and_guess_with_its_bias(family, tmp_path, monkeypatch) -> None:
+    """Mutations: hand over what the LM head is given, which MiniCPM3 scales; leave the bias out."""
+    model, heads = run_of(Asked(AutoConfig.for_model(family)), tmp_path)
+    other, seen = custom_generate.Heads(model, str(tmp_path), {}), []
+    guess = other.guess
+    monkeypatch.setattr(other, "guess", lambda hidden, *more: seen.append(hidden) or guess(hidden, *more))
+    decoding = partial(custom_generate.decode, heads=other)
+    text = model.generate(torch.tensor([[7, 20, 9]]), custom_generate=decoding, max_new_tokens=6, do_sample=False)
+    hidden = base_model(model)(input_ids=text, use_cache=False).last_hidden_state[0]
+    torch.testing.assert_close(seen[0][0], hidden[2], rtol=1e-4, atol=1e-4)
+    wanted = torch.stack([head.logits(hidden).argmax(-1) for head in heads], 1)
+    assert other.guess(hidden, text[0], 2).equal(wanted)
+
+
+def test_layers_that_cannot_go_back_are_refused(tmp_path) -> None:
+    model, _ = run_of(Asked(AutoConfig.for_model("qwen3_next")), tmp_path)
+    decoding = partial(custom_generate.decode, heads=custom_generate.Heads(model, str(tmp_path), {}))
+    with pytest.raises(ValueError, match="this model's cannot"):
+        model.generate(torch.tensor([[7, 20, 9]]), custom_generate=decoding, max_new_tokens=6)
