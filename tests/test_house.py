@@ -17,7 +17,7 @@ MODULES = {
     if file.name != "__init__.py"
 }
 LAYERS = [
-    {"errors", "files", "ranks"},
+    {"errors", "files", "progress", "ranks"},
     {"config"},
     {"data", "model"},
     {"heads"},

@@ -34,6 +34,7 @@ from medusa_ds.decoding.pictures import draw_evaluation
 from medusa_ds.decoding.trees import chain
 from medusa_ds.distilling.served import HeadServer, Reply
 from medusa_ds.errors import UserError
+from medusa_ds.progress import progress
 from medusa_ds.runs import PromptSettings, Run
 
 TOP = 5
@@ -65,7 +66,8 @@ def run(settings: Settings) -> Report:
         return _served(settings, prompts, run, plain, server)
     options = {"compile_step": settings.compile_step, "adapt": True}
     medusa = Decoder(run.backbone, run.heads, run.tree, settings.acceptance, **options)
-    answers, left_out = answer_prompts(prompts, run.encode, run.decode, plain, medusa, settings.max_new_tokens)
+    asked = progress(prompts, "prompts")
+    answers, left_out = answer_prompts(asked, run.encode, run.decode, plain, medusa, settings.max_new_tokens)
     report: Report = {
         "run": settings.name,
         "prompts": {"file": settings.prompts, "answers": len(answers), "left_out_too_long": left_out},

@@ -4,9 +4,8 @@ Example:
     medusa-ds generate smollm2_135m --prompt "What is a transformer?"
 """
 
+import contextlib
 import sys
-import time
-from collections.abc import Sequence
 
 from medusa_ds.config.types import Count
 from medusa_ds.decoding.acceptance import AcceptanceSettings
@@ -14,12 +13,15 @@ from medusa_ds.decoding.decoder import Decoder, Generation, StopStrings
 from medusa_ds.errors import UserError
 from medusa_ds.runs import Run, RunSettings
 
+HELP = """/clear begins anew, /exit leaves, /help prints this; all else is said to the model
+Ctrl-C stops an answer; at the prompt it leaves, as Ctrl-D does"""
+
 
 class Settings(AcceptanceSettings, RunSettings):
     """What the command line says."""
 
     prompt: str | None = None
-    """The user's turn; without it, chat until an empty turn."""
+    """The user's turn; without it, chat on the terminal."""
     max_new_tokens: Count = 512
     """Of an answer."""
     stop: list[str] = []
@@ -30,45 +32,59 @@ class Settings(AcceptanceSettings, RunSettings):
 
 def run(settings: Settings) -> None:
     """Decode with a run's heads."""
-    run, prompt = settings.load_run(), settings.prompt
+    run = settings.load_run()
     decoder = Decoder(run.backbone, run.heads, run.tree, settings.acceptance, adapt=True)
+    if settings.prompt is not None:
+        _answer(settings, run, decoder, [{"role": "user", "content": settings.prompt}])
+        return
+    print(f"chat with {settings.name}; /help lists commands, Ctrl-D leaves", file=sys.stderr)
     messages: list[dict[str, str]] = []
-    while (turn := prompt if prompt is not None else _ask()) is not None:
-        messages.append({"role": "user", "content": turn})
-        text = _answer(run, decoder, messages, settings.max_new_tokens, settings.stop, settings.seed)
-        messages.append({"role": "assistant", "content": text})
-        if prompt is not None:
-            return
+    while (turn := _ask()) is not None:
+        if turn == "/help":
+            print(HELP, file=sys.stderr)
+        elif turn == "/clear":
+            messages.clear()
+        elif turn.startswith("/"):
+            print(f"{turn.split()[0]}: no such command; /help lists them", file=sys.stderr)
+        elif turn:
+            messages.append({"role": "user", "content": turn})
+            messages.append({"role": "assistant", "content": _answer(settings, run, decoder, messages)})
 
 
 def _ask() -> str | None:
+    """The next line; None when the user leaves."""
+    with contextlib.suppress(ImportError):  # not on every system
+        import readline  # noqa: F401 - `input` edits lines and keeps a history with it
     try:
-        return input("\n> ").strip() or None
+        turn = input("\n> ").strip()
+        return None if turn == "/exit" else turn
     except (EOFError, KeyboardInterrupt):
         return None
 
 
-def _answer(
-    run: Run, decoder: Decoder, messages: list[dict[str, str]], max_new_tokens: int, stop: Sequence[str], seed: int
-) -> str:
-    """Print the answer as it comes, then tokens per step and tokens per second on standard error."""
+def _answer(settings: Settings, run: Run, decoder: Decoder, messages: list[dict[str, str]]) -> str:
+    """Print the answer as it comes, then figures on standard error; Ctrl-C in a chat stops it where it is."""
     prompt = run.encode(messages)
     if len(prompt) > decoder.limit:
         raise UserError(f"prompt: found {len(prompt)} tokens; the model's limit is {decoder.limit}: shorten it")
-    ends = StopStrings(run.tokenizer, stop) if stop else None
-    decoder.prepare(1, min(len(prompt) + max_new_tokens, decoder.limit + 1))  # not part of the speed
-    text, row, started = "", Generation(), time.perf_counter()
-    for (row,) in decoder.stream([prompt], max_new_tokens, ends, seed):
-        longer = run.decode(row.tokens)
-        if row.finish or not longer.endswith("\ufffd"):  # else a character is still in pieces
-            print(longer[len(text) :], end="", flush=True)
-            text = longer
-    seconds = time.perf_counter() - started
+    ends = StopStrings(run.tokenizer, settings.stop) if settings.stop else None
+    decoder.prepare(1, min(len(prompt) + settings.max_new_tokens, decoder.limit + 1))  # not part of the speed
+    text, row = "", Generation()
+    try:
+        for (row,) in decoder.stream([prompt], settings.max_new_tokens, ends, settings.seed):
+            longer = run.decode(row.tokens)
+            if row.finish or not longer.endswith("\ufffd"):  # else a character is still in pieces
+                print(longer[len(text) :], end="", flush=True)
+                text = longer
+    except KeyboardInterrupt:
+        if settings.prompt is not None:
+            raise
     print()
     steps = max(len(row.accepted), 1)
+    rate = f", then {sum(row.accepted) / row.decode_s:.1f} tokens/s" if row.decode_s else ""
     print(
-        f"[{len(row.tokens)} tokens, {sum(row.accepted) / steps:.2f} tokens per step, "
-        f"{len(row.tokens) / seconds:.1f} tokens/s; ended by {row.finish}]",
+        f"[{len(row.tokens)} tokens, {sum(row.accepted) / steps:.2f} tokens per step; the first after "
+        f"{row.prefill_s:.2f} s{rate}; ended by {row.finish or 'Ctrl-C'}]",
         file=sys.stderr,
     )
     return text

@@ -17,7 +17,6 @@ import json
 import mmap
 import os
 import shutil
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from ctypes import CDLL, c_size_t, c_void_p
@@ -40,6 +39,7 @@ from medusa_ds.model.attention import hidden_states
 from medusa_ds.model.backbone import cache_directory, facts_of, load_config, model_path
 from medusa_ds.model.lm_head import Ends, read_embeddings, read_lm_head
 from medusa_ds.model.rows import any_head_rows
+from medusa_ds.progress import progress
 from medusa_ds.ranks import Ranks
 from medusa_ds.training.build import free_models, load_frozen
 from medusa_ds.training.checkpoint import check_file, write_tensors
@@ -49,7 +49,6 @@ STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m
 _FORMAT = 1
 _SAMPLE_BYTES = 1 << 20
 _BATCH = 1000  # conversations whose rows are counted at once
-_SAY_EVERY_S = 15.0
 _LIBC = CDLL(None)
 
 
@@ -319,12 +318,7 @@ def _fill(cache: HiddenCache, shards: Sequence[int], recipe: Recipe, device: tor
         return
     dtype = STORED[stored_as(recipe, device.type == "cuda")[0]]
     backbone = load_frozen(recipe, dtype, device).eval()
-    started = said = time.monotonic()
-    for done, shard in enumerate(shards):
-        now = time.monotonic()
-        if done and now - said > _SAY_EVERY_S and Ranks().rank == 0:
-            said, left_s = now, (now - started) / done * (len(shards) - done)
-            print(f"hidden cache: {done} of {len(shards)} shards of rank 0, {left_s:.0f} s left", flush=True)
+    for shard in progress(shards, "shards of the hidden cache") if Ranks().rank == 0 else shards:
         content = cache.fill(shard, backbone, recipe.train.micro_batch_size)
         try:
             cache.write(shard, *content)

@@ -158,6 +158,14 @@ def test_tree_is_written_into_the_run_and_used_from_then_on(output, prompts, tmp
     assert "tokens/step" in capsys.readouterr().out
 
 
+def test_tree_says_when_fewer_nodes_are_faster(output, prompts, capsys, monkeypatch):
+    monkeypatch.setattr(tree, "step_ms", lambda decoder, context: float(decoder.tree.nodes) ** 2)
+    _search_tree(_settings(output, prompts, nodes=8))
+    assert "note: 1 nodes are " in capsys.readouterr().out
+    assert _search_tree(_settings(output, prompts))["chosen"] == 1
+    assert "note: " not in capsys.readouterr().out
+
+
 def test_tree_refuses_a_checkpoint(output, prompts):
     with pytest.raises(UserError, match="sealed"):
         _search_tree(_settings(output / "checkpoints" / "best", prompts))
@@ -269,7 +277,7 @@ def test_generate_streams_the_base_models_own_text(output, capsys):
 
 
 def test_generate_chats_and_keeps_the_conversation(output, capsys, monkeypatch):
-    lines = iter(["Hi", "And?", ""])
+    lines = iter(["Hi", "", "And?", "/exit"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     main(["generate", str(output), "--max-new-tokens", "8", "--device", "cpu"])
     first = _greedy(output, "u:Hi;a:", 8)
