@@ -29,10 +29,13 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
+from medusa_ds.config.recipe import ModelSpec
 from medusa_ds.decoding.kernels.tree_attention import applies, tree_attention
 from medusa_ds.decoding.trees import Tree
 from medusa_ds.errors import UserError
+from medusa_ds.model import facts
 from medusa_ds.model.attention import base_model, hidden_states
+from medusa_ds.model.backbone import facts_of, load_config
 from medusa_ds.model.facts import Asked, build_twin, differ, find_facts, tokens_of_documents
 
 _ATTENTION = "medusa_tree"
@@ -325,6 +328,17 @@ def position_limit(config: PretrainedConfig) -> tuple[int, bool]:
         raise UserError(f"model.name: not decoded: {reason}; its heads can be trained and exported")
     limit = find_facts(asked).limit
     return limit or getattr(config, "max_position_embeddings", None) or 1 << 30, limit is not None
+
+
+def describe(spec: ModelSpec) -> list[str]:
+    """Lines on what a recipe's model can do: logits, packing, attention, decoding.
+
+    Raises:
+        UserError: see `facts_of`.
+    """
+    reason = why_not_decoded(Asked(load_config(spec), spec.attention, spec.trust_remote_code))
+    decoding = "with heads and without" if reason is None else f"none: {reason}; heads can be trained and exported"
+    return [*facts.describe(facts_of(spec)), f"decoding: {decoding}"]
 
 
 @functools.cache

@@ -79,6 +79,7 @@ def run(settings: Settings) -> None:
         UserError: a mistake of the recipe, a model that cannot be found, or an unknown GPU.
     """
     from medusa_ds.data.packing import load_data
+    from medusa_ds.decoding.session import describe
     from medusa_ds.model.backbone import load_config, load_tokenizer, settled
 
     recipe, gpu = settings.load_recipe(), _find_gpu(settings.gpu)
@@ -87,6 +88,7 @@ def run(settings: Settings) -> None:
     if shape and not Path(recipe.model.name).is_dir():  # without the hub
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"config": shape})})
     recipe = settled(recipe)
+    print(*describe(recipe.model), "", sep="\n")
     data = load_data(recipe, tokenizer) if tokenizer else None
     config = load_config(recipe.model).get_text_config()
     parts = count_parameters(recipe, config)

@@ -81,18 +81,17 @@ def main(recipe_file: str | None = None) -> None:
 
 def run(recipe: Recipe, recipe_file: Path) -> None:
     """Train a validated recipe, on every rank."""
-    from medusa_ds.model.backbone import facts_of, settled
+    from medusa_ds.decoding.session import describe
+    from medusa_ds.model.backbone import settled
     from medusa_ds.training.supervisor import Supervisor, end_with_others
 
     ranks, output = Ranks(), Path(recipe.output)
-    say = print if ranks.rank == 0 else lambda *_, **__: None
     supervisor = Supervisor(ranks.rank, ranks.local_size, recipe.train.hang_timeout)
     try:
         with ExitStack() as stack, end_with_others(ranks.rank), _failures(output):
             recipe = settled(recipe)
-            if (reason := facts_of(recipe.model).packing) is not None:
-                say(f"data: one conversation a sequence, since {reason}", flush=True)
             if ranks.rank == 0:
+                print(*describe(recipe.model), sep="\n", flush=True)
                 _claim(output, recipe, stack)
             _run(recipe, recipe_file, ranks, output, supervisor)
     finally:
