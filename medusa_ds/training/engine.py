@@ -43,7 +43,16 @@ from medusa_ds.training.build import Gathered, Partitioned, build_model, complet
 from medusa_ds.training.launch import announce, share_cores, start_process_group
 from medusa_ds.training.memory import settle
 from medusa_ds.training.state import LogicalTensors
-from medusa_ds.training.step import NonFiniteError, StepResult, Sums, clip, memory_hint, non_finite, norm_of
+from medusa_ds.training.step import (
+    NonFiniteError,
+    StepLeftError,
+    StepResult,
+    Sums,
+    clip,
+    memory_hint,
+    non_finite,
+    norm_of,
+)
 
 if TYPE_CHECKING:
     from medusa_ds.data.packing import MicroBatch
@@ -124,7 +133,7 @@ class MedusaEngine:
         step: int,
         stop: Callable[[], bool] = lambda: False,
         short_of_time: Callable[[], bool] = lambda: False,
-    ) -> StepResult | None:
+    ) -> StepResult:
         """One optimizer step.
 
         `loss = sum_k weight_k * loss_sum_k / count_k` with sums and counts over all micro-batches of all ranks, so
@@ -138,10 +147,8 @@ class MedusaEngine:
                 after the last step, this one is left between two micro-batches as soon as any rank is asked to stop:
                 weights and optimizer are those of the last step, and can be saved.
 
-        Returns:
-            What was measured; None when the step was left.
-
         Raises:
+            StepLeftError: on every rank.
             NonFiniteError: a loss or gradient is not finite on any rank; no weight was changed.
             UserError: out of memory.
         """
@@ -163,7 +170,7 @@ class MedusaEngine:
             loss, counters, finite = torch.zeros((), dtype=torch.float64, device=self.device), [], []
             for batch in micro_batches:
                 if self._interruptible and self._any_rank(stop()):
-                    return None
+                    raise StepLeftError
                 output = self._engine(*self._on_device(batch), scales=scales)
                 losses = [(k, head.loss_sum) for k, head in enumerate(output.losses) if head is not None]
                 self._engine.backward(torch.stack([loss_sum for _, loss_sum in losses]).sum(), scale_wrt_gas=False)

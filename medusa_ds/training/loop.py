@@ -15,6 +15,7 @@ from medusa_ds.data.packing import Data, MicroBatch
 from medusa_ds.heads.joint import Counters, metrics
 from medusa_ds.training.engine import MedusaEngine
 from medusa_ds.training.report import Meter, Report, clock, heads_table
+from medusa_ds.training.step import StepLeftError
 from medusa_ds.training.supervisor import PATIENCE_S, Supervisor
 
 SAVED_BYTES_PER_S = 2e8
@@ -66,8 +67,9 @@ class Loop:
         for step in range(first, self.steps):
             started = time.perf_counter()
             micro_batches = next(batches)
-            result = engine.train_batch(micro_batches, step, supervisor.asked_to_stop, supervisor.is_short_of_time)
-            if result is None:
+            try:
+                result = engine.train_batch(micro_batches, step, supervisor.asked_to_stop, supervisor.is_short_of_time)
+            except StepLeftError:
                 self._leave(step)
             done, last, seconds = step + 1, step + 1 == self.steps, time.perf_counter() - started
             supervisor.pace_s = seconds + self._save_s

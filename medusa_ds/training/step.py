@@ -37,6 +37,10 @@ class NonFiniteError(UserError):
     """A loss or gradient that is not a number, on any rank; raised on all of them, before any weight was changed."""
 
 
+class StepLeftError(Exception):
+    """A rank was asked to stop and the step would have taken too long; weights are those of the step before."""
+
+
 class Sums:
     """Float64 tensors by name, laid out as one: added up over ranks in one call, brought to the host in one copy."""
 
