@@ -36,7 +36,7 @@ def base(spec, dtype, device, liger):
 @pytest.fixture(params=NAMES)
 def run(request, monkeypatch):
     monkeypatch.setattr(runs, "load_backbone", base)
-    monkeypatch.setattr(runs, "load_tokenizer", lambda spec: tiny_tokenizer())
+    monkeypatch.setattr(runs, "load_tokenizer", lambda *_: tiny_tokenizer())
     return request.param, runs.load_run(request.param, torch.device("cpu"), torch.float32)
 
 

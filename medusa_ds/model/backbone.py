@@ -181,16 +181,23 @@ def load_tokenizer(spec: ModelSpec, template: str | None = None) -> Any:
     """The model's own tokenizer, with a chat template: the given one, its own, or one of a family that ships none.
 
     Raises:
-        UserError: see `model_path`; or it has none.
+        UserError: see `model_path` and `load_config`; it has none, or one with more tokens than the model's embedding.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(**_where(spec))
         if len(tokenizer) <= len(tokenizer.get_added_vocab()):
             raise ValueError("it would know only special tokens")  # what some families make of missing files
         tokenizer.chat_template = template or tokenizer.chat_template or family_template(spec.name)
-        return tokenizer
     except (ValueError, OSError, ImportError) as error:
         raise UserError(f"model.name: no tokenizer in {spec.name} ({_one_line(error)})") from None
+    rows = load_config(spec).get_text_config().vocab_size
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"model.name: the tokenizer of {spec.name} has {len(tokenizer)} tokens and the model an embedding for "
+            f"{rows}; take out the last {len(tokenizer) - rows} of the tokenizer, or resize the model's embedding and "
+            "save it"
+        )
+    return tokenizer
 
 
 def load_backbone(

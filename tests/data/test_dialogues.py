@@ -4,7 +4,7 @@ import re
 from itertools import pairwise
 
 import pytest
-from families import ADDED, FAMILIES, SPECIAL, tokenizer_of, tokens_text
+from small_tokenizers import ADDED, FAMILIES, SPECIAL, tokenizer_of, tokens_text
 
 from medusa_ds.data.dialogues import Chat, describe
 from medusa_ds.data.layouts import UnusableRow

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from families import FAMILIES, tokenizer_of
+from small_tokenizers import FAMILIES, tokenizer_of
 
 from medusa_ds.config.recipe import DataSpec, HeadsSpec, ModelSpec, Recipe, TrainSpec
 from medusa_ds.data.dialogues import Chat

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from families import tokenizer_of
+from small_tokenizers import tokenizer_of
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from medusa_ds.config.recipe import DataSpec, HeadsSpec, ModelSpec, Recipe, TrainSpec

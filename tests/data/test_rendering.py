@@ -2,9 +2,11 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
-from families import FAMILIES, tokenizer_of, tokens_text
+import yaml
+from small_tokenizers import FAMILIES, tokenizer_of, tokens_text
 from test_dialogues import head, runs, split_expected
 from test_layouts import CALL, SCHEMA, A, U
 
@@ -211,3 +213,15 @@ def test_labels_are_what_generation_tags_say():
     found = chat.tokenizer.apply_chat_template([U, A, U, TWO], return_dict=True, return_assistant_tokens_mask=True)
     assert encoded.input_ids == found["input_ids"]
     assert [label != IGNORED for label in encoded.labels] == [bool(mask) for mask in found["assistant_masks"]]
+
+
+def test_the_example_of_the_manual_writes_tool_calls():
+    """The template that docs/data.md gives for rows with tool calls."""
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    recipe = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1])
+    row = {
+        "messages": [U, {"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "4"}, A]
+    }
+    chat, encoded = render(row, "smollm2", None, **recipe["data"]["template_args"])
+    supervised = [text for text, supervised in runs(chat.tokenizer, encoded) if supervised]
+    assert supervised == ['<tool_call>{"name": "add", "arguments": {"x": 2}}</tool_call><|im_end|>', "Yes<|im_end|>"]

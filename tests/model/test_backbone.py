@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import types
 import zipfile
@@ -320,3 +321,13 @@ def test_a_recipe_leaves_attention_and_packing_to_its_model():
         recipe(packing=True)
     with pytest.raises(UserError, match=r"data\.max_length: found 129; beyond 128 tokens"):
         recipe(max_length=129)
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_told_before_data_is_built(tiny_model, tmp_path):
+    """Mutation: compare with the tokens in use, which are known after the data."""
+    directory = tmp_path / "model"
+    shutil.copytree(tiny_model, directory)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"vocab_size": 298}))
+    with pytest.raises(UserError, match="has 300 tokens and the model an embedding for 298; take out the last 2"):
+        load_tokenizer(ModelSpec(name=str(directory)))

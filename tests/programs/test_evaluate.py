@@ -14,10 +14,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from medusa_ds.cli import main
 from medusa_ds.data.prompts import Prompt, read_prompts
 from medusa_ds.decoding import decoder
+from medusa_ds.decoding.decoder import end_tokens
 from medusa_ds.errors import UserError
 from medusa_ds.heads.files import save_heads
 from medusa_ds.heads.medusa import MedusaHeads
 from medusa_ds.programs import evaluate, tree
+from medusa_ds.runs import load_run
 from medusa_ds.training import checkpoint
 from medusa_ds.training.state import KEYS
 
@@ -303,3 +305,31 @@ def test_other_rules_evaluate_without_comparing_texts(output, prompts, capsys, r
         ]
     )
     assert "differ" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("place", ["heads", "checkpoints/best"])
+def test_a_run_keeps_the_template_that_it_was_trained_with(output, prompts, place):
+    """The recipe's own, and Vicuna's, whose tokenizer has none; its end ends answers. Mutation: the tokenizer's."""
+    model = output.parent / "model"
+    tokenizer = _tokenizer()
+    tokenizer.chat_template = None
+    (model / "chat_template.jinja").unlink()
+    tokenizer.save_pretrained(model)
+    with pytest.raises(UserError, match="its tokenizer has no chat template"):
+        _evaluate(_settings(output / place, prompts))
+    own = "{% for m in messages %}{{ m.role ~ '=' ~ m.content ~ '<p>' }}{% endfor %}"
+    own += "{% if add_generation_prompt %}assistant={% endif %}"
+    for name, args, text in (("model", {"chat_template": own}, "user=Hi<p>assistant="), ("vicuna", {}, None)):
+        recipe = {"model": {"name": str(output.parent / name)}, "stage": 1, "data": {"template_args": args}}
+        recipe["heads"] = {"num": NUM, "layers": 1, "lm_head": "own"}
+        if name == "vicuna":
+            shutil.copytree(model, output.parent / name)
+        (output / "recipe.yaml").write_text(json.dumps(recipe))
+        config = json.loads((output / "heads" / "heads.json").read_text())
+        config |= {"recipe": json.dumps(recipe), "base_model": name}
+        (output / "heads" / "heads.json").write_text(json.dumps(config))
+        run = load_run(output / place, torch.device("cpu"), torch.float32)
+        said = run.tokenizer.decode(run.encode([{"role": "user", "content": "Hi"}]))
+        assert said == text if text else said.endswith("USER: Hi ASSISTANT:")
+        assert run.tokenizer.decode(run.encode([{"role": "user", "content": "<p>"}])).count("<p>") == 1 + bool(text)
+        assert sorted(end_tokens(run.backbone)) == ([256, 257] if text else [256])

@@ -378,7 +378,7 @@ def test_fasterdecoding_is_refused_heads_of_which_it_would_lose_blocks(
 
 
 def test_shipped_heads_export_by_name_with_their_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "load_tokenizer", lambda spec: tiny_tokenizer())
+    monkeypatch.setattr(runs, "load_tokenizer", lambda *_: tiny_tokenizer())
     main(["export", "smollm2_135m", str(tmp_path / "out")])
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
