@@ -6,6 +6,7 @@ Example:
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -48,12 +49,26 @@ def run(settings: Settings) -> None:
         raise UserError(f"{path / 'config.json'}: names no base_model_name_or_path; give --base-model")
     base = str(Path(base).absolute()) if Path(base).is_dir() else base
     heads, shape = from_other(_read(path), bool(config.get("original_lm_head")), config.get("vocab_size"), str(path))
+    _check_shape(shape, config, path)
     kept = {key: shape[key] for key in ("num", "layers", "lm_head")}
     recipe = json.dumps({"model": {"name": base}, "heads": kept, "stage": 1, "data": {}})
     save_heads(target / "heads", heads, {"base_model": base, "revision": None, "recipe": recipe, **shape})
     if (path / "tokenizer_config.json").is_file():
         AutoTokenizer.from_pretrained(path).save_pretrained(target / "heads")
     print(f"imported {shape['num']} heads of {base}; next: medusa-ds generate {settings.out} --prompt 'Hello'")
+
+
+def _check_shape(shape: dict[str, Any], config: dict[str, Any], path: Path) -> None:
+    """Refuse other sizes or fewer heads than the config names; published configs name fewer heads than there are.
+
+    Raises:
+        UserError: which they are.
+    """
+    hidden_size, num = config.get("hidden_size"), config.get("medusa_num_heads") or 0
+    if (hidden_size or shape["hidden_size"]) != shape["hidden_size"] or shape["num"] < num:
+        found = f"{shape['num']} heads of hidden size {shape['hidden_size']}"
+        says = f"{num or 'heads'} of {hidden_size or 'no size'}"
+        raise UserError(f"{path}: found {found}; config.json says {says}: complete the files or mend the config")
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -80,5 +80,9 @@ def test_hostile_damaged_and_foreign_files_are_refused(tmp_path: Path, monkeypat
     assert "token_map" in refusal()
     torch.save({**good, "0.0.linear.bias": torch.zeros(5)}, file)
     assert "0.blocks.0.bias is (5,), not (4,)" in refusal()
+    says = {"base_model_name_or_path": "owner/model", "hidden_size": 576, "medusa_num_heads": 3}
+    (tmp_path / "config.json").write_text(json.dumps(says))
+    torch.save({"0.0.weight": torch.zeros(2, 2)}, file)
+    assert "found 1 heads of hidden size 2; config.json says 3 of 576" in refusal()
     save_file({"model.embed_tokens.weight": torch.zeros(3)}, tmp_path / "model.safetensors")
     assert "model.embed_tokens.weight; not heads" in refusal()
