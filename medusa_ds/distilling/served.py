@@ -23,11 +23,12 @@ _MAX_BYTES = 16 << 20
 
 
 class Reply(NamedTuple):
-    """An answer; `problem` is why there is none, or empty."""
+    """An answer; `ids` are its tokens where the server tells them, `problem` is why there is none, or empty."""
 
     text: str
     tokens: int
     problem: str = ""
+    ids: list[int] | None = None
 
 
 class Measured(NamedTuple):
@@ -105,13 +106,15 @@ class HeadServer:
         if self._failures >= _GONE:
             return Reply("", 0, f"not asked any more after {_GONE} failures in a row")
         asked = {"model": self.model, "prompt": list(prompt), "max_tokens": max_new_tokens, "temperature": 0}
+        asked["return_token_ids"] = True  # vLLM's own: tokens that are no UTF-8 have no text to compare
         try:
             answer = json.loads(self._read(f"{self.url}/completions", asked))
-            text, tokens = answer["choices"][0]["text"], answer["usage"]["completion_tokens"]
+            choice, tokens = answer["choices"][0], answer["usage"]["completion_tokens"]
+            text, ids = choice["text"], choice.get("token_ids")
             if not isinstance(text, str) or not isinstance(tokens, int):
                 raise ValueError("an answer without text or usage")
             self._failures = 0
-            return Reply(text, tokens)
+            return Reply(text, tokens, ids=ids)
         except _WRONG as error:
             self._failures += 1
             return Reply("", 0, _line(error))

@@ -136,14 +136,19 @@ def _served(settings: Settings, prompts: list[Prompt], run: Run, plain: Decoder,
 
 
 def _differences_of_texts(run: Run, answers: list[Answer], replies: list[Reply]) -> Report:
-    """As `_differences`, of texts: tokens of one that differs are those that the tokenizer makes of it."""
+    """As `_differences`, by the server's tokens, or by its texts where it tells no tokens."""
     differences, compared = [], 0
     for answer, reply in zip(answers, replies, strict=True):
         if reply.problem:
             continue
         compared += 1
-        if reply.text != run.decode(answer.plain.tokens):
+        tokens = reply.ids
+        if tokens is None:
+            same = reply.text == run.decode(answer.plain.tokens)
             tokens = run.tokenizer(reply.text, add_special_tokens=False)["input_ids"]
+        else:
+            same = tokens == answer.plain.tokens
+        if not same:
             found = first_difference(run.backbone, answer.prompt, answer.plain.tokens, tokens)
             found = found or Difference(min(len(tokens), len(answer.plain.tokens)), float("inf"), 0.0)  # one goes on
             differences.append({**found._asdict(), "tie": found.is_tie})

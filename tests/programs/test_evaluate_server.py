@@ -76,7 +76,10 @@ class Handler(BaseHTTPRequestHandler):
             self.reply("<html>")
         elif behaviour != "dies":
             text = f"red{text}" if behaviour == "wrong" else text
-            self.reply(json.dumps({"choices": [{"text": text}], "usage": {"completion_tokens": len(row.tokens)}}))
+            choice: dict[str, Any] = {"text": text}
+            if behaviour in ("tokens", "wrong tokens"):
+                choice = {"text": "", "token_ids": [(t + (behaviour != "tokens")) % 300 for t in row.tokens]}
+            self.reply(json.dumps({"choices": [choice], "usage": {"completion_tokens": len(row.tokens)}}))
 
 
 @pytest.fixture
@@ -129,6 +132,11 @@ def test_texts_that_differ_and_a_page_that_is_missing_are_told(
     server.behaviour, server.since = "wrong", 4
     main(command)
     assert report_of(command)["texts"]["differ"] == 1 and report_of(command)["texts"]["differences"][0]["position"] == 0
+    server.since = 0
+    for behaviour, differ in (("tokens", 0), ("wrong tokens", 4)):
+        server.behaviour = behaviour
+        main(command)
+        assert report_of(command)["texts"]["differ"] == differ
     server.behaviour = "no metrics"
     main(command)
     assert "accepted" not in report_of(command) and "no counts of drafts on its /metrics" in capsys.readouterr().out
