@@ -252,7 +252,7 @@ def test_greedy_texts_and_accepted_tokens_are_those_of_our_decoder(
     (found, (drafts, accepted)) = expected[0]
     print(variant, drafts, accepted)
     assert found == texts
-    assert 0 < accepted[-1] < accepted[0] < drafts  # not always right, not always wrong
+    assert 0 < accepted[-1] <= accepted[0] < drafts  # not always right, not always wrong
     (result,) = ask(work, [{"engine": engine(tiny_model, path), "groups": greedy_groups(prompts)}])
     assert isinstance(result, list), result
     assert [of_vllm(group) for group in result] == expected
