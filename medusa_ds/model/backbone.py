@@ -254,12 +254,7 @@ def load_backbone(
     except (ValueError, OSError, ImportError, pickle.UnpicklingError) as error:
         raise UserError(f"model.name: {spec.name} cannot be loaded ({_one_line(error)})") from None
     if liger or (liger is None and on_gpu and config.model_type in FAMILIES):
-        import liger_kernel.transformers  # needs Triton: not on a CPU
-
-        patch = getattr(liger_kernel.transformers, FAMILIES[config.model_type])
-        patch(
-            rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False, model=backbone
-        )
+        use_liger_layers(backbone)
     if recomputed != 0:
         renamed = hasattr(backbone, "activation_checkpointing_enable")  # not yet in transformers 5.17
         enable = backbone.activation_checkpointing_enable if renamed else backbone.gradient_checkpointing_enable
@@ -267,6 +262,30 @@ def load_backbone(
         for layer in decoder_layers(backbone)[recomputed:] if recomputed else []:
             layer.gradient_checkpointing = False
     return backbone
+
+
+def use_liger_layers(backbone: PreTrainedModel) -> None:
+    """Let Liger's RMSNorm, RoPE and SwiGLU compute the layers of one model.
+
+    Liger replaces classes and the rotation of transformers' module as well, for every model of the process; models on a
+    CPU, as a twin that is asked for facts, keep transformers' own.
+    """
+    import liger_kernel.transformers  # needs Triton: not on a CPU
+
+    module = sys.modules[type(backbone).__module__]
+    before = dict(vars(module))
+    patch = getattr(liger_kernel.transformers, FAMILIES[backbone.config.model_type])
+    patch(rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False, model=backbone)
+    for name, replaced in [(name, value) for name, value in before.items() if vars(module)[name] is not value]:
+        both = replaced if isinstance(replaced, type) else _by_device(vars(module)[name], replaced)
+        setattr(module, name, both)  # the model's own layers know Liger's without the class's name
+
+
+def _by_device(on_gpu: Any, on_cpu: Any) -> Any:
+    def call(tensor: torch.Tensor, *args: Any, **options: Any) -> Any:
+        return (on_gpu if tensor.is_cuda else on_cpu)(tensor, *args, **options)
+
+    return call
 
 
 def decoder_layers(backbone: Any) -> list[Any]:

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from huggingface_hub import errors as hub_errors
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from medusa_ds.config.recipe import DataSpec, ModelPackage, ModelSpec, Recipe, TrainSpec
 from medusa_ds.errors import UserError
@@ -26,7 +26,9 @@ from medusa_ds.model.backbone import (
     load_tokenizer,
     model_path,
     settled,
+    use_liger_layers,
 )
+from medusa_ds.model.facts import Asked, find_facts
 
 TINY = {
     "hidden_size": 32,
@@ -331,3 +333,18 @@ def test_a_tokenizer_larger_than_the_embedding_is_told_before_data_is_built(tiny
     (directory / "config.json").write_text(json.dumps(config | {"vocab_size": 298}))
     with pytest.raises(UserError, match="has 300 tokens and the model an embedding for 298; take out the last 2"):
         load_tokenizer(ModelSpec(name=str(directory)))
+
+
+def test_liger_layers_of_one_model_leave_others_on_a_cpu_as_they_are(monkeypatch):
+    """Liger replaces classes and a function for the whole process, with kernels that refuse a CPU's tensors.
+
+    Mutation: call Liger's function alone, and the model that is asked for facts afterwards fails.
+    """
+    module = importlib.import_module("transformers.models.llama.modeling_llama")
+    for name in ("LlamaRMSNorm", "LlamaMLP", "apply_rotary_pos_emb"):
+        monkeypatch.setattr(module, name, getattr(module, name))  # put back at the end
+    backbone = load_backbone(random(), torch.float32, device="cpu")
+    use_liger_layers(backbone)
+    assert "forward" in vars(backbone.model.norm) and "forward" in vars(backbone.model.layers[0].mlp)
+    config = LlamaConfig(hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
+    assert find_facts(Asked(config)).packing is None
