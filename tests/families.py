@@ -95,7 +95,7 @@ def _loss(model: Any) -> str:
 
 @torch.no_grad()
 def _documents(model: Any) -> str:
-    lengths = (6, 9, 4)
+    lengths = (3, 11, 7)
     ids = torch.randint(1, 80, (1, sum(lengths)), generator=torch.Generator().manual_seed(6))
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     found = vocabulary_projection(model)(hidden_states(model, ids, positions))

@@ -85,6 +85,7 @@ class Decoder:
         compile_step: bool = False,
         adapt: bool = False,
     ) -> None:
+        self.limit, self.clamp = position_limit(backbone.config)  # refuses before anything is changed
         assert tree.depth <= len(heads or ())
         self.backbone, self.tree = backbone.eval(), tree.to(backbone.device)
         self.heads: Any = heads
@@ -107,7 +108,6 @@ class Decoder:
             self._finish = compile_part(self._finish, one_row)  # type: ignore[method-assign]
         self._session: Session | None = None
         self.ends = set(end_tokens(backbone))
-        self.limit, self.clamp = position_limit(backbone.config)
 
     def part(self, nodes: int) -> Tree:
         """The most promising nodes of the tree."""

@@ -30,6 +30,7 @@ from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from medusa_ds.config.recipe import ModelSpec
+from medusa_ds.decoding.kernels.packed import pack_projections
 from medusa_ds.decoding.kernels.tree_attention import applies, tree_attention
 from medusa_ds.decoding.trees import Tree
 from medusa_ds.errors import UserError
@@ -349,7 +350,11 @@ def why_not_decoded(asked: Asked) -> str | None:
     """
     kind = asked.config.model_type
     try:
-        return None if _steps_agree(build_twin(asked)) else f"{kind} gives other hidden states in steps of a tree"
+        return (
+            None
+            if _steps_agree(build_twin(asked), build_twin(asked))
+            else f"{kind} gives other hidden states in steps of a tree"
+        )
     except Exception:  # whatever a model may raise that keeps or attends otherwise
         layers = DynamicCache(config=asked.config.get_text_config()).layers
         if any(hasattr(layer, "conv_states") for layer in layers):
@@ -358,13 +363,19 @@ def why_not_decoded(asked: Asked) -> str | None:
 
 
 @torch.no_grad()
-def _steps_agree(twin: PreTrainedModel) -> bool:
+def _steps_agree(twin: PreTrainedModel, reference: PreTrainedModel) -> bool:
+    pack_projections(twin)  # which counts on the order in which layers call them
     tree, texts = Tree([(0,), (1,), (0, 0), (0, 1)]), [tokens_of_documents(length)[0][0] for length in (9, 4)]
     session, good = Session(twin, tree, 2, 32), True
     with static_attention(twin), session.prefilling():
         ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
         base_model(twin)(input_ids=ids, position_ids=torch.arange(9).expand(2, 9), **session.cache_arguments)
     session.length_B.copy_(torch.tensor([9, 4]))
+    own, (ids, positions) = DynamicCache(config=reference.config.get_text_config()), tokens_of_documents(9)
+    for part in (slice(0, 8), slice(8, 9)):  # some attend otherwise through a cache of their own than without
+        inputs = {"input_ids": ids[:, part], "position_ids": positions[:, part], **cache_arguments(reference, own)}
+        last_1H = base_model(reference)(**inputs).last_hidden_state[:, -1]
+    good &= not differ(last_1H[0], hidden_states(reference, ids, positions)[-1])
     for step in range(2):
         tokens_BN = torch.arange(10).view(2, 5) + 20 + 10 * step
         position_BN = session.length_B[:, None] + tree.depth_N
@@ -374,7 +385,7 @@ def _steps_agree(twin: PreTrainedModel) -> bool:
         for row, text in enumerate(texts):
             for node in range(tree.nodes):
                 whole = torch.cat([text, tokens_BN[row, tree.mask_NN[node]]])[None]
-                wanted_H = hidden_states(twin, whole, torch.arange(whole.numel())[None])[-1]
+                wanted_H = hidden_states(reference, whole, torch.arange(whole.numel())[None])[-1]
                 good &= not differ(found_BNH[row, node], wanted_H)
         path, count_B = torch.tensor([[0, 1, 3], [0, 2, 2]]), torch.tensor([3, 2])
         session.keep(path, count_B)
