@@ -238,7 +238,7 @@ class Session:
             parts[heads, size] = iter(self.kv[-1])
         nothing = torch.zeros(batch, 0, slots, 0, **options)
         self._layers = [
-            _Slots(*([next(parts[shape]) for shape in pair] if pair else [nothing] * 2), tree.nodes)
+            _Slots(*((next(parts[pair[0]]), next(parts[pair[1]])) if pair else (nothing, nothing)), tree.nodes)
             for pair in layout.kept
         ]
         self.cache = _StaticCache(layers=list(self._layers))

@@ -77,7 +77,9 @@ class Tree:
         self.levels = self._levels(device)
 
     def _levels(self, device: torch.device | str) -> list[Level]:
-        levels, above, parents_above = [], [()], [()]
+        levels: list[Level] = []
+        above: list[Path] = [()]
+        parents_above: list[Path] = [()]
         for depth in range(1, self.depth + 1):
             nodes = [path for path in self.paths if len(path) == depth]
             parents = sorted({path[:-1] for path in nodes})
@@ -87,7 +89,8 @@ class Tree:
                 [parents.index(path[:-1]) for path in nodes],
                 [path[-1] for path in nodes],
             )
-            levels.append(Level(*(torch.tensor(column, device=device) for column in columns), max(columns[3]) + 1))
+            parents_P, grandparents_P, parent, rank = (torch.tensor(column, device=device) for column in columns)
+            levels.append(Level(parents_P, grandparents_P, parent, rank, max(columns[3]) + 1))
             above, parents_above = nodes, parents
         return levels
 

@@ -137,7 +137,8 @@ def decode(
     filler = config.pad_token_id if config.pad_token_id is not None else (ends[0] or 0)
     mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
     finished = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-    guesses, seen_hidden, pace = input_ids[:, :0], [], heads.pace(len(input_ids))
+    guesses, pace = input_ids[:, :0], heads.pace(len(input_ids))
+    seen_hidden: list[torch.Tensor] = []
     pace.begin()
     # what heads read is the base model's; what the LM head is given may be scaled, but not every model calls its base
     hooks = [

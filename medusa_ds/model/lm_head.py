@@ -71,7 +71,7 @@ def read_embeddings(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -
     """
     weight = _read_weight(spec, dtype, _plain_embeddings)
     if weight is None:
-        embed = load_backbone(spec, dtype, device=device, liger=False).get_input_embeddings()
+        embed: Any = load_backbone(spec, dtype, device=device, liger=False).get_input_embeddings()
         weight = embed(torch.arange(embed.num_embeddings, device=device)).detach()
     return weight
 

@@ -61,7 +61,7 @@ def run(settings: Settings) -> Report:
         raise UserError(f"--acceptance: found {settings.acceptance.rule}; a server is asked for greedy texts")
     server = HeadServer(settings.server, settings.server_model, settings.timeout_s) if settings.server else None
     run = settings.load()
-    plain = Decoder(run.backbone, [], chain(0), settings.acceptance, compile_step=settings.compile_step)
+    plain = Decoder(run.backbone, None, chain(0), settings.acceptance, compile_step=settings.compile_step)
     if server is not None:
         return _served(settings, prompts, run, plain, server)
     options = {"compile_step": settings.compile_step, "adapt": True}
@@ -217,9 +217,9 @@ def _speed(run: Run, answers: list[Answer], plain: Decoder, medusa: Decoder, max
         "context": context,
         "steps_by_nodes": {str(count): number for count, number in sorted(Counter(nodes).items())},
         "speed_up_decoding_by_category": {
-            category: _decoding_rate([a.medusa for a in own if a.medusa]) / _decoding_rate([a.plain for a in own])
+            category: _decoding_rate([a.medusa for a in these if a.medusa]) / _decoding_rate([a.plain for a in these])
             for category in sorted({answer.category for answer in answers})
-            if (own := [answer for answer in answers if answer.category == category])
+            if (these := [answer for answer in answers if answer.category == category])
         },
         "transformers_generate_tokens_per_s": _transformers_rate(run, few, max_new_tokens),
         "plain_tokens_per_s_on_the_same": _end_to_end_rate([a.plain for a in few]),

@@ -45,7 +45,7 @@ def run(settings: Settings) -> Report:
         progress(prompts, "prompts"),
         run.encode,
         run.decode,
-        Decoder(run.backbone, [], chain(0)),
+        Decoder(run.backbone, None, chain(0)),
         None,
         settings.max_new_tokens,
     )

@@ -47,7 +47,7 @@ class CompiledBackbone:
         own = [m for m in backbone.modules() if "forward" in vars(m) or type(m).__module__.startswith("liger_kernel")]
         assert not own, "patched, as Liger does"
         base = base_model(backbone)
-        self._layers = list(base.layers)  # type: ignore[arg-type]
+        self._layers = list(base.layers)
         single = [m for m in base.children() if not isinstance(m, nn.ModuleList | nn.Embedding)]
         self._forward = {module: compile_part(module.forward, one_row) for module in [*self._layers, *single]}
 
