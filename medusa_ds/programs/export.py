@@ -78,10 +78,12 @@ def run(settings: Settings) -> None:
     if settings.vocab is not None:
         source = _truncate(source, _recipe(source.meta["recipe"]), settings.vocab)
     chosen, kind = [target for target in TARGETS if target in asked or "all" in asked], source.meta["kind"]
-    for lacking in [target for target in chosen if kind not in TARGETS[target].KINDS]:
+    biased = any(name.endswith("projection.bias") for name in source.heads)
+    found = "heads whose projections have a bias, as the model's LM head has" if biased else f"heads.kind {kind}"
+    able = [target for target in TARGETS if target == "transformers" or (kind in TARGETS[target].KINDS and not biased)]
+    for lacking in [target for target in chosen if target not in able]:
         if lacking in asked:
-            able = ", ".join(target for target in TARGETS if kind in TARGETS[target].KINDS)
-            raise UserError(f"--for {lacking}: found heads.kind {kind}, which it does not run; allowed is {able}")
+            raise UserError(f"--for {lacking}: found {found}, which it does not run; allowed is {', '.join(able)}")
         chosen.remove(lacking)
     loss = fasterdecoding.loss(source)
     if loss and "fasterdecoding" in chosen and not settings.allow_loss:

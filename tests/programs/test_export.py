@@ -11,7 +11,7 @@ from exporting import MakeRun, assert_same, export_, tensors_of
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from support import tiny_tokenizer, train
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig, PhiForCausalLM
 
 from medusa_ds import runs
 from medusa_ds.cli import main
@@ -416,3 +416,19 @@ def test_push_sends_the_backbone_to_a_repository_of_its_own(
     with pytest.raises(SystemExit):
         export_(run, "again", "--push-to-hub", "owner/heads")
     assert "is complete: upload it later" in capsys.readouterr().err and (path.parent / "again").is_dir()
+
+
+def test_heads_with_a_bias_are_for_transformers_alone(tiny_recipe, tmp_path, capsys):
+    """No engine's file has a place for it. Mutation: export them all the same, and guesses are others there."""
+    config = PhiConfig(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+    PhiForCausalLM(config).save_pretrained(tmp_path / "phi")
+    tiny_tokenizer().save_pretrained(tmp_path / "phi")
+    recipe = tmp_path / "phi.yaml"
+    name = next(line for line in tiny_recipe.read_text().splitlines() if line.startswith("  name:"))
+    recipe.write_text(tiny_recipe.read_text().replace(name, f"  name: {tmp_path / 'phi'}"))
+    out = tmp_path / "exported"
+    with pytest.raises(SystemExit, match="2"):
+        main(["export", str(out), "--untrained", str(recipe), "--for", "vllm"])
+    assert "--for vllm: found heads whose projections have a bias" in capsys.readouterr().err and not out.exists()
+    main(["export", str(out), "--untrained", str(recipe), "--for", "all"])
+    assert not (out / "model.safetensors.index.json").exists()
