@@ -19,16 +19,16 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from medusa_ds.config.recipe import ModelSpec
 from medusa_ds.decoding.decoder import Decoder
 from medusa_ds.decoding.trees import chain, default_tree
 from medusa_ds.errors import UserError
 from medusa_ds.heads.joint import JointModel
 from medusa_ds.heads.medusa import MedusaHeads
 from medusa_ds.model.attention import hidden_states
-from medusa_ds.model.backbone import vocabulary_projection
+from medusa_ds.model.backbone import load_config, vocabulary_projection
 from medusa_ds.model.facts import Asked, build_twin, find_facts
 
 RIGHT, NUM, NEW = "right", 2, 14
@@ -36,7 +36,7 @@ SECONDS = 240  # most for one family
 ROPE = {"rope_theta": 10000.0, "original_max_position_embeddings": 16}
 VARIANTS: dict[str, dict[str, Any]] = {
     "cohere": {"logit_scale": 0.25},
-    "deepseek_v2": {"num_experts_per_tok": 6, "topk_method": "greedy"},
+    "deepseek_v2": {"num_experts_per_tok": 6, "topk_method": "greedy", "moe_intermediate_size": 1408},
     "falcon_h1": {"lm_head_multiplier": 0.25, "mamba_d_head": 64, "mamba_n_heads": 24, "mamba_d_ssm": 1536},
     "granite": {"logits_scaling": 8.0},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2, "num_hidden_layers": 4},
@@ -52,14 +52,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 """Fields that a family's bare config lacks, or in which it shows what families are known for."""
 
 
-def asked(name: str) -> Asked:
-    """Whom to ask: a family, or one of its variants."""
-    return Asked(AutoConfig.for_model(name.split("/")[0], **VARIANTS.get(name, {})))
-
-
-def answers(who: Asked) -> list[str]:
-    """A to D."""
+def answers(name: str) -> list[str]:
+    """A to D of a family, or of one of its variants."""
+    config = {"model_type": name.split("/")[0], **VARIANTS.get(name, {})}
     try:
+        who = Asked(load_config(ModelSpec(name=name, init="random", config=config)))
         facts = find_facts(who)
     except UserError as error:
         return [str(error)] * 4
@@ -137,7 +134,7 @@ def _answers_in_time(name: str) -> list[str]:
     signal.signal(signal.SIGALRM, stop)
     signal.alarm(SECONDS)
     try:
-        return answers(asked(name))
+        return answers(name)
     except Exception as error:  # whatever a family may raise, it must show in its row
         return [f"not asked: {type(error).__name__}: {' '.join(str(error).split())[:120]}"] * 4
     finally:
@@ -149,10 +146,10 @@ def page(rows: dict[str, list[str]]) -> str:
     sentences: dict[str, int] = {}
     lines = []
     for name, cells in rows.items():
-        marks = [
-            cell if cell in (RIGHT, "wrong") else f"[{sentences.setdefault(cell, len(sentences) + 1)}]"
-            for cell in cells
-        ]
+        family = name.split("/")[0]
+        cells = [cell.replace(f"{family}_text", "FAMILY").replace(family, "FAMILY") for cell in cells]
+        numbers = [0 if cell in (RIGHT, "wrong") else sentences.setdefault(cell, len(sentences) + 1) for cell in cells]
+        marks = [f"[{number}]" if number else cell for number, cell in zip(numbers, cells, strict=True)]
         lines.append(f"| {name} | {' | '.join(marks)} |")
     right = sum(set(cells) == {RIGHT} for cells in rows.values())
     return "\n".join(

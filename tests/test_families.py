@@ -1,7 +1,7 @@
 """A family of each kind that once learned from wrong numbers, or ended in a traceback, against transformers."""
 
 import pytest
-from families import RIGHT, answers, asked
+from families import RIGHT, answers
 
 ALONE = "not packed: {} does not keep documents of one sequence apart by their position ids"
 STATE = "model.name: not decoded: layers of {} carry a state that cannot go back to an earlier token; its heads can be "
@@ -25,7 +25,7 @@ KINDS = {
 @pytest.mark.parametrize("family", KINDS)
 def test_loss_documents_and_texts_are_transformers_own_or_refused(family):
     """Mutations: drop factor, cap or bias in `projection.Logits`; pack whatever comes; one shape for all layers."""
-    loss, documents, with_heads, plain = answers(asked(family))
+    loss, documents, with_heads, plain = answers(family)
     wanted = [sentence.format(family) for sentence in KINDS[family]]
     assert (loss, documents) == (wanted[0], wanted[1])
     assert with_heads == plain and with_heads.startswith(wanted[2])

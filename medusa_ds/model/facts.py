@@ -190,7 +190,7 @@ def _one_line(error: Exception) -> str:
 
 def _head_size(text: Any) -> int:
     try:
-        return text.head_dim or text.hidden_size // text.num_attention_heads
+        return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     except (AttributeError, RuntimeError):  # none, or one for each layer
         return 64
 
@@ -207,7 +207,7 @@ def _shrunk(config: PretrainedConfig, divide: int, few: bool) -> PretrainedConfi
     fewest = min(fewest, layers) if few else layers
 
     def small(name: str, value: Any) -> Any:
-        if name in config.sub_configs:
+        if name in config.sub_configs and value is not None:
             return _shrunk(getattr(config, name), divide, few).to_dict()
         if isinstance(value, dict):
             kept = {key: part for key, part in value.items() if not str(key).isdigit() or int(key) < fewest}
