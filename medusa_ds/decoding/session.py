@@ -18,7 +18,7 @@ Shape suffixes: B rows, N tree nodes, D tree depth + 1, L slots.
 import functools
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -356,7 +356,9 @@ def why_not_decoded(asked: Asked) -> str | None:
             else f"{kind} gives other hidden states in steps of a tree"
         )
     except Exception:  # whatever a model may raise that keeps or attends otherwise
-        layers = DynamicCache(config=asked.config.get_text_config()).layers
+        layers: list[Any] = []
+        with suppress(AttributeError):  # a config without layers
+            layers = DynamicCache(config=asked.config.get_text_config()).layers
         if any(hasattr(layer, "conv_states") for layer in layers):
             return f"layers of {kind} carry a state that cannot go back to an earlier token"
         return f"{kind} does not attend, or keep what it computed, by transformers' interfaces"
