@@ -43,7 +43,7 @@ setup(
         "tokenizers>=0.23.3",
         "safetensors>=0.8",
         "huggingface_hub>=1.33",
-        "datasets>=4.0",
+        "datasets>=4.5",
         "pyarrow>=21.0",
         "numpy>=2.0",
         "jinja2>=3.1.4",

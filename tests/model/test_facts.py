@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, Gemma2ForCausalLM
 
 from medusa_ds.errors import UserError
 from medusa_ds.model.facts import Asked, build_twin, find_facts, find_logits
@@ -75,11 +75,9 @@ def test_documents_that_see_each_other_are_found(family, fields, apart):
 
 
 def test_attention_is_what_the_model_has():
-    assert [find_facts(asked(family)).attention for family in ("llama", "gemma2", "bloom")] == [
-        "sdpa",
-        "eager",
-        "eager",
-    ]
+    gemma2 = "sdpa" if Gemma2ForCausalLM._supports_sdpa else "eager"  # which differs between versions of transformers
+    found = [find_facts(asked(family)).attention for family in ("llama", "gemma2", "bloom")]
+    assert found == ["sdpa", gemma2, "eager"]
 
 
 def test_positions_without_a_place_and_those_that_turn_others_are_found():
