@@ -38,7 +38,9 @@ def test_transformers_alone_maps_the_guesses(make_run: MakeRun, tmp_path: Path, 
 
 
 ALONE = """
-import json, sys
+import itertools, json, sys, time
+ticks = itertools.count()
+time.perf_counter = lambda: float(next(ticks))  # steps of every size last as long, so that all guesses are verified
 class Refuse:
     def find_spec(self, name, *_):
         if name.split(".")[0] == "medusa_ds":

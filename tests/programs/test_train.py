@@ -191,6 +191,7 @@ def test_ctrl_c_in_slow_steps_saves_the_last_finished_one_though_the_pipe_is_gon
     os.killpg(run.process.pid, signal.SIGINT)
     _, alive = psutil.wait_procs(tree, timeout=60)
     assert not alive
+    run.wait()
     err = (tmp_path / "stderr.txt").read_text()
     assert "the last finished step is saved after this micro-batch" in err and "the launcher leaves 2 s" in err, err
     done = len(metrics_of(tmp_path / "out"))
