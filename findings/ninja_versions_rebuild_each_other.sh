@@ -2,9 +2,9 @@
 # Two versions of ninja that share a build folder rebuild each other's output every time.
 #
 # ninja 1.11.1 and 1.13.0 write .ninja_log in different versions, and each starts over where it finds the other's: a
-# finished build is out of date for the other one. PyTorch keeps compiled extensions (DeepSpeed's among them: minutes of C++) in one folder for a user,
-# whose name says Python and CUDA and not ninja. With a system ninja on PATH in one shell and a virtual environment's in
-# another, every start compiles again, and ranks that wait for the folder's lock look hung.
+# finished build is out of date for the other one. PyTorch keeps compiled extensions (DeepSpeed's among them: minutes of
+# C++) in one folder for a user, whose name says Python and CUDA and not ninja. With a system ninja on PATH in one shell
+# and a virtual environment's in another, every start compiles again, and ranks that wait for the folder's lock look hung.
 # Seen 2026-11-28 with the wheels ninja 1.11.1.1 and 1.13.0 on x86-64 Linux:
 #     after a build by 1.11.1: 1.11.1 says "no work to do", 1.13.0 warns "build log version is too old;
 #     starting over" and plans 1 command; the other way round 1.11.1 plans it, without the warning.
@@ -12,9 +12,9 @@
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-for version in 1.11.1.1 1.13.0; do
-  python3 -m venv "$work/$version"
-  "$work/$version/bin/pip" install --quiet "ninja==$version"
+for pin in ninja==1.11.1.1 ninja==1.13.0; do
+  python3 -m venv "$work/${pin#ninja==}"
+  "$work/${pin#ninja==}/bin/pip" install --quiet "$pin"
 done
 mkdir "$work/build" && cd "$work/build"
 echo 'int answer(void) { return 42; }' >source.c
