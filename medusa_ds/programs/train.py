@@ -81,14 +81,18 @@ def main(recipe_file: str | None = None) -> None:
 
 def run(recipe: Recipe, recipe_file: Path) -> None:
     """Train a validated recipe, on every rank."""
+    import torch
+
     from medusa_ds.decoding.session import describe
     from medusa_ds.model.backbone import settled
+    from medusa_ds.model.loss import resolve_impl
     from medusa_ds.training.supervisor import Supervisor, end_with_others
 
     ranks, output = Ranks(), Path(recipe.output)
     supervisor = Supervisor(ranks.rank, ranks.local_size, recipe.train.hang_timeout)
     try:
         with ExitStack() as stack, end_with_others(ranks.rank), _failures(output):
+            resolve_impl(recipe.loss.impl, "cuda" if torch.cuda.is_available() else "cpu")  # refuses it before a load
             recipe = settled(recipe)
             if ranks.rank == 0:
                 print(*describe(recipe.model), sep="\n", flush=True)

@@ -63,6 +63,13 @@ def test_plain_yaml_runs_as_a_module_from_any_directory(tiny_recipe: Path, tmp_p
     assert losses_of(tmp_path / "stub") == losses_of(tmp_path / "plain")
 
 
+def test_a_loss_that_needs_a_gpu_is_refused_before_anything_loads(tiny_recipe: Path, tmp_path: Path) -> None:
+    """Mutation: leave it to the model, and data has been read, and the output claimed, when it is said."""
+    text = train(tiny_recipe, "loss.impl=liger", log_dir=tmp_path, ends=(2,))
+    assert "error: loss.impl: found liger" in text and len(text.strip().splitlines()) == 1, text
+    assert not (tmp_path / "out").exists()
+
+
 def test_bad_recipe_ends_with_status_2_and_without_traceback(tiny_recipe: Path, tmp_path: Path) -> None:
     run = launch(tiny_recipe, "train.lr=no", "heads.numb=4", ranks=2, log_dir=tmp_path)
     assert run.wait() == 2
