@@ -81,7 +81,8 @@ def _held_out(lines: list[dict[str, Any]], heads: list[str]) -> str:
     rows = [("", *(f"step {line['step']}" for line in (first, last)))]
     names = {f"{head}_{kind}": f"{head}, {kind}" for head in heads for kind in ("loss", "acc")}
     for key, name in {**names, "acceptance_length": "acceptance length"}.items():
-        rows.append((name, *(f"{line[key]:.3f}" for line in (first, last))))
+        found = (line.get(key) for line in (first, last))
+        rows.append((name, *("-" if value is None else f"{value:.3f}" for value in found)))
     return _table(rows)
 
 

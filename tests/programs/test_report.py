@@ -64,3 +64,11 @@ def test_evaluation_is_shown_if_there_is_one(trained: Path, tmp_path: Path) -> N
 def test_a_directory_without_steps_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no metrics\.jsonl; name the output directory of a run"):
         run(Settings(output=str(tmp_path)))
+
+
+def test_a_head_without_a_held_out_position_has_no_figure(trained: Path) -> None:
+    """A mean over nothing is null in `metrics.jsonl`. Mutation: format it as a number, and a finished run ends badly."""
+    file = trained / "metrics.jsonl"
+    file.write_text(file.read_text().replace('"head1_loss": 4.0', '"head1_loss": null'))
+    run(Settings(output=str(trained)))
+    assert re.search(r"head1, loss</td><td>5\.000</td><td>-", (trained / "report.html").read_text())
