@@ -67,7 +67,7 @@ def test_a_directory_without_steps_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_head_without_a_held_out_position_has_no_figure(trained: Path) -> None:
-    """A mean over nothing is null in `metrics.jsonl`. Mutation: format it as a number, and a finished run ends badly."""
+    """A mean over nothing is null in `metrics.jsonl`. Mutation: format it as a number; a finished run ends badly."""
     file = trained / "metrics.jsonl"
     file.write_text(file.read_text().replace('"head1_loss": 4.0', '"head1_loss": null'))
     run(Settings(output=str(trained)))
