@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator
@@ -27,6 +28,18 @@ class InUseError(Exception):
 
 
 @contextmanager
+def system_errors() -> Iterator[None]:
+    """Raise as OSError what safetensors and tokenizers, written in Rust, tell of the system in their own way."""
+    try:
+        yield
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+
+
+@contextmanager
 def replacing(target: Path) -> Iterator[Path]:
     """A path beside `target`; the file, link or directory that the caller makes there takes the target's place at last.
 
@@ -39,7 +52,8 @@ def replacing(target: Path) -> Iterator[Path]:
     work = target.with_name(TEMPORARY + target.name)
     remove(work)
     try:
-        yield work
+        with system_errors():
+            yield work
         sync(work)
         if target.is_dir() and not target.is_symlink():
             discard(target)

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
+from support import files_of_at_most, tiny_tokenizer
 
 from medusa_ds import files
 
@@ -108,3 +111,13 @@ def test_a_lock_names_its_holder_and_ends_with_it(tmp_path: Path) -> None:
         holder.kill()
     with files.lock(tmp_path / "lock", wait=True):
         assert f"pid {os.getpid()}" in (tmp_path / "lock").read_text()
+
+
+@pytest.mark.parametrize(
+    "write", [lambda file: save_file({"a": torch.zeros(999)}, file), tiny_tokenizer().save_pretrained]
+)
+def test_a_full_disk_is_an_os_error_whatever_language_met_it(tmp_path: Path, write: Any) -> None:
+    """safetensors and tokenizers raise exceptions of their own."""
+    with files_of_at_most(2000), pytest.raises(OSError) as caught, files.replacing(tmp_path / "new") as work:
+        write(work)
+    assert caught.value.errno == errno.EFBIG and not list(tmp_path.iterdir())

@@ -4,12 +4,14 @@ Its class builds five heads whatever the files say, and one residual block that 
 with more blocks the last one's weights are left, without a word. Texts stay right, but guesses are far worse.
 """
 
+import io
 from pathlib import Path
 
 import torch
 
 from medusa_ds.exporting.layouts import to_medusa
 from medusa_ds.exporting.source import Files, Source
+from medusa_ds.files import flush
 
 KINDS: tuple[str, ...] = ("medusa",)
 
@@ -18,7 +20,9 @@ def files(source: Source) -> Files:
     """What it reads."""
 
     def write(target: Path) -> None:
-        torch.save(to_medusa(source.heads, source.meta["layers"], source.projections()), target)
+        content = io.BytesIO()  # torch's own writer tells nothing of a full disk
+        torch.save(to_medusa(source.heads, source.meta["layers"], source.projections()), content)
+        flush(target, content.getbuffer())
 
     return {"medusa_lm_head.pt": write}
 

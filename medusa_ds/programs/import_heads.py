@@ -18,6 +18,7 @@ from medusa_ds.config.parsing import read_json
 from medusa_ds.config.settings import Positional, ProgramSettings
 from medusa_ds.errors import UserError
 from medusa_ds.exporting.layouts import from_other
+from medusa_ds.files import replacing
 from medusa_ds.heads.files import save_heads
 
 _FILES = ("model.safetensors", "medusa_lm_head.safetensors", "medusa_lm_head.pt")
@@ -38,7 +39,8 @@ def run(settings: Settings) -> None:
     """Write the heads in our layout.
 
     Raises:
-        UserError: no heads there, tensors that do not form heads, or a base model that nobody names.
+        UserError: no heads there, tensors that do not form heads, a base model that nobody names, or a directory that
+            cannot be written.
     """
     path, target = Path(settings.directory), Path(settings.out).absolute()
     if target.exists():
@@ -52,9 +54,13 @@ def run(settings: Settings) -> None:
     _check_shape(shape, config, path)
     kept = {key: shape[key] for key in ("num", "layers", "lm_head")}
     recipe = json.dumps({"model": {"name": base}, "heads": kept, "stage": 1, "data": {}})
-    save_heads(target / "heads", heads, {"base_model": base, "revision": None, "recipe": recipe, **shape})
-    if (path / "tokenizer_config.json").is_file():
-        AutoTokenizer.from_pretrained(path).save_pretrained(target / "heads")
+    try:
+        with replacing(target) as work:
+            save_heads(work / "heads", heads, {"base_model": base, "revision": None, "recipe": recipe, **shape})
+            if (path / "tokenizer_config.json").is_file():
+                AutoTokenizer.from_pretrained(path).save_pretrained(work / "heads")
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written ({error.strerror or error}); name a writable directory") from None
     print(f"imported {shape['num']} heads of {base}; next: medusa-ds generate {settings.out} --prompt 'Hello'")
 
 

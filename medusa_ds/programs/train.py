@@ -154,9 +154,9 @@ def _run(recipe: Recipe, recipe_file: Path, ranks: Ranks, output: Path, supervis
             tokenizer.save_pretrained(output / "heads")
         engine.export(output)  # heads.json last: it is what makes a run a finished one
         report.close()
-        engine.close()  # waits for all ranks
         if ranks.rank == 0:
             _write_page(output)
+        engine.close()  # waits for all ranks; one that ended while another still works would count as a dead one
         say(loop.summary(output) + _shipped(recipe), flush=True)
     except NonFiniteError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -167,7 +167,8 @@ def _run(recipe: Recipe, recipe_file: Path, ranks: Ranks, output: Path, supervis
 def _failures(output: Path) -> Iterator[None]:
     """One line for a disk that is full or cannot be written."""
     try:
-        yield
+        with files.system_errors():
+            yield
     except OSError as error:
         if error.errno not in _STORAGE:
             raise

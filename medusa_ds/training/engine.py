@@ -22,7 +22,6 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.ops.adam import DeepSpeedCPUAdam
-from safetensors import SafetensorError
 from torch import nn
 from transformers.integrations import HfDeepSpeedConfig
 
@@ -292,8 +291,9 @@ class MedusaEngine:
             weights = self.whole_state_dict(self.model.heads)
             if self.rank == 0:
                 save_heads(output / "heads", weights, heads_meta(self.recipe))
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{output}: the heads cannot be written ({error}); checkpoints are whole") from None
+        except OSError as error:
+            text = f"{output}: the heads cannot be written ({error.strerror or error}); checkpoints are whole"
+            raise UserError(text) from None
 
     def close(self) -> None:
         """Wait for all ranks and end the process group."""

@@ -10,7 +10,7 @@ import torch
 from exporting import MakeRun, assert_same, export_, tensors_of
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from support import tiny_tokenizer, train
+from support import files_of_at_most, tiny_tokenizer, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig, PhiForCausalLM
 
 from medusa_ds import runs
@@ -292,6 +292,28 @@ def test_what_is_there_is_only_replaced_with_force_and_only_when_all_went_well(
     assert (path / "model.safetensors").exists() and not (path / "medusa_lm_head.pt").exists()
     assert sorted(file.name for file in path.parent.iterdir()) == before
     assert (path / "model.safetensors").stat().st_mode == (path / "config.json").stat().st_mode
+
+
+@pytest.mark.parametrize(
+    "full", ["heads/heads.safetensors", "tokenizer.json", "model.safetensors", "medusa_lm_head.pt"]
+)
+def test_a_full_disk_is_one_line(
+    full: str, make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every file is written by another library, which says so in its own way."""
+    small = ("heads.lm_head=shared", "heads.num=1") if full == "tokenizer.json" else ()
+    run = make_run("run", *small)
+    target = {"medusa_lm_head.pt": "fasterdecoding", "model.safetensors": "vllm"}.get(full, "transformers")
+    sizes = {file: file.stat().st_size for file in export_(run, "whole", "--for", target).rglob("*.*")}
+    size = next(size for file, size in sizes.items() if str(file).endswith(f"whole/{full}"))
+    capsys.readouterr()
+    with files_of_at_most(size - 1), pytest.raises(SystemExit, match="2"):
+        main(["export", str(run), str(tmp_path / "out"), "--for", target])
+    assert (
+        capsys.readouterr().err
+        == f"error: {tmp_path / 'out'}: cannot be written (File too large); name a writable directory\n"
+    )
+    assert sorted(file.name for file in tmp_path.iterdir() if "out" in file.name) == []
 
 
 def test_mistakes_are_named_in_a_line(make_run: MakeRun, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

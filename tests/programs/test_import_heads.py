@@ -10,6 +10,7 @@ import pytest
 import torch
 from exporting import MakeRun, assert_same, export_
 from safetensors.torch import save_file
+from support import files_of_at_most
 
 from medusa_ds.cli import main
 from medusa_ds.errors import UserError
@@ -86,3 +87,15 @@ def test_hostile_damaged_and_foreign_files_are_refused(tmp_path: Path, monkeypat
     assert "found 1 heads of hidden size 2; config.json says 3 of 576" in refusal()
     save_file({"model.embed_tokens.weight": torch.zeros(3)}, tmp_path / "model.safetensors")
     assert "model.embed_tokens.weight; not heads" in refusal()
+
+
+def test_a_full_disk_leaves_nothing_and_is_one_line(
+    make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exported = export_(make_run(), "exported", "--for", "vllm")
+    capsys.readouterr()
+    with files_of_at_most(9000), pytest.raises(SystemExit, match="2"):
+        main(["import", str(exported), str(tmp_path / "back")])
+    error = capsys.readouterr().err
+    assert error == f"error: {tmp_path / 'back'}: cannot be written (File too large); name a writable directory\n"
+    assert not (tmp_path / "back").exists()

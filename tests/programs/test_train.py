@@ -297,3 +297,32 @@ def test_slurm_tasks_find_each_other(tiny_recipe: Path, tmp_path: Path) -> None:
     ]
     assert [task.wait(240) for task in tasks] == [0, 0]
     assert json.loads((tmp_path / "out" / "launches.jsonl").read_text())["ranks"] == 2
+
+
+AT_THE_END = """import resource
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerFast as Tokenizer
+from medusa_ds import page
+from medusa_ds.train import main
+
+def save(self, *arguments, of=Tokenizer.save_pretrained, **options):
+    resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+    return of(self, *arguments, **options)
+
+Tokenizer.save_pretrained = save
+page.write_page = lambda *_: print("the ranks are still", "together" if dist.is_initialized() else "apart")
+main()
+"""
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_the_end_of_a_run(full: bool, tiny_recipe: Path, tmp_path: Path) -> None:
+    """Mutations: write the page when other ranks have left, who then count as dead; `_failures` without
+    `system_errors`."""
+    (tmp_path / "end.py").write_text(AT_THE_END.format(limit=6000 if full else 1 << 30))
+    text = train(tmp_path / "end.py", str(tiny_recipe), log_dir=tmp_path, ends=(2,) if full else (0,))
+    assert "Traceback" not in text
+    if full:
+        assert f"error: {tmp_path / 'out'}: cannot be written (File too large); make room" in text
+    else:
+        assert "the ranks are still together" in text
