@@ -8,6 +8,7 @@ vLLM 0.28 to 0.33 with the plug-in runs them; its Python may be of another envir
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -21,9 +22,11 @@ from medusa_ds.config.types import Count
 from medusa_ds.errors import UserError
 from medusa_ds.runs import open_run
 
+RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 _PROBE = """
 from importlib import metadata, util
-print("vllm" if util.find_spec("vllm") else "", *(p.name for p in metadata.entry_points(group="vllm.general_plugins")))
+print("vllm" if util.find_spec("vllm") else "", *("named" for d in metadata.distributions(name="vllm")))
+print(*(p.name for p in metadata.entry_points(group="vllm.general_plugins")))
 """
 
 
@@ -65,10 +68,10 @@ def run(settings: Settings) -> None:
     command = [settings.python, "-m", "vllm.entrypoints.cli.main", "serve", base]
     command += ["--speculative-config", json.dumps(speculative), *settings.options]
     if settings.dry_run:
-        print(" ".join(command))
+        print(f"{RUNNER}=1 {shlex.join(command)}")
         return
     sys.stdout.flush()
-    os.execve(settings.python, command, {**os.environ, "VLLM_USE_V2_MODEL_RUNNER": "1"})
+    os.execve(settings.python, command, {**os.environ, RUNNER: "1"})
 
 
 def _check_environment(python: str) -> None:
@@ -78,6 +81,8 @@ def _check_environment(python: str) -> None:
         raise UserError(f"--python: {python}: does not run ({' '.join(str(error).split())[:200]})") from None
     if "vllm" not in found:
         raise UserError(f"{python}: found no vLLM; pip install 'vllm>=0.28,<0.34' there, or name another with --python")
+    if "named" not in found:
+        raise UserError(f"{python}: 'vllm serve' asks for a distribution named vllm, found another's (docs/serving.md)")
     if "medusa" not in found:
         raise UserError(f"{python}: vLLM has no Medusa plug-in; pip install plugins/vllm of medusa-ds there")
 

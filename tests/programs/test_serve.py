@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def served(argv: list[str], capfd: pytest.CaptureFixture[str]) -> tuple[list[str
 def test_vllm_is_started_with_an_export_and_all_further_options(
     make_run: MakeRun, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, python = make_run(), environment(tmp_path, "vllm medusa other")
+    run, python = make_run(), environment(tmp_path, "vllm named medusa other")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     argv = [str(run), "--python", python, "--port", "8001", "--enforce-eager"]
@@ -60,18 +61,29 @@ def test_vllm_is_started_with_an_export_and_all_further_options(
     assert arguments[3] == "here" and str(export) in arguments[5]
 
 
+def test_a_dry_run_prints_what_a_shell_takes(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
+    """Mutation: join the arguments without quotes."""
+    export = export_(make_run(), "out", "--for", "vllm")
+    capsys.readouterr()
+    main(["serve", str(export), "--python", "some python", "--dry-run", "--port", "8001"])
+    runner, python, *arguments = shlex.split(capsys.readouterr().out)
+    assert (runner, python) == ("VLLM_USE_V2_MODEL_RUNNER=1", "some python") and arguments[-2:] == ["--port", "8001"]
+    assert json.loads(arguments[arguments.index("--speculative-config") + 1])["model"] == str(export)
+
+
 def test_what_is_missing_is_said_in_a_line(
     make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     export = str(export_(make_run(), "out", "--for", "vllm"))
     other = str(make_run("other", "heads.layers=2"))
-    ready = ["--python", environment(tmp_path, "vllm medusa")]
+    ready = ["--python", environment(tmp_path, "vllm named medusa")]
     for argv, text in (
         ([export, "--python", str(tmp_path / "nothing")], "does not run"),
         ([export, *ready, "--num-speculative-tokens", "4"], "found 4; there are 3 heads"),
         ([other, *ready, "--out", export], "has other heads than"),
-        ([export, "--python", environment(tmp_path, "vllm")], "vLLM has no Medusa plug-in"),
+        ([export, "--python", environment(tmp_path, "vllm named")], "vLLM has no Medusa plug-in"),
+        ([export, "--python", environment(tmp_path, "vllm medusa")], "asks for a distribution named vllm"),
         ([export, "--python", environment(tmp_path, "")], "found no vLLM"),
     ):
         with pytest.raises(SystemExit) as status:
