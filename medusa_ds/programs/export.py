@@ -79,6 +79,7 @@ def run(settings: Settings) -> None:
         source = _truncate(source, _recipe(source.meta["recipe"]), settings.vocab)
     chosen, kind = [target for target in TARGETS if target in asked or "all" in asked], source.meta["kind"]
     biased = any(name.endswith("projection.bias") for name in source.heads)
+    biased |= source.shared and source.model is not None and source.model.get_output_embeddings().bias is not None
     found = "heads whose projections have a bias, as the model's LM head has" if biased else f"heads.kind {kind}"
     able = [target for target in TARGETS if target == "transformers" or (kind in TARGETS[target].KINDS and not biased)]
     for lacking in [target for target in chosen if target not in able]:

@@ -440,14 +440,16 @@ def test_push_sends_the_backbone_to_a_repository_of_its_own(
     assert "is complete: upload it later" in capsys.readouterr().err and (path.parent / "again").is_dir()
 
 
-def test_heads_with_a_bias_are_for_transformers_alone(tiny_recipe, tmp_path, capsys):
+@pytest.mark.parametrize("lm_head", ["own", "shared"])
+def test_heads_with_a_bias_are_for_transformers_alone(tiny_recipe, tmp_path, capsys, lm_head):
     """No engine's file has a place for it. Mutation: export them all the same, and guesses are others there."""
     config = PhiConfig(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
     PhiForCausalLM(config).save_pretrained(tmp_path / "phi")
     tiny_tokenizer().save_pretrained(tmp_path / "phi")
     recipe = tmp_path / "phi.yaml"
     name = next(line for line in tiny_recipe.read_text().splitlines() if line.startswith("  name:"))
-    recipe.write_text(tiny_recipe.read_text().replace(name, f"  name: {tmp_path / 'phi'}"))
+    text = tiny_recipe.read_text().replace(name, f"  name: {tmp_path / 'phi'}")
+    recipe.write_text(text.replace("heads:\n", f"heads:\n  lm_head: {lm_head}\n"))
     out = tmp_path / "exported"
     with pytest.raises(SystemExit, match="2"):
         main(["export", str(out), "--untrained", str(recipe), "--for", "vllm"])
