@@ -1,6 +1,6 @@
 """A recipe: one YAML file plus dotted overrides, typed and checked before any hub, GPU or process group is touched.
 
-`Recipe.load` reports every mistake of a file at once; the sections and their keys stand in `recipe_sections`. A
+`Recipe.load` reports every mistake of a file at once; the sections and their keys stand in `sections`. A
 relative path is looked for beside the recipe, then in the folder above it, then in the working directory; one that an
 override names is looked for in the working directory first. `output` and `heads.init_from`, which is another run's
 output, are relative to the working directory.

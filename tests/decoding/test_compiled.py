@@ -50,10 +50,10 @@ def test_a_patched_model_is_refused(patched):
     """Liger replaces modules' `forward`, and classes for models built later. Mutation: ask for one of them only."""
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=120, **sizes))
-    mlp = model.model.layers[0].mlp
+    norm = model.model.layers[0].input_layernorm
     if patched == "forward":
-        mlp.forward = mlp.forward
+        norm.forward = norm.forward
     else:
-        mlp.__class__ = type("LigerSwiGLUMLP", (type(mlp),), {"__module__": "liger_kernel.transformers.swiglu"})
+        norm.__class__ = type("LigerRMSNorm", (type(norm),), {"__module__": "liger_kernel.transformers.rms_norm"})
     with pytest.raises(AssertionError, match="patched"):
         Decoder(model, [], chain(0), compile_step=True)

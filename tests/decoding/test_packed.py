@@ -5,29 +5,26 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from medusa_ds.decoding.kernels import packed
-from medusa_ds.decoding.kernels.packed import pack_projections
+from medusa_ds.decoding.kernels.packed import GatedMLP, pack_projections
+
+
+def build(family, **changes):
+    """A random model in fp64 with a bias wherever it has one, and token ids [2, 11]."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
+    config = AutoConfig.for_model(family, vocab_size=90, **sizes, **heads, **changes)
+    model = AutoModelForCausalLM.from_config(config).double().eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    return model, torch.randint(0, 90, (2, 11))
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_outputs_are_those_of_the_unpacked_model(family):
     """Mutation: swap the two parts that follow the first."""
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        family,
-        vocab_size=90,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        initializer_range=0.3,
-    )
-    model = AutoModelForCausalLM.from_config(config).double().eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(parameter)
-    ids = torch.randint(0, 90, (2, 11))
+    model, ids = build(family)
     wanted, parameters = model(ids).logits, sum(p.numel() for p in model.parameters())
     pack_projections(model)
     torch.testing.assert_close(model(ids).logits, wanted, rtol=1e-12, atol=1e-12)
@@ -37,25 +34,21 @@ def test_outputs_are_those_of_the_unpacked_model(family):
     torch.testing.assert_close(model(ids).logits, wanted, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(("family", "act", "gated"), [("llama", "silu", 2), ("llama", "gelu", 0), ("qwen3", "silu", 2)])
-def test_what_the_kernel_gates_is_what_the_model_gates(family, act, gated, monkeypatch):
-    """The kernel's place, in plain PyTorch. Mutations: gate whatever has the class; pack what is packed again."""
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        family,
-        vocab_size=90,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        initializer_range=0.3,
-        hidden_act=act,
-    )
-    model = AutoModelForCausalLM.from_config(config).double().eval()
-    ids, calls = torch.randint(0, 90, (2, 11)), []
-    wanted = model(ids).logits
+@pytest.mark.parametrize(
+    ("family", "changes", "packs", "gated"),
+    [
+        ("llama", {}, 2, 2),
+        ("llama", {"hidden_act": "gelu"}, 2, 0),
+        ("llama", {"mlp_bias": True}, 2, 0),
+        ("olmo2", {}, 2, 2),
+        ("falcon_h1", {"mlp_multipliers": [0.5, 2.0], "mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8}, 0, 0),
+        ("falcon_h1", {"mlp_multipliers": [1.0, 1.0], "mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8}, 2, 2),
+    ],
+)
+def test_an_mlp_is_packed_and_gated_by_what_it_computes(family, changes, packs, gated, monkeypatch):
+    """The kernel's place, in plain PyTorch. Mutations: pack whatever has the names; gate whatever is packed."""
+    model, ids = build(family, **changes)
+    calls, wanted = [], model(ids, use_cache=False).logits
 
     def gated_linear(hidden, weight, ahead):
         calls.append(ahead)
@@ -66,5 +59,6 @@ def test_what_the_kernel_gates_is_what_the_model_gates(family, act, gated, monke
     monkeypatch.setattr(packed, "gated_linear", gated_linear)
     pack_projections(model)
     pack_projections(model)
-    torch.testing.assert_close(model(ids).logits, wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(model(ids, use_cache=False).logits, wanted, rtol=1e-12, atol=1e-12)
+    assert sum(isinstance(module, GatedMLP) for module in model.modules()) == packs
     assert len(calls) == gated

@@ -6,7 +6,6 @@ side in one matrix they cost one product each. Those that stand alone are replac
 by a kernel of ours, and every product knows the weight that is read after its own.
 """
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -14,14 +13,12 @@ from torch import Tensor, nn
 
 from medusa_ds.decoding.kernels.few_rows import gated_linear, gates, linear
 
-GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("o_proj",), ("down_proj",))
+GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj",), ("up_proj",), ("down_proj",))
 """Names of projections that get the same input, in the order in which all layers of transformers call them."""
-GATED = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
-"""Classes of transformers that compute `down_proj(act_fn(gate_proj(x)) * up_proj(x))`; others may have factors."""
 
 
-class _First(nn.Module):
-    """Multiplies by all weights of a group, returns its own part and keeps the others' for their calls."""
+class Packed(nn.Module):
+    """The projections of one input: from [..., K] to [..., N], N the columns of all of them."""
 
     ahead: nn.Parameter  # the weight that is multiplied by next; no parameter of this module
 
@@ -31,11 +28,22 @@ class _First(nn.Module):
         self.weight = nn.Parameter(torch.cat(weights) if len(weights) > 1 else weights[0], requires_grad=False)
         bias = [linear.bias.data for linear in linears if linear.bias is not None]
         self.bias = nn.Parameter(torch.cat(bias), requires_grad=False) if bias else None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """All projections of [..., K]."""
+        return linear(hidden, self.weight, self.bias, self.ahead)
+
+
+class _First(Packed):
+    """Multiplies by all weights of a group, returns its own part and keeps the others' for their calls."""
+
+    def __init__(self, linears: list[nn.Linear]) -> None:
+        super().__init__(linears)
         self.sizes = [linear.out_features for linear in linears]
         self.rest: list[Tensor] = []
 
     def forward(self, hidden: Tensor) -> Tensor:
-        first, *rest = linear(hidden, self.weight, self.bias, self.ahead).split(self.sizes, -1)
+        first, *rest = super().forward(hidden).split(self.sizes, -1)
         self.rest = list(rest)  # torch.compile of PyTorch 2.11 makes a tuple of it
         return first
 
@@ -51,38 +59,58 @@ class _Other(nn.Module):
         return self.first.rest.pop(0)
 
 
-class _Gating:
-    """Comes before a class of `GATED` with packed projections: few rows are gated in the product's kernel.
+class GatedMLP(nn.Module):
+    """`down_proj(act_fn(gate_proj(x)) * up_proj(x))`; where that is SiLU, one kernel does it for a few rows."""
 
-    All else goes transformers' own way, so that a plain step is compiled from the same code as without this class.
-    """
+    def __init__(self, mlp: Any) -> None:
+        super().__init__()
+        self.gate_and_up, self.act_fn = Packed([mlp.gate_proj, mlp.up_proj]), mlp.act_fn
+        self.down_proj = Packed([mlp.down_proj])
+        some = _some_rows(mlp.gate_proj)
+        self.has_kernel = self.gate_and_up.bias is None and torch.equal(self.act_fn(some), nn.functional.silu(some))
 
-    def forward(self: Any, hidden: Tensor) -> Any:
-        first = self.gate_proj
-        if gates(hidden, first.weight):
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Apply the MLP to [..., H]."""
+        first = self.gate_and_up
+        if self.has_kernel and gates(hidden, first.weight):
             return self.down_proj(gated_linear(hidden, first.weight, first.ahead))
-        return super().forward(hidden)  # type: ignore[misc]
+        gate, up = first(hidden).chunk(2, -1)
+        return self.down_proj(self.act_fn(gate) * up)
 
 
-@cache
-def _gating(mlp: type) -> type:
-    return type(mlp.__name__, (_Gating, mlp), {})
-
-
-def _can_gate(mlp: Any) -> bool:
-    if type(mlp).__name__ not in GATED or isinstance(mlp, _Gating) or "forward" in vars(mlp):
+def _is_gated_mlp(module: Any) -> bool:
+    """Whether a module of transformers computes just what `GatedMLP` does."""
+    linears: list[Any] = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    if any(type(linear) is not nn.Linear for linear in linears) or "forward" in vars(module):
         return False
-    return mlp.config.hidden_act == "silu" and isinstance(mlp.gate_proj, _First) and mlp.gate_proj.bias is None
+    gate, up, down = linears
+    if (gate.bias is None) != (up.bias is None) or gate.weight.shape != up.weight.shape:
+        return False
+    some = _some_rows(gate)
+    try:
+        return torch.equal(module(some), down(module.act_fn(gate(some)) * up(some)))
+    except (AttributeError, TypeError):  # it has no such function, or needs more than its input
+        return False
+
+
+def _some_rows(linear: nn.Linear) -> Tensor:
+    return torch.linspace(-2, 2, 2 * linear.in_features).view(2, -1).to(linear.weight)
 
 
 @torch.no_grad()
 def pack_projections(backbone: nn.Module) -> None:
-    """Put the projections of `GROUPS` side by side and let `GATED` gate in the kernel, in place, for inference only.
+    """Put projections of one input side by side, in place, for inference only.
 
     Needs room for one layer's copy.
     """
     for path in [path for path, _ in backbone.named_modules()]:  # names hold no weights
-        module = backbone.get_submodule(path)
+        try:
+            module = backbone.get_submodule(path)
+        except AttributeError:  # it was packed with what holds it
+            continue
+        if _is_gated_mlp(module):
+            backbone.set_submodule(path, GatedMLP(module))
+            continue
         for names in GROUPS:
             linears = [getattr(module, name, None) for name in names]
             plain = [linear for linear in linears if type(linear) is nn.Linear]
@@ -92,9 +120,6 @@ def pack_projections(backbone: nn.Module) -> None:
             setattr(module, names[0], first)
             for name in names[1:]:
                 setattr(module, name, _Other(first))
-        if _can_gate(module):
-            own_class: Any = type(module)
-            module.__class__ = _gating(own_class)
-    packed = [module for module in backbone.modules() if isinstance(module, _First)]
+    packed = [module for module in backbone.modules() if isinstance(module, Packed)]
     for module, following in zip(packed, packed[1:] + packed[:1], strict=True):
-        module.__dict__["ahead"] = following.weight
+        module.__dict__["ahead"] = following.weight  # no parameter of its own
