@@ -277,8 +277,9 @@ def use_liger_layers(backbone: PreTrainedModel) -> None:
     patch = getattr(liger_kernel.transformers, FAMILIES[backbone.config.model_type])
     patch(rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False, model=backbone)
     for name, replaced in [(name, value) for name, value in before.items() if vars(module)[name] is not value]:
-        both = replaced if isinstance(replaced, type) else _by_device(vars(module)[name], replaced)
-        setattr(module, name, both)  # the model's own layers know Liger's without the class's name
+        keeps = isinstance(replaced, type) or replaced.__module__ == __name__  # a class, or done for another model
+        # the model's own layers know Liger's without the class's name
+        setattr(module, name, replaced if keeps else _by_device(vars(module)[name], replaced))
 
 
 def _by_device(on_gpu: Any, on_cpu: Any) -> Any:

@@ -87,10 +87,15 @@ def find_facts(asked: Asked) -> Facts:
         UserError: heads cannot be trained on it: its logits are no product of hidden states and a matrix, an earlier
             token sees a later one, or no small model can be made of the config.
     """
-    logits, twin = find_logits(asked), build_twin(asked)
+    logits = find_logits(asked)
+    if asked.attention is None:  # one answer for both ways to ask
+        with torch.device("meta"):
+            chosen = asked.build(asked.config).config._attn_implementation
+        return find_facts(asked._replace(attention=chosen))
+    twin = build_twin(asked)
     with torch.no_grad():
         _check_hidden_states(asked, twin)
-        return Facts(logits, str(twin.config._attn_implementation), _why_not_packed(twin), _find_limit(twin))
+        return Facts(logits, asked.attention, _why_not_packed(twin), _find_limit(twin))
 
 
 @functools.cache

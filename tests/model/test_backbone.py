@@ -348,3 +348,6 @@ def test_liger_layers_of_one_model_leave_others_on_a_cpu_as_they_are(monkeypatch
     assert "forward" in vars(backbone.model.norm) and "forward" in vars(backbone.model.layers[0].mlp)
     config = LlamaConfig(hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
     assert find_facts(Asked(config)).packing is None
+    rotation = module.apply_rotary_pos_emb
+    use_liger_layers(load_backbone(random(), torch.float32, device="cpu"))
+    assert module.apply_rotary_pos_emb is rotation, "a second model nests nothing"
