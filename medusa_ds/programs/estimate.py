@@ -17,7 +17,6 @@ from pydantic import Field
 
 from medusa_ds.config import deepspeed as ds_config
 from medusa_ds.config.deepspeed import zero_settings
-from medusa_ds.config.loading import SHAPES
 from medusa_ds.config.recipe import Recipe, shipped
 from medusa_ds.config.settings import RecipeSettings
 from medusa_ds.config.types import Count, Positive, either
@@ -80,14 +79,11 @@ def run(settings: Settings) -> None:
     """
     from medusa_ds.data.packing import load_data
     from medusa_ds.decoding.session import describe
-    from medusa_ds.model.backbone import load_config, load_tokenizer, settled
+    from medusa_ds.model.backbone import load_config, load_tokenizer, settled, without_hub
 
     recipe, gpu = settings.load_recipe(), _find_gpu(settings.gpu)
     tokenizer = load_tokenizer(recipe.model) if settings.count_data else None
-    shape = SHAPES.get(recipe.model.name) if recipe.model.init == "pretrained" else None
-    if shape and not Path(recipe.model.name).is_dir():  # without the hub
-        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"config": shape})})
-    recipe = settled(recipe)
+    recipe = settled(without_hub(recipe))
     print(*describe(recipe.model), "", sep="\n")
     data = load_data(recipe, tokenizer) if tokenizer else None
     config = load_config(recipe.model).get_text_config()

@@ -1,10 +1,8 @@
-"""Check a recipe with its DeepSpeed config and the files it names; touches no hub and no GPU.
+"""Check a recipe with its DeepSpeed config and the files it names, then what its model can do; touches no GPU.
 
 Example:
     medusa-ds validate smollm2_135m_stage1 train.lr=1e-3 --world-size 2
 """
-
-from pathlib import Path
 
 from medusa_ds.config.settings import RecipeSettings
 from medusa_ds.config.types import Count
@@ -18,17 +16,20 @@ class Settings(RecipeSettings):
 
 
 def run(settings: Settings) -> None:
-    """Print what the model can do, where its config is in the recipe or in a directory, and `ok`.
+    """Print what the model can do, where its config can be had, and `ok`.
 
     Raises:
-        UserError: every mistake of the recipe; or its model cannot do what it asks for.
+        UserError: every mistake of the recipe, before a hub is asked; or its model cannot do what it asks for.
     """
     recipe = settings.load_recipe(planning=False)
-    if "model_type" in recipe.model.config or Path(recipe.model.name).is_dir():
-        from medusa_ds.decoding.session import describe
-        from medusa_ds.model.backbone import settled
-
-        print(*describe(settled(recipe).model), sep="\n")
     if settings.world_size:
         recipe.ds_config(settings.world_size, on_gpu=True)
+
+    from medusa_ds.decoding.session import describe
+    from medusa_ds.model.backbone import UnreachableError, settled, without_hub
+
+    try:
+        print(*describe(settled(without_hub(recipe)).model), sep="\n")
+    except UnreachableError as error:
+        print(f"the model was not asked what it can do: {error}")
     print("ok")

@@ -1,0 +1,68 @@
+"""What a recipe's model can do is told before anything is trained, wherever its config comes from."""
+
+import pytest
+
+from medusa_ds.cli import main
+from medusa_ds.model import backbone
+
+LLAMA = [
+    "logits: hidden states times the LM head",
+    "packing: conversations share sequences",
+    "attention: sdpa",
+    "decoding: with heads and without",
+]
+HYBRID = """{model_type: lfm2, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 4, num_attention_heads: 4,
+  num_key_value_heads: 2, layer_types: [conv, full_attention, conv, full_attention], vocab_size: 99}"""
+
+
+@pytest.fixture
+def said(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def say(command, *overrides):
+        main([command, "smollm2_135m_stage1", *overrides])
+        return capsys.readouterr().out.splitlines()
+
+    return say
+
+
+def test_a_shipped_models_facts_need_no_hub(said, monkeypatch):
+    """Mutation: ask for the config where the model is known."""
+    monkeypatch.setattr(backbone, "model_path", lambda spec: pytest.fail(f"asked for {spec.name}"))
+    assert said("validate") == [*LLAMA, "ok"]
+    assert said("estimate")[:4] == LLAMA
+
+
+def test_a_directory_and_a_package_are_asked(said, monkeypatch, tiny_model):
+    """Mutation: ask directories alone."""
+    place = [f"model.name={tiny_model}", "model.package=", "data.max_length=64"]
+    assert said("validate", *place) == [*LLAMA, "ok"]
+    monkeypatch.setattr(backbone, "_from_package", lambda *_: tiny_model)
+    backbone._remote_path.cache_clear()
+    assert said("validate", "model.name=o/m", "model.package.stands_for=o/m", "data.max_length=64") == [*LLAMA, "ok"]
+    backbone._remote_path.cache_clear()
+
+
+def test_where_no_config_can_be_had_the_recipe_alone_is_checked(said):
+    first, last = said("validate", "model.name=o/m", "model.package=")
+    assert first.startswith("the model was not asked what it can do: model.name: o/m is neither") and last == "ok"
+
+
+def test_a_model_with_a_state_is_told_in_four_lines(said):
+    """Mutation: print nothing of packing or decoding."""
+    packing, decoding = said("validate", "model.init=random", f"model.config={HYBRID}")[1:4:2]
+    assert packing == (
+        "packing: one conversation a sequence, since lfm2 does not keep documents of one sequence apart by their "
+        "position ids"
+    )
+    assert decoding == (
+        "decoding: none: layers of lfm2 carry a state that cannot go back to an earlier token; heads can be trained "
+        "and exported"
+    )
+
+
+def test_packing_that_a_model_cannot_do_is_an_error(said, capsys):
+    """Mutation: pack what comes."""
+    with pytest.raises(SystemExit):
+        said("validate", "model.init=random", f"model.config={HYBRID}", "data.packing=true")
+    assert "data.packing: found true, but lfm2 does not keep documents" in capsys.readouterr().err
