@@ -133,11 +133,11 @@ class Chat:
             UnusableRow: see `encode`.
         """
         _check(messages, tools)
-        return self.coder.ids(self._renderer(tools, template_args)(self._marked(messages), True))
+        return self.coder.ids(self._render([self._marked(messages)], True, tools, template_args)[0])
 
     def before_prompt(self) -> str:
         """What the template writes before a user's first turn."""
-        return self._renderer(None, None)([{"role": "user", "content": _PROBE}], False).partition(_PROBE)[0]
+        return self._render([[{"role": "user", "content": _PROBE}]], False)[0].partition(_PROBE)[0]
 
     def unread(self, messages: list[Message]) -> list[str]:
         """Notes on what the template leaves out of these messages."""
@@ -158,11 +158,11 @@ class Chat:
         turns = [turn for turn in turns if "untrained" not in messages[turn]]
         if turns[:1] == [0]:
             raise UnusableRow("begins with an assistant turn")
-        render, marked = self._renderer(tools, template_args), self._marked(messages)
-        full = render(marked, False)
-        if BORDER.sub("", full) != BORDER.sub("", render(_without_borders(marked), False)):
+        marked = self._marked(messages)
+        full, plain = self._render([marked, _without_borders(marked)], False, tools, template_args)
+        if BORDER.sub("", full) != BORDER.sub("", plain):
             raise UnusableRow("the chat template alters a message's text")
-        prompts = [render(marked[:turn], True) for turn in turns]
+        prompts = self._render([marked[:turn] for turn in turns], True, tools, template_args) if turns else []
         if turns and messages[0]["role"] == "system" and opening(0) not in full and opening(0) in prompts[-1]:
             # Mistral's template writes the system turn into the last user turn, but only when that one comes last.
             inside, begin = _begin(full, turns[-1], prompts[-1])
@@ -172,29 +172,26 @@ class Chat:
             full = full[:begin] + BEGIN + full[begin:]
         return self.coder.encode(full, turns, {i for i in turns if messages[i].get("unfinished")}, ends)
 
-    def _renderer(
-        self, tools: list[Any] | None, template_args: dict[str, Any] | None
-    ) -> Callable[[list[Message], bool], str]:
-        """Renders messages, up to the assistant's next turn if the second argument says so."""
-        template = self.tokenizer.get_chat_template(self.args.get("chat_template"), tools)
-        args = {**self.args, **self.coder.hide(template_args or {}), "chat_template": template, "tokenize": False}
-        hidden_tools = self.coder.hide(tools)
-
-        def render(messages: list[Message], prompt: bool) -> str:
-            try:
-                return str(
-                    self.tokenizer.apply_chat_template(messages, hidden_tools, add_generation_prompt=prompt, **args)
-                )
-            except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
-                why = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-                raise UnusableRow(f"the chat template refuses it: {why}") from None
-
-        return render
+    def _render(
+        self,
+        conversations: list[list[Message]],
+        prompt: bool,
+        tools: list[Any] | None = None,
+        template_args: dict[str, Any] | None = None,
+    ) -> list[str]:
+        """What the template makes of each conversation, up to the assistant's next turn if `prompt` says so."""
+        args = self.args | self.coder.hide(template_args or {})
+        args |= {"tokenize": False, "add_generation_prompt": prompt}
+        try:
+            return list(self.tokenizer.apply_chat_template(conversations, self.coder.hide(tools), **args))
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
+            why = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+            raise UnusableRow(f"the chat template refuses it: {why}") from None
 
     def _try(self, messages: list[Message]) -> str:
         """What the template makes of messages; nothing where it refuses them."""
         try:
-            return self._renderer(None, None)(messages, False)
+            return self._render([messages], False)[0]
         except UnusableRow:
             return ""
 

@@ -27,14 +27,17 @@ _LISTS = ("messages", "conversations", "conversation")
 _ROLES = {
     "system": ("system", "developer"),
     "user": ("user", "human"),
-    "assistant": ("assistant", "gpt", "chatgpt", "bing", "bard", "model", "function_call"),
-    "tool": ("tool", "function", "observation", "ipython", "tool_results"),
+    "assistant": ("assistant", "gpt", "chatgpt", "bing", "bard", "model", "ai", "function_call", "tool_call"),
+    "tool": ("tool", "function", "observation", "ipython", "tool_results", "tool_response"),
 }
 _ROLE = {name: role for role, names in _ROLES.items() for name in names}
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-_SWITCHES = {"weight", "train", "trainable", "loss_mask", "loss"}
-_UNKNOWN = {"mask", "masked", "label", "labels", "learn", "ignore", "prefix", "partial", "refusal"}
-_UNKNOWN_OF_ROWS = _SWITCHES | _UNKNOWN | {"images", "videos", "audios"}
+_SWITCHES = {"weight", "train", "trainable", "training", "loss_mask", "loss"}
+_MEANING = re.compile(  # of a key with one of these words, which says something wherever it is known
+    r"(\w*_)?(mask(s|ed)?|weights?|train(able|ed|ing)?|loss|labels?|learn|ignored?|prefix|partial|refusal"
+    r"|reason(ing)?|think(ing)?|thoughts?|(image|video|audio)s?)(_\w*)?"
+)
+_READ = {"role", "from", "content", "value", "tool_calls", "function_call", "tool_call_id", "name", "unfinished"}
 _RESERVED = {"chat_template", "tools", "documents", "tokenize", "add_generation_prompt", "continue_final_message"}
 _NAME = re.compile(r"[\w.-]{1,40}")
 
@@ -79,31 +82,32 @@ def read_row(row: Any) -> Row:
     """
     if isinstance(row, UnusableRow):
         raise row
-    row = _without_none(row) if isinstance(row, dict) else {}
+    row = _without_none(row)
     layout, turns = _find_turns(row)
-    notes = [
-        f"{key} of a row, which is not known here" for key in sorted(row.keys() & _UNKNOWN_OF_ROWS) if row[key] != []
-    ]
+    unread = [key for key in sorted(row) if _MEANING.fullmatch(key) and row[key] not in ("", [], {})]
+    notes = [f"{_named(key)} of a row, which is not known here" for key in unread]
     messages = [read_turn(turn, notes) for turn in turns]
+    messages = [turn for turn in messages if turn["role"] != "system" or turn["content"].strip()]
     for key in ("system", "system_prompt"):
-        if isinstance(row.get(key), str) and messages:
-            if messages[0]["role"] != "system":
-                messages.insert(0, {"role": "system", "content": row[key]})
-            elif row[key].strip() not in ("", messages[0]["content"].strip()):
-                notes.append(f"{key} beside a system turn, which stands above it")
-    tools = parsed(row.get("tools"))
-    if tools is None and isinstance(functions := parsed(row.get("functions")), list):
-        tools = [{"type": "function", "function": function} for function in functions]
-    if not isinstance(tools, list | None):
+        text = row.get(key) or ""
+        if not isinstance(text, str):
+            notes.append(f"{key} of a row, which is not text")
+        elif text.strip() and messages and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": text})
+        elif text.strip() and messages and text.strip() != messages[0]["content"].strip():
+            notes.append(f"{key} beside a system turn, which stands above it")
+    tools, functions = (parsed(row.get(key)) or None for key in ("tools", "functions"))
+    if not isinstance(tools, list | None) or not isinstance(functions, list | None):
         raise UnusableRow("tools that are not a list")
+    if tools is None and functions:
+        tools = [{"type": "function", "function": function} for function in functions]
     if layout == "conversations" and tools:  # LLaMA-Factory's are bare schemas
         tools = [{"type": "function", "function": t} if isinstance(t, dict) and "name" in t else t for t in tools]
     args = parsed(row.get("chat_template_kwargs", {}))
     if not isinstance(args, dict) or _RESERVED & args.keys():
         found = ", ".join(sorted(_RESERVED & args.keys())) if isinstance(args, dict) else "no object"
         raise UnusableRow(f"chat_template_kwargs: found {found}; allowed are arguments of the template alone")
-    messages = [turn for turn in messages if turn["role"] != "system" or turn["content"].strip()]
-    return Row(messages, tools or None, args, layout, notes)
+    return Row(messages, tools, args, layout, notes)
 
 
 def _find_turns(row: dict[str, Any]) -> tuple[str, list[Any]]:
@@ -130,7 +134,7 @@ def _find_turns(row: dict[str, Any]) -> tuple[str, list[Any]]:
         return "instruction + output", [
             {"role": role, "content": text} for role, text in zip(roles, texts, strict=False)
         ]
-    keys = ", ".join(sorted(key if _NAME.fullmatch(key) else "..." for key in row)[:8]) or "none"
+    keys = ", ".join(sorted(_named(key) for key in row)[:8]) or "none"
     raise UnusableRow(f"no known layout in its keys: {keys}; known are {LAYOUTS}")
 
 
@@ -146,22 +150,24 @@ def read_turn(turn: Any, notes: list[str]) -> Message:
     Raises:
         UnusableRow: see `read_row`.
     """
-    turn = turn if isinstance(turn, dict) else {}
+    turn = _without_none(turn)
     name = turn.get("from", turn.get("role"))
     name = name.strip().lower() if isinstance(name, str) else ""
     role = _ROLE.get(name)
     content, calls = turn.get("value", turn.get("content")), turn.get("tool_calls") or turn.get("function_call") or []
     if role is None:
-        raise UnusableRow("unknown role")
-    if name == "function_call":
+        raise UnusableRow(f"unknown role: {_named(name)}")
+    calls = parsed(calls)
+    if name in ("function_call", "tool_call"):
         content, calls = "", parsed(content)
         if not isinstance(calls, dict | list):
             raise UnusableRow("a tool call that is not JSON")
-    if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
-        if not all(str(part.get("type", "text")).endswith("text") for part in content):
-            raise UnusableRow("a content with parts that are not text")
-        content = "".join(part["text"] for part in content)
-    thoughts = next((turn[key] for key in _THOUGHTS if turn.get(key)), "")
+    if role == "tool" and isinstance(content, dict | list) and not _are_parts(content):
+        content = json.dumps(content, ensure_ascii=False)
+    if isinstance(content, list):
+        content, inner = _join(content)
+        turn |= {"thinking": inner} if inner else {}
+    thoughts = next((turn[key] for key in _THOUGHTS if turn.get(key)), "") if role == "assistant" else ""
     if content is None and (calls or thoughts):
         content = ""
     if not isinstance(content, str):
@@ -171,26 +177,45 @@ def read_turn(turn: Any, notes: list[str]) -> Message:
     if not content.strip() and not calls and not thoughts.strip() and role in ("user", "assistant"):
         raise UnusableRow(f"an empty {role} turn")
     message: Message = {"role": role, "content": content}
-    if role == "assistant" and thoughts.strip():
+    if thoughts.strip():
         message["reasoning_content"] = thoughts
     message |= {key: turn[key] for key in ("tool_call_id", "name") if key in turn}
     if role == "assistant" and turn.get("unfinished") is True:
         message["unfinished"] = True
     if calls:
         message["tool_calls"] = [_read_call(call) for call in (calls if isinstance(calls, list) else [calls])]
-    for key in sorted(turn.keys() & (_SWITCHES | _UNKNOWN)):
-        _obey(key, turn[key], message, notes)
+    for key in sorted(turn.keys() - _READ):
+        if key in _SWITCHES:
+            _obey(key, turn[key], message, notes)
+        elif _MEANING.fullmatch(key) and (role != "assistant" or key not in _THOUGHTS):
+            notes.append(f"{_named(key)} of a turn, which is not known here")
     return message
 
 
+def _are_parts(content: Any) -> bool:
+    return isinstance(content, list) and all(isinstance(part, dict) and "type" in part for part in content)
+
+
+def _join(parts: list[Any]) -> tuple[str, str]:
+    """The content and the thoughts in a list of parts."""
+    texts: tuple[list[str], list[str]] = ([], [])
+    for part in parts:
+        kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
+        thinks = kind in ("thinking", "reasoning")
+        text = part.get("text", part.get(kind)) if thinks or str(kind).endswith("text") else None
+        text = _join(text)[0] if thinks and isinstance(text, list) else text
+        if not isinstance(text, str):
+            raise UnusableRow(f"a content with parts that are not text: {_named(str(kind))}")
+        texts[thinks].append(text)
+    return "".join(texts[0]), "".join(texts[1])
+
+
 def _obey(key: str, value: Any, message: Message, notes: list[str]) -> None:
-    """A key that says whether a turn is learnt from, or one that says something that is not known here."""
+    """A key that says whether a turn is learnt from."""
     role = message["role"]
-    if key in _UNKNOWN:
-        notes.append(f"{key} of a turn, which is not known here")
-    elif not isinstance(value, int | float) or value not in (0, 1):
+    if not isinstance(value, int | float) or value not in (0, 1):
         raise UnusableRow(f"{key} of a turn: found {json.dumps(value)[:40]}; allowed are 0 and 1, false and true")
-    elif role == "assistant" and not value:
+    if role == "assistant" and not value:
         message["untrained"] = f"{key}: {json.dumps(value)}"
         notes.append(f"turn that is not learnt from, by {message['untrained']}")
     elif role != "assistant" and value and key != "weight":
@@ -201,9 +226,9 @@ def _read_call(call: Any) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise UnusableRow("a tool call without a function name")
-    arguments = function.get("arguments", {})
-    read = {key: call[key] for key in ("id",) if key in call} | {"type": "function"}
-    read["function"] = {"name": function["name"], "arguments": parsed(arguments)}
+    arguments = {} if function.get("arguments") is None else function["arguments"]
+    read = {"id": call["id"]} if call.get("id") is not None else {}
+    read |= {"type": "function", "function": {"name": function["name"], "arguments": parsed(arguments)}}
     return read | ({"text": arguments} if isinstance(arguments, str) else {})
 
 
@@ -225,8 +250,11 @@ def parsed(value: Any) -> Any:
         return value
 
 
-def _without_none(value: Any) -> Any:
-    """Without the nulls that Arrow fills in for keys that other rows have."""
-    if isinstance(value, dict):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
-    return [_without_none(item) for item in value] if isinstance(value, list) else value
+def _without_none(value: Any) -> dict[str, Any]:
+    """An object without the keys that it leaves open; nothing where it is no object."""
+    return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else {}
+
+
+def _named(name: str) -> str:
+    """A name from a row as a reason may hold it, which is printed."""
+    return name if _NAME.fullmatch(name) else "..." if name else "none"

@@ -108,10 +108,11 @@ class Coder:
         ids, stops, controls = self._tokenise(text, breaks, regions)
         labels = np.full(len(ids), IGNORED)
         starts = np.concatenate([[0], stops[:-1]])  # a token covers what follows the one before it, trimmed or not
+        special = [(k, stops[k]) for k in controls if ids[k] in self.special]
         for turn, begin, limit in zip(turns, begins, [*begins[1:], len(text) + 1], strict=True):
             close = closes.get(chr(_INDEX + turn), -1)
             following = min(limit, min((start for start, _ in regions if start >= max(close, begin)), default=limit))
-            possible = [k for k in controls if close < stops[k] <= following and ids[k] in self.special]
+            possible = [k for k, stop in special if close < stop <= following]
             end = next((k for k in possible if ids[k] in ends), possible[0] if possible else None)
             ends_text = not text[close:].strip()
             if close < begin or (end is None and not ends_text):
@@ -132,17 +133,16 @@ class Coder:
         borders = [0, *(at for span in spelled for at in span), len(text)]
         parts = [text[a:b] if n % 2 == 0 else _FILL * (b - a) for n, (a, b) in enumerate(pairwise(borders))]
         found = self.tokenizer("".join(parts), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ids, spans = np.array(found["input_ids"]), np.array(found["offset_mapping"]).reshape(-1, 2)
-        controls = [k for k, token in enumerate(found["input_ids"]) if token in self.added]
+        ids, spans = found["input_ids"], found["offset_mapping"]
+        controls = [(k, *spans[k]) for k, token in enumerate(ids) if token in self.added]
         real = [
-            k
-            for k in controls
-            if text[slice(*spans[k])].isspace()
-            or not any(spans[k][0] < end and start < spans[k][1] for start, end in regions)
+            (k, a, b)
+            for k, a, b in controls
+            if text[a:b].isspace() or not any(a < end and start < b for start, end in regions)
         ]
         if not spelled and len(real) == len(controls):
-            return ids, np.maximum.accumulate(spans[:, 1]), controls
-        return self._tokenise_apart(text, [(int(ids[k]), *spans[k].tolist()) for k in real])
+            return np.array(ids), np.maximum.accumulate([end for _, end in spans]), [k for k, _, _ in controls]
+        return self._tokenise_apart(text, [(ids[k], a, b) for k, a, b in real])
 
     def _tokenise_apart(
         self, text: str, controls: list[tuple[int, int, int]]

@@ -37,7 +37,7 @@ from medusa_ds.files import DATA_SUFFIXES, digest
 
 MAX_ROW_BYTES = 16 << 20
 MAX_ARRAY_BYTES = 4 << 30
-_FORMAT = 2  # of the cached rows; counted up when their meaning changes
+_FORMAT = 3  # of the cached rows; counted up when their meaning changes
 _SAMPLE = Path(__file__).with_name("sample")
 _TEXTS = ("messages", "source", "reason", "layout")
 _FEATURES = Features({name: Value("large_string") for name in _TEXTS} | {"notes": List(Value("large_string"))})
@@ -201,7 +201,7 @@ def _open_hub(where: str, source: SourceSpec) -> tuple[_Rows, str]:
         else:
             builder.download_and_prepare()
             data = builder.as_dataset(split=source.split)
-            rows, key = data.__iter__, _key([name, data._fingerprint])
+            rows, key = lambda: map(_without_none, data), _key([name, data._fingerprint])
     except Exception as error:  # whatever the HTTP, file and format layers below the hub client raise
         why = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"
         raise UserError(f"{where}: {name}: cannot be loaded ({why}); check id, split, network and HF_TOKEN") from None
@@ -249,7 +249,7 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
     try:
         batches = pq.ParquetFile(file).iter_batches(1000)
         for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
-            yield f"{file}:{number}", row
+            yield f"{file}:{number}", _without_none(row)
     except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
         raise UserError(f"{file}: not a readable Parquet file ({str(error).splitlines()[0][:200]})") from None
 
@@ -288,6 +288,13 @@ def _array_rows(file: Path) -> Iterator[tuple[str, Any]]:
             raise ValueError("expected , or ] after an item")
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file}:{line}: not a valid JSON array ({str(error)[:120]})") from None
+
+
+def _without_none(value: Any) -> Any:
+    """A value of Arrow without the nulls that it fills in for keys that other rows have."""
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value
 
 
 def read_conversation(row: Any) -> Row:

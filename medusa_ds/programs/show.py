@@ -8,6 +8,8 @@ Example:
 import json
 import os
 import sys
+from collections.abc import Iterator
+from itertools import pairwise
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -77,18 +79,25 @@ def _show_examples(recipe: Recipe, number: int) -> None:
         supervised = sum(label != IGNORED for label in example.labels)
         print(f"--- example {index + 1}: {len(example.input_ids)} tokens, {supervised} supervised (green)")
         row = rows[int(data.train.rows[index])]
-        turns = ", ".join(_verdict(message) for message in json.loads(row["messages"])["messages"])
-        print(f"{row['source']}, layout: {row['layout']}; turns: {turns}")
+        runs = sum(before == IGNORED != label for before, label in pairwise([IGNORED, *example.labels]))
+        turns = _verdicts(json.loads(row["messages"])["messages"], runs)
+        print(f"{row['source']}, layout: {row['layout']}; turns: {', '.join(turns)}")
         text = describe(example, tokenizer)
         print(text if colour else text.replace("\x1b[32m", "[[").replace("\x1b[0m", "]]"))
     print("---" if colour else "--- not a terminal: supervised tokens stand in [[ ]]")
     print(data.summary(recipe.train.global_batch_size))
 
 
-def _verdict(message: dict[str, Any]) -> str:
-    """A turn's role, and whether the heads learn from it or why not."""
-    if message["role"] != "assistant":
-        return f"{message['role']} (no label)"
-    if "untrained" in message:
-        return f"assistant (no label: {message['untrained']})"
-    return "assistant (label, but not on its end: unfinished)" if message.get("unfinished") else "assistant (label)"
+def _verdicts(messages: list[dict[str, Any]], runs: int) -> Iterator[str]:
+    """Each turn's role, and whether the heads learn from it or why not, where so many turns' labels are left."""
+    for message in messages:
+        if message["role"] != "assistant":
+            verdict = "no label"
+        elif "untrained" in message:
+            verdict = f"no label: {message['untrained']}"
+        elif not runs:
+            verdict = "no label: beyond data.max_length"
+        else:
+            runs -= 1
+            verdict = "label, but not on its end: unfinished" if message.get("unfinished") else "label"
+        yield f"{message['role']} ({verdict})"

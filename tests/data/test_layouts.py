@@ -44,6 +44,11 @@ LAYOUT_ROWS = [
     ({"messages": [U, A], "system": "Be brief."}, "messages", [SYSTEM, U, A]),
     ({"instruction": "Hi", "output": "Yes", "system": "Be brief."}, "instruction + output", [SYSTEM, U, A]),
     ({"conversations": None, "messages": [U, A]}, "messages", [U, A]),
+    ({"messages": [{"role": "system", "content": " "}, U, A], "system": "Be brief."}, "messages", [SYSTEM, U, A]),
+    ({"messages": [U, A], "system": "", "system_prompt": "Be brief."}, "messages", [SYSTEM, U, A]),
+    ({"messages": [SYSTEM, U, A], "system": " Be brief."}, "messages", [SYSTEM, U, A]),
+    ({"conversations": share(U, A), "tools": "", "system": ""}, "conversations", [U, A]),
+    ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "ai", "value": "Yes"}]}, "conversations", [U, A]),
 ]
 
 
@@ -61,6 +66,28 @@ def test_thoughts_have_one_name(key, text):
     assert read_row({"messages": [U, turn]}).messages[1] == {**A, "reasoning_content": "hm"}
     with pytest.raises(UnusableRow, match="thoughts that are not text"):
         read_row({"messages": [U, {**A, key: 3}]})
+    assert read_row({"messages": [{**U, key: "hm"}, A]}).notes == [f"{key} of a turn, which is not known here"]
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "thinking", "thinking": "hm"},
+        {"type": "reasoning", "text": "hm"},
+        {
+            "type": "thinking",
+            "thinking": [{"type": "text", "text": "h"}, {"type": "text", "text": "m"}],
+            "closed": True,
+        },
+    ],
+)
+def test_thoughts_may_be_a_part_of_the_content(part):
+    """Mutation: join them to the answer."""
+    turn = {"role": "assistant", "content": [part, {"type": "output_text", "text": "Yes"}]}
+    assert read_row({"messages": [U, turn]}).messages[1] == {**A, "reasoning_content": "hm"}
+    assert read_row({"messages": [{"role": "user", "content": [part, {"text": "Hi"}]}, A]}).notes == [
+        "thinking of a turn, which is not known here"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -69,7 +96,9 @@ def test_thoughts_have_one_name(key, text):
         ("weight", 0, 1),
         ("weight", 0.0, 1.0),
         ("train", False, True),
+        ("weight", False, True),
         ("trainable", False, True),
+        ("training", False, True),
         ("loss_mask", 0, 1),
         ("loss", False, True),
     ],
@@ -86,12 +115,21 @@ def test_marks_of_turns_are_obeyed_or_refused_by_value(key, off, on):
                 read_row({"messages": [U, turn | {key: value}]})
 
 
-@pytest.mark.parametrize("key", ["mask", "label", "labels", "prefix", "refusal"])
+UNKNOWN = (
+    "mask masked assistant_masks label labels learn ignore prefix partial refusal train_detail loss_weight loss_scale"
+    " trained reasoning_details enable_thinking thought finish_reason images audio"
+).split()
+
+
+@pytest.mark.parametrize("key", UNKNOWN)
 def test_keys_that_are_not_known_are_counted(key):
     assert read_row({"messages": [U, {**A, key: "x"}]}).notes == [f"{key} of a turn, which is not known here"]
-    assert read_row({"prompt": "Hi", "completion": "Yes", "label": False}).notes == [
-        "label of a row, which is not known here"
+    assert read_row({"prompt": "Hi", "completion": "Yes", key: False}).notes == [
+        f"{key} of a row, which is not known here"
     ]
+    assert read_row({"messages": [U, {**A, key: None}], key: []}).notes == []
+    assert read_row({"messages": [U, {**A, "language": "en", "constraint": 1}], "source": "x", "id": 3}).notes == []
+    assert read_row({"messages": [U, A], "system": 3}).notes == ["system of a row, which is not text"]
     assert read_row({"messages": [SYSTEM, U, A], "system": "Other."}).notes == [
         "system beside a system turn, which stands above it"
     ]
@@ -115,11 +153,13 @@ CALLS = [
         {**NORMAL_CALL, "text": '{"x": 2}'},
     ),
     ("ShareGPT", {"from": "function_call", "value": '{"name": "add", "arguments": {"x": 2}}'}, NORMAL_CALL),
+    ("ms-swift", {"role": "tool_call", "content": '{"name": "add", "arguments": {"x": 2}}'}, NORMAL_CALL),
+    ("JSON text", {"role": "assistant", "tool_calls": json.dumps([CALL | {"id": None}])}, NORMAL_CALL),
 ]
 
 
 @pytest.mark.parametrize(("name", "turn", "call"), CALLS)
-@pytest.mark.parametrize("result", ["tool", "function", "observation", "ipython"])
+@pytest.mark.parametrize("result", ["tool", "function", "observation", "ipython", "tool_response"])
 def test_calls_and_results_of_all_kinds(name, turn, call, result):
     answer = {"role": result, "content": "4"} if "role" in turn else {"from": result, "value": "4"}
     found = read_row({"messages": [U, turn, answer, A], "functions": [SCHEMA]})
@@ -133,6 +173,14 @@ def test_calls_and_results_of_all_kinds(name, turn, call, result):
     assert read_row({"conversations": [U, A], "tools": json.dumps([SCHEMA])}).tools == found.tools
 
 
+@pytest.mark.parametrize("result", [{"sum": 4, "rest": None}, [4, "é"], [{"sum": 4}]])
+def test_a_result_that_is_an_object_becomes_its_json(result):
+    found = read_row({"messages": [U, {"role": "tool", "content": result}, A]}).messages[1]["content"]
+    assert json.loads(found) == result and "\\u" not in found
+    parts = {"role": "tool", "content": [{"type": "text", "text": "4"}]}
+    assert read_row({"messages": [U, parts, A]}).messages[1]["content"] == "4"
+
+
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
@@ -140,7 +188,10 @@ def test_calls_and_results_of_all_kinds(name, turn, call, result):
         ({"a\nb": 1}, "no known layout in its keys: ...; known are"),
         ({"prompt": "Hi", "rejected": "No"}, "in its keys: prompt, rejected"),
         ({"messages": [U, {"from": "function_call", "value": "add it"}]}, "a tool call that is not JSON"),
-        ({"messages": [U, {**A, "content": [{"type": "image_url", "text": "x"}]}]}, "parts that are not text"),
+        ({"messages": [U, {**A, "content": [{"type": "image_url", "text": "x"}]}]}, "are not text: image_url"),
+        ({"messages": [U, {**A, "content": ["x"]}]}, "parts that are not text: str"),
+        ({"messages": [U, {**A, "content": [{"type": "text"}]}]}, "parts that are not text: text"),
+        ({"messages": [U, {**A, "tool_calls": "add"}]}, "a tool call without a function name"),
         ({"messages": [U, A], "chat_template_kwargs": {"chat_template": "x"}}, "found chat_template; allowed are"),
         ({"messages": [U, A], "chat_template_kwargs": [1]}, "found no object; allowed are"),
     ],

@@ -73,6 +73,23 @@ def test_tool_calls_hold_objects(tmp_path):
     assert messages(found.train)[0][1]["content"] == ""
 
 
+def test_a_null_in_a_call_or_a_schema_is_kept_where_the_row_says_it(tmp_path, monkeypatch):
+    """JSON says null; Arrow fills it in for keys that other rows have. Mutations: strip both; strip neither."""
+    call, schema = {"name": "add", "arguments": {"x": None, "y": 1}}, {"name": "add", "default": None}
+    said = {**row(), "tools": [{"type": "function", "function": schema}]}
+    said["messages"] = [*said["messages"], {"role": "assistant", "tool_calls": [{"function": call, "id": None}]}]
+    pq.write_table(pa.Table.from_pylist([said, {**said, "tools": None}]), tmp_path / "x.parquet")
+    hub(monkeypatch, "parquet", tmp_path / "x.parquet")
+    files = ((write(tmp_path / "x.jsonl", said), True), (tmp_path / "x.parquet", False), ("org/name", False))
+    for path, kept in files:
+        found = json.loads(load(path).train["messages"][0])
+        arguments = {"x": None, "y": 1} if kept else {"y": 1}
+        assert found["messages"][2]["tool_calls"] == [
+            {"type": "function", "function": {"name": "add", "arguments": arguments}}
+        ]
+        assert found["tools"][0]["function"] == (schema if kept else {"name": "add"})
+
+
 BAD = [
     ('{"messages": [', "not valid JSON"),
     ('{"a": 1e999, "messages": []}', "not valid JSON"),
@@ -83,14 +100,16 @@ BAD = [
     ("3", f"no known layout in its keys: none; known are {LAYOUTS}"),
     ({"text": "x", "n": 1}, f"no known layout in its keys: n, text; known are {LAYOUTS}"),
     ({"messages": []}, "an empty conversation"),
-    ({"messages": ["x"]}, "unknown role"),
-    ({"messages": [{"role": "narrator", "content": "x"}]}, "unknown role"),
+    ({"messages": ["x"]}, "unknown role: none"),
+    ({"messages": [{"role": "narrator", "content": "x"}]}, "unknown role: narrator"),
+    ({"messages": [{"role": "a\x1b[31m", "content": "x"}]}, "unknown role: ..."),
     ({"messages": [{"role": "user", "content": 3}]}, "a content that is not text"),
     ({"messages": [{"role": "user"}]}, "a content that is not text"),
     (row("Hi", " "), "an empty assistant turn"),
     (row("", "Yes"), "an empty user turn"),
     ({"messages": row()["messages"][:1]}, "no assistant turn"),
     ({**row(), "tools": "x"}, "tools that are not a list"),
+    ({**row(), "functions": "x"}, "tools that are not a list"),
     (
         {"messages": [*row()["messages"], {"role": "assistant", "content": "", "tool_calls": ["x"]}]},
         "a tool call without a function name",
