@@ -1,12 +1,11 @@
-"""Estimate parameters, memory per GPU, disk and hours of a recipe, by arithmetic: nothing is trained or allocated.
+"""Estimate parameters, memory, communication, disk and hours of a recipe by arithmetic: nothing is trained.
 
 Example:
     medusa-ds estimate llama3_8b_stage1 --gpus 8 --gpu a100-80gb --rows 121000
 
-The arithmetic of memory is `training.memory`'s.
+The arithmetic is that of `training.memory` and `training.communication`.
 """
 
-import dataclasses
 import json
 import math
 import re
@@ -18,10 +17,11 @@ from pydantic import Field
 from medusa_ds.config import deepspeed as ds_config
 from medusa_ds.config.deepspeed import zero_settings
 from medusa_ds.config.recipe import Recipe, shipped
-from medusa_ds.config.settings import RecipeSettings
+from medusa_ds.config.settings import Commas, RecipeSettings
 from medusa_ds.config.types import Count, Positive, either
 from medusa_ds.errors import UserError
-from medusa_ds.training.flops import peak_tflops, step_flops
+from medusa_ds.training.communication import Step, estimate_step, measured_errors
+from medusa_ds.training.flops import peak_tflops
 from medusa_ds.training.memory import (
     CONTEXT_BYTES,
     GIB,
@@ -37,10 +37,6 @@ from medusa_ds.training.memory import (
     smallest_gpu,
     states_bytes,
 )
-
-MFU = {(1, False): 0.6, (2, False): 0.26, (1, True): 0.13, (2, True): 0.055}
-"""By stage and offload: model FLOPs over the bf16 peak, with 6 x 1024 tokens on each H200; longer sequences reach more
-(0.45 in stage 2 with 6 x 4096). Other GPUs were not measured."""
 
 
 def measured_speed(output: Path) -> float | None:
@@ -60,7 +56,11 @@ class Settings(RecipeSettings):
     gpu: str | None = Field(None, title="KIND")
     """GPU to plan for: rtx-3060, l4, a100-80gb, h100-80gb, h200, ... (any kind that the table of memory may name)."""
     gpus: Count = 8
-    """How many of it."""
+    """How many of it, on one host."""
+    nodes: Commas[Count] = [1, 4, 8, 16]
+    """Hosts in the table of communication."""
+    network: Positive | None = None
+    """Gb/s of all network cards of a host; without it, those of NVIDIA's hosts of eight such GPUs."""
     rows: Count | None = None
     """Conversations of the data, where the recipe's split does not say, as train[:200000] does."""
     world_size: list[Count] = [1, 2, 4, 8]
@@ -96,13 +96,17 @@ def run(settings: Settings) -> None:
             "backbone on each GPU, before what follows"
         )
     _print_memory(recipe, parts, config, width, settings.world_size)
-    choice = None
+    step = None
     if gpu:
         auto = {"deepspeed": "auto"}
-        choice = choose(recipe.model_copy(update=auto), parts, config, settings.gpus, GPUS_GIB[gpu] * GIB, math.inf)
-        largest = _largest_micro_batch(recipe, choice, parts, config, settings.gpus, GPUS_GIB[gpu] * GIB)
+        gpu_bytes = GPUS_GIB[gpu] * GIB
+        choice = choose(recipe.model_copy(update=auto), parts, config, settings.gpus, gpu_bytes, math.inf)
+        largest = _largest_micro_batch(recipe, choice, parts, config, settings.gpus, gpu_bytes)
         print(f"\n{settings.gpus} x {gpu}: take deepspeed: ds_configs/{choice.deepspeed.name}; {choice.why}")
         print(f"  with it, {largest}")
+        if peak_tflops(gpu):
+            step = _estimate_step(settings, recipe, parts, config, gpu, 1)[1]
+            _print_steps(settings, recipe, parts, config, gpu)
     trained = parts.trainable(recipe.stage)
     checkpoint = 12 * trained
     final = width * (parts.blocks + parts.projections)
@@ -112,7 +116,7 @@ def run(settings: Settings) -> None:
         f"\ndisk: {checkpoint / GIB:.2f} GiB a checkpoint (fp32 weights and moments of what is trained), at most "
         f"{most} at a time: {most * checkpoint / GIB:.1f} GiB; saved at the end: {final / GIB:.2f} GiB"
     )
-    print(_hours(settings, recipe, _total_steps(recipe, data, settings.rows), parts, config, gpu, choice))
+    print(_hours(settings, recipe, _total_steps(recipe, data, settings.rows), gpu, step))
 
 
 def _print_parameters(recipe: Recipe, parts: Parameters) -> None:
@@ -181,6 +185,35 @@ def _largest_micro_batch(
     return "not one sequence fits: lower data.max_length, or take more or larger GPUs"
 
 
+def _estimate_step(
+    settings: Settings, recipe: Recipe, parts: Parameters, config: Any, gpu: str, nodes: int
+) -> tuple[Choice, Step]:
+    """What the recipe trains with on so many hosts, and a step of it."""
+    found = choose(recipe, parts, config, settings.gpus * nodes, GPUS_GIB[gpu] * GIB, math.inf)
+    options = (found.deepspeed, found.recomputed, gpu, settings.gpus, nodes, settings.network)
+    return found, estimate_step(recipe, parts, config, *options)
+
+
+def _print_steps(settings: Settings, recipe: Recipe, parts: Parameters, config: Any, gpu: str) -> None:
+    """A line for each number of hosts, and how far measured steps were from such estimates."""
+    print(
+        f"\na step of {gpu} GPUs by FLOPs and bytes (latency of collectives and a late host would make it longer):\n"
+        "  hosts  GPUs  deepspeed      GB sent    ms  communication ms  alone   tokens/s  of one GPU's rate"
+    )
+    for nodes in settings.nodes:
+        choice, step = _estimate_step(settings, recipe, parts, config, gpu, nodes)
+        ms, sent_ms, alone = 1e3 * step.seconds, 1e3 * step.communication_s, 1 - step.efficiency
+        print(
+            f"  {nodes:5}  {nodes * settings.gpus:4}  {choice.deepspeed.stem:13}{step.sent_gb:9.1f}{ms:6.0f}"
+            f"{sent_ms:18.0f}{alone:7.0%}{step.tokens_per_s:11,.0f}{step.efficiency:19.2f}"
+        )
+    spread = [
+        f"{group} {min(errors):+.0%} to {max(errors):+.0%} ({len(errors)})"
+        for group, errors in measured_errors().items()
+    ]
+    print(f"  the same of measured steps of one and two H200s was off by: {'; '.join(spread)}")
+
+
 def _hidden_cache(recipe: Recipe, config: Any, data: Any) -> str:
     from medusa_ds.training.hidden_cache import count_rows, row_bytes, stored_as
 
@@ -208,15 +241,7 @@ def _total_steps(recipe: Recipe, data: Any, rows: int | None) -> int | None:
     return max(1, math.ceil(rows / train.global_batch_size * train.epochs))  # packing needs fewer sequences than rows
 
 
-def _hours(
-    settings: Settings,
-    recipe: Recipe,
-    steps: int | None,
-    parts: Parameters,
-    config: Any,
-    gpu: str | None,
-    choice: Choice | None,
-) -> str:
+def _hours(settings: Settings, recipe: Recipe, steps: int | None, gpu: str | None, step: Step | None) -> str:
     speed = settings.tokens_per_second or measured_speed(Path(recipe.output))
     if steps is None:
         return "time: train.steps is not set; give --rows N, or --data to tokenise the data and count its steps"
@@ -225,26 +250,10 @@ def _hours(
     if speed:
         source = "stated" if settings.tokens_per_second else "measured in the recipe's output"
         return f"time: {tokens / speed / 3600:.2f} hours for {counted} at {speed:,.0f} tokens/s ({source})"
-    peak = peak_tflops(gpu) if gpu else None
-    if peak is None or choice is None:
+    if step is None:
         more = "or run the recipe for some steps first"
         return f"time: {counted}; name a GPU with --gpu, state a speed with --tokens-per-second, {more}"
-    embedded = config.vocab_size * config.hidden_size
-    flops = step_flops(
-        config,
-        parts.backbone - embedded,
-        blocks=parts.blocks // recipe.heads.num,
-        own_projection=parts.projections > 0,
-        stage=recipe.stage,
-        rows=recipe.heads.rows(config.vocab_size),
-        target=recipe.loss.target,
-    )
-    if recipe.data.hidden_cache != "off":
-        flops = dataclasses.replace(flops, passes=0)
-    a_token = flops.total(1, recipe.data.max_length / 2, recipe.heads.num, 1)
-    mfu = MFU[recipe.stage, any(zero_settings(ds_config.load(choice.deepspeed))[1])]
-    hours = tokens * a_token / (settings.gpus * peak * 1e12 * mfu) / 3600
     return (
-        f"time: at most {hours:.1f} hours on {settings.gpus} x {gpu} for {counted}, {a_token / 1e9:.1f} GFLOP each, at "
-        f"an MFU of {mfu} (measured on H200s, docs/benchmarks.md) of {peak:.0f} TFLOP/s"
+        f"time: about {tokens / step.tokens_per_s / 3600:.1f} hours on {settings.gpus} x {gpu} for {counted}, "
+        f"{step.token_gflop:.1f} GFLOP each, at {step.tokens_per_s:,.0f} tokens/s (estimated)"
     )

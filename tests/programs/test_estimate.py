@@ -22,9 +22,11 @@ def said(capsys, *argv):
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("stage", "gpu", "peak", "mfu"), [(1, "a100-80gb", 312e12, 0.6), (2, "h200", 989e12, 0.26)])
-def test_hours_are_model_flops_over_the_gpus_peak(stage, gpu, peak, mfu, capsys):
-    """Llama-3-8B's FLOPs by hand. Mutation: leave the heads out, or count one pass in stage 2."""
+@pytest.mark.parametrize(
+    ("stage", "gpu", "peak", "share", "link"), [(1, "a100-80gb", 312e12, 0.6, 300e9), (2, "h200", 989e12, 0.55, 450e9)]
+)
+def test_hours_are_flops_and_bytes_over_what_the_gpu_does(stage, gpu, peak, share, link, capsys):
+    """Llama-3-8B's FLOPs by hand. Mutation: leave the heads out, count one pass in stage 2, or no communication."""
     out = said(capsys, f"llama3_8b_stage{stage}", "--gpus", "8", "--gpu", gpu, "--rows", "121000")
     layer = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336
     forward = 2 * 32 * layer + 4 * 32 * 4096 * 512
@@ -34,14 +36,31 @@ def test_hours_are_model_flops_over_the_gpus_peak(stage, gpu, peak, mfu, capsys)
     recipe = Recipe.load(f"llama3_8b_stage{stage}", planning=True)
     batch = recipe.train.global_batch_size
     steps = math.ceil((121000 - 512) / batch * recipe.train.epochs)
-    hours = steps * batch * 1024 * token / (8 * peak * mfu) / 3600
+    trained = 3 * (block + vocabulary) + (32 * layer + 2 * vocabulary if stage == 2 else 0)
+    seconds = batch * 1024 * token / (8 * peak * share) + 3 * 7 / 8 * 2 * trained / (0.6 * link)
     found = re.search(
-        r"time: at most ([\d.]+) hours on 8 x .* for ([\d,]+) steps of at most [\d,]+ tokens, ([\d.]+) GF", out
+        r"time: about ([\d.]+) hours on 8 x .* for ([\d,]+) steps of at most [\d,]+ tokens, ([\d.]+) GFLOP each, at "
+        r"([\d,]+) tokens/s",
+        out,
     )
     assert found is not None, out
     assert int(found[2].replace(",", "")) == steps
-    assert float(found[1]) == pytest.approx(hours, abs=0.06)
+    assert float(found[1]) == pytest.approx(steps * seconds / 3600, abs=0.06)
     assert float(found[3]) == pytest.approx(token / 1e9, rel=2e-3)
+    assert int(found[4].replace(",", "")) == pytest.approx(batch * 1024 / seconds, rel=2e-3)
+
+
+def test_a_line_of_each_number_of_hosts_with_what_measured_steps_were_off_by(capsys):
+    """Mutation: the table of one recipe's file for another, or a host's network for all."""
+    asked = ["llama3_8b_stage2", "--gpu", "h200", "--nodes", "1,16"]
+    lines = [line.split() for line in said(capsys, *asked).splitlines()]
+    one, many = ([line for line in lines if line[:2] == [str(nodes), str(8 * nodes)]][-1] for nodes in (1, 16))
+    assert one[2] == many[2] == "zero2" and float(one[-1]) > float(many[-1]) > 0.7
+    slow = said(capsys, *asked, "--network", "100", "deepspeed=ds_configs/zero3.json")
+    row = next(line.split() for line in slow.splitlines() if line.startswith("     16   128  zero3"))
+    assert float(row[-1]) < 0.2 and row[-1] == f"{1 - float(row[6].rstrip('%')) / 100:.2f}"
+    assert "measured steps of one and two H200s was off by: stage 1 -" in slow
+    assert "a step of" not in said(capsys, "smollm2_135m_stage1", "--gpu", "rtx-3060")  # whose peak is not known
 
 
 def test_rows_follow_from_a_split(capsys):

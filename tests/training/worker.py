@@ -11,6 +11,8 @@ import pytest
 import torch
 from deepspeed.utils import get_z3_leaf_modules
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from medusa_ds.config.recipe import Recipe
 from medusa_ds.data.packing import MicroBatch
@@ -134,6 +136,41 @@ def trajectory(
     dump(engine, out / "after.safetensors")
     end(engine)
     return {key: result[key] + rest[key] for key in result}
+
+
+class _Sent(TorchDispatchMode):
+    """Bytes of the tensors that collectives were called with, by name; `[ranks, ...]` of those that gather."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+            whole = max(tensors, key=torch.Tensor.numel)
+            if whole.dtype != torch.float64 and whole.numel() > 8:  # counts, sums, norms and flags: a few numbers
+                name = func.__name__.partition(".")[0]
+                self.sizes[name] = self.sizes.get(name, 0) + whole.nbytes
+        return func(*args, **(kwargs or {}))
+
+
+def sent(out: Path, zero: str, stage: int, zero_optimization: dict[str, Any], **sections: Any) -> dict[str, Any]:
+    """What the third step's collectives were called with; DeepSpeed knows the order of a step's weights by then."""
+    recipe = make_recipe(out, zero, stage, **sections)
+    if zero_optimization:
+        settings = json.loads(Path(recipe.deepspeed).read_text())
+        settings["zero_optimization"] |= zero_optimization
+        out.mkdir(parents=True, exist_ok=True)
+        file = out / f"rank{os.environ['RANK']}.json"
+        file.write_text(json.dumps(settings))
+        recipe = recipe.model_copy(update={"deepspeed": str(file)})
+    engine = MedusaEngine(recipe, STEPS)
+    train(engine, 0, 2)
+    with _Sent() as found:
+        train(engine, 2, 3)
+    end(engine)
+    return found.sizes
 
 
 def whole_layers(out: Path, stage: int) -> dict[str, Any]:

@@ -1,0 +1,161 @@
+"""What GPUs send each other in a step, by arithmetic, and how long a step then takes.
+
+Of `S` bytes on `n` GPUs each sends `2 (n-1)/n S` in an all-reduce and `(n-1)/n S` in an all-gather or reduce-scatter
+(NVIDIA/nccl-tests, doc/PERFORMANCE.md). How often depends on the ZeRO stage (arXiv 1910.02054, section 7), with three
+differences that DeepSpeed 0.19.8 makes and a test counts on two ranks: ZeRO 2 all-reduces gradients in place of the
+paper's reduce-scatter, and after every micro-batch; ZeRO 3 keeps a weight that is used again before
+`stage3_max_reuse_distance` others are, which the end of the forward pass is; so recomputed layers, whose weights are
+used again at once, fetch nothing more.
+
+What the model leaves out makes a step longer: collectives' latency, which grows with the number of GPUs, a host that
+launches too late, and what communication takes of a GPU's memory bandwidth and processors while it runs beside others.
+`measured_steps.json` says how much that was.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from medusa_ds.config.deepspeed import load, zero_settings
+from medusa_ds.config.loading import SHAPES
+from medusa_ds.config.recipe import Recipe, shipped
+from medusa_ds.model.backbone import load_config
+from medusa_ds.training.flops import peak_tflops, step_flops
+from medusa_ds.training.memory import Parameters, count_parameters, parts_in_memory
+
+EFFICIENCY = {(1, False): 0.6, (2, False): 0.55, (1, True): 0.13, (2, True): 0.07}
+"""By stage and offload: FLOPs of a step, recomputed ones included, over the bf16 peak of one H200."""
+LINKS = {"A100": (300.0, 1600.0), "H100": (450.0, 3200.0), "H200": (450.0, 3200.0), "B200": (900.0, 3200.0)}
+"""GB/s that a GPU's NVLink sends, and Gb/s of the network cards of a host together: NVIDIA's data sheets of DGX."""
+_PCIE = (32.0, 100.0)  # 16 lanes of generation 4
+_LINK_SHARE = 0.6  # 258 to 283 of 450 GB/s between two H200: docs/experiments/training_speed.md, 2026-11-24
+_NETWORK_SHARE = 0.9  # 91 of 100 GB/s between two hosts of A100s: NVIDIA/nccl-tests, issue 100
+
+
+class Sent(NamedTuple):
+    """Bytes that each GPU sends in a step: `beside` matrix products, and `alone`."""
+
+    beside: float
+    alone: float
+
+
+def sent_bytes(
+    parts: Parameters, stage: int, deepspeed: dict[str, Any], ranks: int, width: int, micro_batches: int
+) -> Sent:
+    """Bytes of weights and gradients; offloading changes none.
+
+    Args:
+        parts: of the model in memory.
+        stage: of the recipe. In stage 1 all gradients exist before the backward pass, so none is sent beside it.
+        deepspeed: a DeepSpeed config.
+        ranks: GPUs.
+        width: bytes of a working weight, and of its gradient on the way.
+        micro_batches: of a step on each GPU.
+    """
+    zero, _ = zero_settings(deepspeed)
+    section = {key: value for key, value in (deepspeed.get("zero_optimization") or {}).items() if value != "auto"}
+    overlaps, trained = section.get("overlap_comm"), parts.trainable(stage)
+    share = width * (ranks - 1) / ranks * (micro_batches if zero >= 2 else 1)
+    if zero == 3:
+        again = max(0.0, trained - section.get("stage3_max_reuse_distance", 1e9) / 2)
+        every = share * (trained + parts.frozen(stage) + again + trained)
+        return Sent(0, every) if overlaps is False else Sent(every, 0)
+    gradients, weights = 2 * share * trained, width * (ranks - 1) / ranks * trained if zero else 0
+    return Sent(gradients, weights) if overlaps and zero and stage == 2 else Sent(0, gradients + weights)
+
+
+class Step(NamedTuple):
+    """Seconds of a step, and of its parts; communication beside matrix products takes what these leave over."""
+
+    seconds: float
+    compute_s: float
+    communication_s: float
+    sent_gb: float
+    tokens_per_s: float
+    token_gflop: float
+
+    @property
+    def efficiency(self) -> float:
+        """Of one GPU's rate, which each GPU reaches."""
+        return self.compute_s / self.seconds
+
+
+def estimate_step(
+    recipe: Recipe,
+    parts: Parameters,
+    config: Any,
+    deepspeed: Path,
+    recomputed: int | None,
+    gpu: str,
+    gpus: int,
+    nodes: int = 1,
+    network_gbps: float | None = None,
+) -> Step:
+    """A step on `nodes` hosts of `gpus` each, every GPU with the sequences that it has on one host.
+
+    Args:
+        recipe: batch sizes, length, heads and target.
+        parts: of `count_parameters`.
+        config: the backbone's.
+        deepspeed: a DeepSpeed JSON.
+        recomputed: decoder layers; None: all.
+        gpu: a name that `peak_tflops` knows.
+        gpus: of a host.
+        nodes: hosts.
+        network_gbps: of a host's network cards together; None: as in `LINKS`.
+    """
+    train, length, settings = recipe.train, recipe.data.max_length, load(deepspeed)
+    micro_batches = max(1, train.global_batch_size // (train.micro_batch_size * gpus))
+    flops = step_flops(
+        config,
+        parts.backbone - config.vocab_size * config.hidden_size,
+        blocks=parts.blocks // recipe.heads.num,
+        own_projection=parts.projections > 0,
+        stage=recipe.stage,
+        rows=recipe.heads.rows(config.vocab_size),
+        target=recipe.loss.target,
+    )
+    if recipe.data.hidden_cache != "off":
+        flops = replace(flops, passes=0)
+    a_token = flops.total(1, length / 2, recipe.heads.num, 1)
+    again = 0.0  # of what is computed twice
+    if recipe.stage == 2:
+        layers = config.num_hidden_layers
+        share = 1.0 if recomputed is None else recomputed / layers
+        again = replace(flops, passes=1).total(1, length / 2, 0, 0) * share
+    tokens = micro_batches * train.micro_batch_size * length
+    peak = peak_tflops(gpu)
+    assert peak is not None, gpu
+    offloads = any(zero_settings(settings)[1])
+    compute_s = tokens * (a_token + again) / (peak * 1e12 * EFFICIENCY[recipe.stage, offloads])
+    link, network = next((rates for name, rates in LINKS.items() if name in gpu), _PCIE)
+    gb_per_s = _LINK_SHARE * link
+    if nodes > 1:  # every ring of NCCL's passes each host's cards once
+        gb_per_s = min(gb_per_s, _NETWORK_SHARE * (network_gbps or network) / 8)
+    width = 4 if train.precision == "fp32" else 2
+    held = parts_in_memory(recipe, parts, config)
+    sent = sent_bytes(held, recipe.stage, settings, gpus * nodes, width, micro_batches)
+    beside_s, alone_s = (part / gb_per_s / 1e9 for part in sent)
+    seconds = max(compute_s, beside_s) + alone_s
+    rate = gpus * nodes * tokens / seconds
+    return Step(seconds, compute_s, beside_s + alone_s, sum(sent) / 1e9, rate, a_token / 1e9)
+
+
+def measured_errors() -> dict[str, list[float]]:
+    """By group of the steps in `measured_steps.json`: by how much of each the estimate is longer."""
+    measured = json.loads(Path(__file__).with_name("measured_steps.json").read_text(encoding="utf-8"))
+    errors: dict[str, list[float]] = {}
+    parts: dict[int, Parameters] = {}
+    for group, stage, heads, gpus, zero, recomputed, batch, length, ms, *_ in measured["steps"]:
+        values = {"heads.num": heads, "data.max_length": length, "train.micro_batch_size": batch}
+        values |= {"train.global_batch_size": batch * gpus}
+        overrides = [f"{key}={value}" for key, value in values.items()]
+        recipe = Recipe.load(f"llama3_8b_stage{stage}", overrides, planning=True)
+        config = load_config(recipe.model.model_copy(update={"config": SHAPES[recipe.model.name]})).get_text_config()
+        if heads not in parts:
+            parts[heads] = count_parameters(recipe, config)
+        file = shipped("ds_configs") / f"{zero}.json"
+        step = estimate_step(recipe, parts[heads], config, file, recomputed, measured["gpu"], gpus)
+        errors.setdefault(group, []).append(1e3 * step.seconds / ms - 1)
+    return errors
