@@ -5,7 +5,7 @@ from transformers import DynamicCache
 
 from medusa_ds.decoding import session as cache
 from medusa_ds.decoding.acceptance import Acceptance
-from medusa_ds.decoding.decoder import Decoder, StopStrings
+from medusa_ds.decoding.decoder import Decoder, StopStrings, end_at, end_tokens
 from medusa_ds.decoding.trees import Tree, chain, default_tree
 from medusa_ds.errors import UserError
 from medusa_ds.heads.medusa import MedusaHeads
@@ -150,6 +150,22 @@ def test_ends_inside_an_accepted_path_end_the_text_there(llama):
     for budget in range(1, 10):
         row = decoder.generate([prompt], budget)[0]
         assert row.tokens == reference(llama, prompt, budget)
+
+
+def test_ends_of_the_template_are_joined_to_the_models_and_told_once(capsys):
+    """Mutations: put them in the place of the model's; leave transformers' own decoding without them."""
+    model, prompt = build("llama"), [9, 40, 77]
+    longer = reference(model, prompt, 40, eos_token_id=VOCAB)
+    end_at(model, {3})
+    assert capsys.readouterr().out == ""
+    end_at(model, {longer[5], 5})
+    end_at(model, {longer[5]})
+    assert capsys.readouterr().out.splitlines() == [
+        f"answers end at token {longer[5]} too, as by the chat template; generation_config.json ends none there"
+    ]
+    assert end_tokens(model) == [3, 5, longer[5]]
+    text = Decoder(model, [], chain(0)).generate([prompt], 40)[0].tokens
+    assert text == longer[: longer.index(longer[5]) + 1] == reference(model, prompt, 40)
 
 
 def test_stop_strings_end_the_text_with_the_token_that_completes_one(llama):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -64,6 +65,18 @@ def test_rows_are_complete_and_read_by_data_path(tiny_recipe, tmp_path, prompts,
             assert len(roles) // 2 == 1 + row["row"] % 3
     data = load_conversations(DataSpec(path=str(out), validation=0.0))
     assert data.used == len(rows)
+
+
+def test_answers_end_where_the_template_ends_them(tiny_recipe, tiny_model, tmp_path, prompts, capsys):
+    """As with a generation_config.json that knows `<|endoftext|>` alone. Mutation: go by that file."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    (model / "generation_config.json").write_text('{"eos_token_id": 0}')
+    run(tiny_recipe, tmp_path / "out.jsonl", prompts, f"model.name={model}")
+    assert capsys.readouterr().out.count("answers end at token 2 too, as by the chat template") == 1
+    run(tiny_recipe, tmp_path / "whole.jsonl", prompts)
+    ended = [row["messages"] for row in lines(tmp_path / "whole.jsonl")]
+    assert ended and all(messages in [row["messages"] for row in lines(tmp_path / "out.jsonl")] for messages in ended)
 
 
 def test_unfinished_answers_are_kept_and_end_their_conversation(tiny_recipe, tmp_path, prompts):
