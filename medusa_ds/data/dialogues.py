@@ -9,6 +9,7 @@ found by trying it. What cannot be masked exactly is refused, never guessed.
 """
 
 import json
+import re
 from collections.abc import Callable, Collection
 from functools import cached_property
 from itertools import groupby
@@ -25,6 +26,7 @@ from medusa_ds.errors import UserError
 ROLES = ("system", "user", "assistant", "tool")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # the names under which templates read them
 MAX_MESSAGES = 1000  # the work grows with their square
+_CLOSED = re.compile(r"\s*</think>\s*")
 _PROBE = "probe7243"
 _TURNS = [("user", "One?"), ("assistant", "Two."), ("user", "Three?"), ("assistant", "Two.")]
 _PLAIN = [{"role": role, "content": text} for role, text in _TURNS]  # the least that every chat template takes
@@ -139,10 +141,20 @@ class Chat:
         """What the template writes before a user's first turn."""
         return self._render([[{"role": "user", "content": _PROBE}]], False)[0].partition(_PROBE)[0]
 
-    def unread(self, messages: list[Message]) -> list[str]:
-        """Notes on what the template leaves out of these messages."""
-        thoughts = self.thoughts_key is None and any("reasoning_content" in message for message in messages)
-        return ["thoughts, which the chat template does not read"] if thoughts else []
+    @cached_property
+    def schemas(self) -> bool:
+        """Whether the template writes schemas of functions."""
+        function = {"name": _PROBE, "description": "Adds.", "parameters": {"type": "object", "properties": {}}}
+        return _PROBE in self._try(_PLAIN[:1], [{"type": "function", "function": function}])
+
+    def unread(self, messages: list[Message], tools: list[Any] | None) -> list[str]:
+        """Notes on what the template leaves out of a conversation."""
+        found = {
+            "thoughts": self.thoughts_key is None and any("reasoning_content" in message for message in messages),
+            "tool calls": self.arguments is None and any("tool_calls" in message for message in messages),
+            "schemas of functions": bool(tools) and not self.schemas,
+        }
+        return [f"{what}, which the chat template does not read" for what, left_out in found.items() if left_out]
 
     def _encode(
         self,
@@ -170,7 +182,8 @@ class Chat:
         for turn, prompt in reversed(list(zip(turns, prompts, strict=True))):
             begin = _begin(full, turn, prompt)[1]
             full = full[:begin] + BEGIN + full[begin:]
-        return self.coder.encode(full, turns, {i for i in turns if messages[i].get("unfinished")}, ends)
+        unfinished = {i for i in turns if messages[i].get("unfinished")}
+        return self.coder.encode(full, turns, unfinished, ends, ends_in_call="tool_calls" in messages[-1])
 
     def _render(
         self,
@@ -188,10 +201,10 @@ class Chat:
             why = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
             raise UnusableRow(f"the chat template refuses it: {why}") from None
 
-    def _try(self, messages: list[Message]) -> str:
+    def _try(self, messages: list[Message], tools: list[Any] | None = None) -> str:
         """What the template makes of messages; nothing where it refuses them."""
         try:
-            return self._render([messages], False)[0]
+            return self._render([messages], False, tools)[0]
         except UnusableRow:
             return ""
 
@@ -279,5 +292,5 @@ def _begin(full: str, turn: int, prompt: str) -> tuple[int, int]:
     common = next((n for n, (a, b) in enumerate(zip(tail, piece, strict=False)) if a != b), min(len(tail), len(piece)))
     if common < min(len(tail), len(piece)) and piece[common:].strip():
         raise UnusableRow("the chat template writes a turn differently when it asks for it")
-    begin = len(piece) if piece[common:].strip() == "</think>" else common
-    return anchor + 2 + common if anchor >= 0 else common, found + 2 + begin
+    closed = _CLOSED.match(piece, common) if "<think>" in tail else None
+    return anchor + 2 + common if anchor >= 0 else common, found + 2 + (closed.end() if closed else common)

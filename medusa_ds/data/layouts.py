@@ -179,6 +179,8 @@ def read_turn(turn: Any, notes: list[str]) -> Message:
     message: Message = {"role": role, "content": content}
     if thoughts.strip():
         message["reasoning_content"] = thoughts
+        if "</think>" in content:
+            notes.append("</think> in a content beside thoughts under a key, which stays text")
     message |= {key: turn[key] for key in ("tool_call_id", "name") if key in turn}
     if role == "assistant" and turn.get("unfinished") is True:
         message["unfinished"] = True

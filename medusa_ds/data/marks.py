@@ -92,7 +92,9 @@ class Coder:
         found = _read(marked)
         return self._tokenise(found.text, found.breaks, found.regions)[0].tolist()
 
-    def encode(self, marked: str, turns: list[int], unfinished: Collection[int], ends: Collection[int]) -> Encoded:
+    def encode(
+        self, marked: str, turns: list[int], unfinished: Collection[int], ends: Collection[int], ends_in_call: bool
+    ) -> Encoded:
         """Ids of a marked text, labelled from each BEGIN to the token that ends its turn.
 
         Args:
@@ -100,6 +102,7 @@ class Coder:
             turns: numbers of the messages to label.
             unfinished: those whose end has no label.
             ends: tokens with which the template ends a plain turn; where none follows a turn, any special token does.
+            ends_in_call: the last message has a call, whose arguments follow its last mark.
 
         Raises:
             UnusableRow: no special token follows a turn before the next message, unless the text ends with it.
@@ -114,12 +117,12 @@ class Coder:
             following = min(limit, min((start for start, _ in regions if start >= max(close, begin)), default=limit))
             possible = [k for k, stop in special if close < stop <= following]
             end = next((k for k in possible if ids[k] in ends), possible[0] if possible else None)
-            ends_text = not text[close:].strip()
+            ends_text = not text[close:].strip() or (ends_in_call and following > len(text))
             if close < begin or (end is None and not ends_text):
                 raise UnusableRow("the chat template writes no special token after an assistant turn")
             first = max(np.searchsorted(starts, begin, "left"), np.searchsorted(stops, begin, "right"))
             if end is None:
-                last = int(np.searchsorted(starts, close, "left"))
+                last = int(np.searchsorted(starts, len(text.rstrip()), "left"))
             else:
                 last = end if turn in unfinished else end + 1
             labels[first:last] = ids[first:last]

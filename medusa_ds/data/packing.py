@@ -32,7 +32,7 @@ from medusa_ds.data.marks import IGNORED, Encoded
 from medusa_ds.data.sources import Counts, count, load_conversations, summary, usable_rows
 from medusa_ds.errors import UserError
 
-_FORMAT = 2  # of the tokenised rows; counted up when their meaning changes
+_FORMAT = 3  # of the tokenised rows; counted up when their meaning changes
 _MAP_ROWS_PER_PROCESS = 10_000
 _FEATURES = Features(
     {
@@ -321,7 +321,7 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Data:
 def _tokenise(row: dict[str, Any], chat: Chat, max_length: int) -> dict[str, Any]:
     out = {"input_ids": [], "supervised": [], "length": 0, "cut": False, "source": row["source"], "reason": ""}
     conversation = json.loads(row["messages"])
-    out["notes"] = row["notes"] + chat.unread(conversation["messages"])
+    out["notes"] = row["notes"] + chat.unread(conversation["messages"], conversation["tools"])
     try:
         ids, labels = chat.encode(**conversation)
         supervised = [label != IGNORED for label in labels[:max_length]]

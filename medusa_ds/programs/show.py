@@ -79,8 +79,10 @@ def _show_examples(recipe: Recipe, number: int) -> None:
         supervised = sum(label != IGNORED for label in example.labels)
         print(f"--- example {index + 1}: {len(example.input_ids)} tokens, {supervised} supervised (green)")
         row = rows[int(data.train.rows[index])]
+        messages = json.loads(row["messages"])["messages"]
         runs = sum(before == IGNORED != label for before, label in pairwise([IGNORED, *example.labels]))
-        turns = _verdicts(json.loads(row["messages"])["messages"], runs)
+        cut = data.train.data[int(data.train.rows[index])]["cut"]
+        turns = _verdicts(messages, runs if cut else len(messages))
         print(f"{row['source']}, layout: {row['layout']}; turns: {', '.join(turns)}")
         text = describe(example, tokenizer)
         print(text if colour else text.replace("\x1b[32m", "[[").replace("\x1b[0m", "]]"))

@@ -69,6 +69,13 @@ def test_thoughts_have_one_name(key, text):
     assert read_row({"messages": [{**U, key: "hm"}, A]}).notes == [f"{key} of a turn, which is not known here"]
 
 
+def test_thoughts_said_twice_are_told():
+    turn = {**A, "content": "<think>hm</think>Yes", "reasoning": "hm"}
+    assert read_row({"messages": [U, turn]}).notes == [
+        "</think> in a content beside thoughts under a key, which stays text"
+    ]
+
+
 @pytest.mark.parametrize(
     "part",
     [

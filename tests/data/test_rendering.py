@@ -174,6 +174,66 @@ def test_each_template_gets_a_calls_arguments_in_its_form(family, template, call
     assert render(row, family, template)[1].input_ids == as_user(row, family, template)
 
 
+LAST_CALLS = {
+    ("deepseek", None): '<|begin|><|User|>Hi<|Assistant|>«<|tool_call|>add\n```json\n{"x": 2}\n```<|tool_end|><|end|>»',
+    ("glm", None): (
+        "[gMASK]<sop><|user|>\nHi<|assistant|>«\n<think></think>\n<tool_call>add\n<arg_key>x</arg_key>\n"
+        "<arg_value>2</arg_value>\n</tool_call>»"
+    ),
+    ("qwen3", None): (
+        f'{USER}{ASSISTANT}«{EMPTY}<tool_call>\n{{"name": "add", "arguments": {{"x": 2}}}}\n</tool_call><|im_end|>»\n'
+    ),
+    ("qwen3", "qwen3_opened"): (
+        f'{USER}{ASSISTANT}{EMPTY}«<tool_call>\n{{"name": "add", "arguments": {{"x": 2}}}}\n</tool_call><|im_end|>»\n'
+    ),
+    ("mistral", None): (
+        '<s>[INST] Hi[/INST]«[TOOL_CALLS] [{"name": "add", "arguments": {"x": 2}, "id": "abcdefghi"}]</s>»'
+    ),
+}
+
+
+@pytest.mark.parametrize(("family", "template"), LAST_CALLS)
+def test_a_conversation_may_end_in_a_call(family, template):
+    """Mutations: begin the turn inside the block that the prompt opens; demand a token that ends a GLM-like call."""
+    call = {"id": "abcdefghi", **BOTH[family == "deepseek"]}
+    row = {"messages": [U, {"role": "assistant", "content": "", "tool_calls": [call]}]}
+    expect(row, family, template, LAST_CALLS[family, template])
+    assert render(row, family, template)[1].input_ids == as_user(row, family, template)
+
+
+def test_a_closing_tag_that_the_model_wrote_is_a_label():
+    """Where no prompt opens a block, the tag is the answer's own. Mutation: go by the tag alone."""
+    row = {"messages": [U, {**TWO, "content": "</think>\n\ntwo"}]}
+    expect(row, "smollm2", "chatml", f"{USER}{ASSISTANT}«</think>\n\ntwo<|im_end|>»\n")
+    expect(row, "qwen3", "qwen3_opened", f"{USER}{ASSISTANT}{EMPTY}«two<|im_end|>»\n")
+
+
+UNREAD = {
+    ("llama3", None): "thoughts, tool calls, schemas of functions",
+    ("llama3", "llama31"): "thoughts",
+    ("qwen3", None): "",
+    ("qwen3", "qwen3_opened"): "",
+    ("deepseek", None): "thoughts, schemas of functions",
+    ("glm", None): "schemas of functions",
+    ("mistral", None): "thoughts",
+    ("vicuna", None): "thoughts, tool calls, schemas of functions",
+    ("smollm2", None): "thoughts, tool calls, schemas of functions",
+    ("smollm2", "chatml"): "thoughts, tool calls, schemas of functions",
+}
+
+
+@pytest.mark.parametrize(("family", "template"), ALL)
+def test_what_the_template_leaves_out_is_told(family, template):
+    """Mutation: drop what is not read in silence."""
+    chat = Chat(tokenizer_of(family, template), {})
+    row = read_conversation({"messages": [U, {**A, "reasoning": "hm", "tool_calls": [CALL]}], "functions": [SCHEMA]})
+    told = [
+        note.removesuffix(", which the chat template does not read") for note in chat.unread(row.messages, row.tools)
+    ]
+    assert ", ".join(told) == UNREAD[family, template]
+    assert chat.unread([U, A], None) == []
+
+
 @pytest.mark.parametrize(("family", "template"), [("vicuna", None), ("smollm2", "chatml"), ("llama3", None)])
 def test_a_template_without_tool_calls_is_told_with_the_mend(family, template):
     row = {"messages": [U, {"role": "assistant", "content": "", "tool_calls": [CALL]}, U, A]}
