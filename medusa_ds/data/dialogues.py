@@ -19,12 +19,10 @@ import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from medusa_ds.data.layouts import Message, UnusableRow
+from medusa_ds.data.layouts import ROLES, THOUGHTS, Message, UnusableRow
 from medusa_ds.data.marks import BEGIN, BORDER, CLOSE, IGNORED, PLANE_16, Coder, Encoded, opening, wrap
 from medusa_ds.errors import UserError
 
-ROLES = ("system", "user", "assistant", "tool")
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # the names under which templates read them
 MAX_MESSAGES = 1000  # the work grows with their square
 _CLOSED = re.compile(r"\s*</think>\s*")
 _PROBE = "probe7243"

@@ -24,14 +24,14 @@ from typing import Any, NamedTuple
 Message = dict[str, Any]
 LAYOUTS = "messages, conversations, conversation, data, prompt + completion, prompt + chosen, instruction + output"
 _LISTS = ("messages", "conversations", "conversation")
-_ROLES = {
+ROLES = {
     "system": ("system", "developer"),
     "user": ("user", "human"),
     "assistant": ("assistant", "gpt", "chatgpt", "bing", "bard", "model", "ai", "function_call", "tool_call"),
     "tool": ("tool", "function", "observation", "ipython", "tool_results", "tool_response"),
 }
-_ROLE = {name: role for role, names in _ROLES.items() for name in names}
-_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+_ROLE = {name: role for role, names in ROLES.items() for name in names}
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # in rows, and the names under which templates read them
 _SWITCHES = {"weight", "train", "trainable", "training", "loss_mask", "loss"}
 _MEANING = re.compile(  # of a key with one of these words, which says something wherever it is known
     r"(\w*_)?(mask(s|ed)?|weights?|train(able|ed|ing)?|loss|labels?|learn|ignored?|prefix|partial|refusal"
@@ -86,7 +86,7 @@ def read_row(row: Any) -> Row:
     layout, turns = _find_turns(row)
     unread = [key for key in sorted(row) if _MEANING.fullmatch(key) and row[key] not in ("", [], {})]
     notes = [f"{_named(key)} of a row, which is not known here" for key in unread]
-    messages = [read_turn(turn, notes) for turn in turns]
+    messages = [_read_turn(turn, notes) for turn in turns]
     messages = [turn for turn in messages if turn["role"] != "system" or turn["content"].strip()]
     for key in ("system", "system_prompt"):
         text = row.get(key) or ""
@@ -121,7 +121,7 @@ def _find_turns(row: dict[str, Any]) -> tuple[str, list[Any]]:
         return "data", [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
     for key in ("completion", "chosen"):
         answer = _as_turns(row.get(key), "assistant")
-        if answer and answer[0].get("role", answer[0].get("from")) in (*_ROLES["user"], *_ROLES["system"]):
+        if answer and (answer[0].get("role") or answer[0].get("from")) in (*ROLES["user"], *ROLES["system"]):
             return key, answer  # the prompt stands in it
         if answer and (prompt := _as_turns(row.get("prompt"), "user")):
             return f"prompt + {key}", prompt + answer
@@ -144,7 +144,7 @@ def _as_turns(value: Any, role: str) -> list[Any]:
     return value if isinstance(value, list) and all(isinstance(turn, dict) for turn in value) else []
 
 
-def read_turn(turn: Any, notes: list[str]) -> Message:
+def _read_turn(turn: Any, notes: list[str]) -> Message:
     """One turn as a message; notes are added to.
 
     Raises:
@@ -167,7 +167,7 @@ def read_turn(turn: Any, notes: list[str]) -> Message:
     if isinstance(content, list):
         content, inner = _join(content)
         turn |= {"thinking": inner} if inner else {}
-    thoughts = next((turn[key] for key in _THOUGHTS if turn.get(key)), "") if role == "assistant" else ""
+    thoughts = next((turn[key] for key in THOUGHTS if turn.get(key)), "") if role == "assistant" else ""
     if content is None and (calls or thoughts):
         content = ""
     if not isinstance(content, str):
@@ -189,7 +189,7 @@ def read_turn(turn: Any, notes: list[str]) -> Message:
     for key in sorted(turn.keys() - _READ):
         if key in _SWITCHES:
             _obey(key, turn[key], message, notes)
-        elif _MEANING.fullmatch(key) and (role != "assistant" or key not in _THOUGHTS):
+        elif _MEANING.fullmatch(key) and (role != "assistant" or key not in THOUGHTS):
             notes.append(f"{_named(key)} of a turn, which is not known here")
     return message
 
@@ -225,7 +225,7 @@ def _obey(key: str, value: Any, message: Message, notes: list[str]) -> None:
 
 
 def _read_call(call: Any) -> dict[str, Any]:
-    function = call.get("function", call) if isinstance(call, dict) else None
+    function = call.get("function") or call if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise UnusableRow("a tool call without a function name")
     arguments = {} if function.get("arguments") is None else function["arguments"]

@@ -89,14 +89,8 @@ class Sequences:
     def __init__(
         self, data: Dataset, rows: np.ndarray, *, max_length: int, packing: bool, seed: int, pad_id: int
     ) -> None:
-        self.data, self.rows, self.max_length, self.packing, self.seed, self.pad_id = (
-            data.with_format("numpy"),
-            rows,
-            max_length,
-            packing,
-            seed,
-            pad_id,
-        )
+        self.data, self.rows = data.with_format("numpy"), rows
+        self.max_length, self.packing, self.seed, self.pad_id = max_length, packing, seed, pad_id
         self.lengths = np.asarray(self.data["length"][:])[rows] if len(data) else np.zeros(0, int)
         self.epoch = functools.lru_cache(maxsize=2)(self._pack)
         self._sizes: dict[int, int] = {}

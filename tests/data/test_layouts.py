@@ -34,6 +34,7 @@ LAYOUT_ROWS = [
     ({"prompt": "Hi", "chosen": "Yes", "rejected": "No"}, "prompt + chosen", [U, A]),
     ({"prompt": [U], "chosen": [A], "rejected": []}, "prompt + chosen", [U, A]),
     ({"prompt": "Hi", "chosen": [U, A], "rejected": [U, A]}, "chosen", [U, A]),
+    ({"chosen": [{"role": None, "content": None, **turn} for turn in share(U, A)]}, "chosen", [U, A]),
     ({"instruction": "Hi", "input": "", "output": "Yes"}, "instruction + output", [U, A]),
     (
         {"instruction": "Hi", "input": "there", "output": "Yes", "history": [["Hi", "Yes"]]},
@@ -153,7 +154,7 @@ CALLS = [
         {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": '{"x": 2}'}}]},
         {**NORMAL_CALL, "text": '{"x": 2}'},
     ),
-    ("flat", {"role": "assistant", "tool_calls": [CALL["function"]]}, NORMAL_CALL),
+    ("flat", {"role": "assistant", "tool_calls": [{**CALL["function"], "function": None}]}, NORMAL_CALL),
     (
         "old OpenAI",
         {"role": "assistant", "function_call": {"name": "add", "arguments": '{"x": 2}'}},
