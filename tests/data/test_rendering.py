@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from small_tokenizers import FAMILIES, tokenizer_of, tokens_text
-from test_dialogues import head, runs, split_expected
+from test_dialogues import VICUNA, head, runs, split_expected
 from test_layouts import CALL, SCHEMA, A, U
 
 from medusa_ds.data.dialogues import Chat
@@ -111,6 +111,27 @@ def test_thoughts_of_other_families():
     glm = "[gMASK]<sop><|user|>\nHi<|assistant|>«\n<think></think>\ntwo<|user|>»\nHi<|assistant|>«\n<think>hm</think>"
     expect(row, "glm", None, f"{glm}\ntwo»")
     for family in ("deepseek", "glm"):
+        assert render(row, family)[1].input_ids == as_user(row, family)
+    begin, answer = "[gMASK]<sop><|user|>\nHi<|assistant|>", "\n<think>hm</think>\ntwo"
+    for key in ("reasoning_content", "reasoning", "thinking"):
+        expect({"messages": [U, {**TWO, key: "hm"}]}, "glm", None, f"{begin}«{answer}»")
+    off = {"messages": [U, TWO], "chat_template_kwargs": {"enable_thinking": False}}
+    expect(off, "glm", None, f"{begin}\n<think></think>«\ntwo»")
+    assert render(off, "glm")[1].input_ids == as_user(off, "glm")
+
+
+PLAIN = [
+    ("llama3", f"<|begin_of_text|>{head('user')}Hi<|eot_id|>{head('assistant')}«", "<|eot_id|>»"),
+    ("mistral", "<s>[INST] Hi[/INST]« ", "</s>»"),
+    ("vicuna", f"{VICUNA} USER: Hi ASSISTANT:« ", "</s>»"),
+]
+
+
+@pytest.mark.parametrize(("family", "before", "after"), PLAIN)
+def test_tags_are_text_where_the_template_knows_no_thoughts(family, before, after):
+    for content in (RAW["content"], "<think>\nhm\n</think>\n\ntwo", "</think>\n\ntwo"):
+        row = {"messages": [U, {**TWO, "content": content}]}
+        expect(row, family, None, f"{before}{content}{after}")
         assert render(row, family)[1].input_ids == as_user(row, family)
 
 
