@@ -173,6 +173,29 @@ def test_tree_refuses_a_checkpoint(output, prompts):
         _search_tree(_settings(output / "checkpoints" / "best", prompts))
 
 
+@pytest.mark.parametrize("name", ["rank00000-00000.safetensors", "state.json", "manifest.json"])
+def test_a_damaged_checkpoint_is_refused_before_anything_is_loaded(
+    name, output, prompts, tmp_path, capsys, monkeypatch
+):
+    """Mutation: `runs._open_checkpoint` without `check`, and one bit decides on the figures."""
+    file = output / "checkpoints" / "step-000040" / name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    monkeypatch.setattr("medusa_ds.runs.load_backbone", None)
+    best = str(output / "checkpoints" / "best")
+    for command in (
+        ["evaluate", best, "--prompts", str(prompts)],
+        ["generate", best, "--prompt", "Hi"],
+        ["export", best, str(tmp_path / "exported")],
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(command)
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {file}: ") and error.endswith("name another checkpoint\n"), error
+    assert not (tmp_path / "exported").exists()
+
+
 def test_a_damaged_tree_or_a_folder_that_is_no_run_is_named(output, prompts, tmp_path):
     with pytest.raises(UserError, match=r"prompts.jsonl: found no run; name"):
         _evaluate(_settings(prompts, prompts))
