@@ -104,7 +104,7 @@ def find_logits(asked: Asked) -> Logits:
     """How a model's logits come from its hidden states.
 
     Raises:
-        UserError: not as `Logits` says, to rounding.
+        UserError: not as `Logits` says, to rounding, or from rows of another size than the config's `hidden_size`.
     """
     kind = asked.config.model_type
     problem = UserError(f"model.name: logits of {kind} are not its hidden states times a matrix; heads need that")
@@ -116,8 +116,10 @@ def find_logits(asked: Asked) -> Logits:
     lm_head: Any = model.get_output_embeddings()
     if not isinstance(lm_head, nn.Linear):
         raise problem
-    generator = torch.Generator().manual_seed(0)
-    width = lm_head.in_features
+    generator, width = torch.Generator().manual_seed(0), lm_head.in_features
+    size = getattr(asked.config.get_text_config(), "hidden_size", width)
+    if width != size:
+        raise UserError(f"model.name: the LM head of {kind} reads rows of {width}; heads need its hidden_size, {size}")
     hidden_SH = torch.randn(4, width, generator=generator, dtype=torch.float64) * width**-0.5
     biased, rows = lm_head.bias is not None, lm_head.out_features
 

@@ -47,15 +47,16 @@ def test_the_factor_is_that_of_the_models_own_width_not_the_twins():
 
 
 @pytest.mark.parametrize(
-    ("family", "message"),
+    ("family", "fields", "message"),
     [
-        ("modernbert-decoder", "logits of modernbert-decoder are not its hidden states times a matrix"),
-        ("bert", "logits of bert are not"),
+        ("modernbert-decoder", {}, "logits of modernbert-decoder are not its hidden states times a matrix"),
+        ("bert", {}, "logits of bert are not"),
+        ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 16}, "LM head of opt reads rows of 16; .* its hidden_size, 32"),
     ],
 )
-def test_what_stands_before_the_matrix_is_refused(family, message):
+def test_what_stands_before_the_matrix_is_refused(family, fields, message):
     with pytest.raises(UserError, match=message):
-        find_logits(asked(family))
+        find_logits(asked(family, **fields))
 
 
 @pytest.mark.parametrize(
