@@ -15,9 +15,10 @@ from medusa_ds.files import write
 NAME = "report.html"
 """Of the page in a run's directory."""
 _STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; color: #222 }
-h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem } svg { max-width: 100%; height: auto }
+h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem } svg { width: 100%; height: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums } td, th { padding: .2rem .8rem .2rem 0 }
-td + td, th + th { text-align: right } tr { border-bottom: 1px solid #ddd } th { font-weight: 600; text-align: left }
+td + td { text-align: right } tr { border-bottom: 1px solid #ddd } td:first-child { min-width: 8rem }
+.words td + td { text-align: left }
 pre { background: #f6f6f6; padding: 1rem; overflow: auto; font-size: 13px }"""
 
 
@@ -32,6 +33,20 @@ def write_page(output: Path, file: Path, evaluation: Mapping[str, Any] | None = 
     Raises:
         UserError: the run's files cannot be read, or the page cannot be written.
     """
+    try:
+        page = _page(output, evaluation)
+    except (OSError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{output}: metrics.jsonl, launches.jsonl or recipe.yaml are missing or not what a run of this version "
+            f"writes ({type(error).__name__}: {str(error)[:80]}); name the output of a run that has taken a step"
+        ) from None
+    try:
+        write(file, page)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written ({error.strerror}); name another file in --out") from None
+
+
+def _page(output: Path, evaluation: Mapping[str, Any] | None) -> str:
     lines = _read_lines(output / "metrics.jsonl")
     train, held_out = ([line for line in lines if line["kind"] == kind] for kind in ("train", "validation"))
     launches = _read_lines(output / "launches.jsonl")
@@ -51,7 +66,7 @@ def write_page(output: Path, file: Path, evaluation: Mapping[str, Any] | None = 
         _plot(train, [], {"grad_norm": "gradient norm"}, "norm"),
     ]
     if data := launches[-1].get("data"):
-        counts = [(name, f"{value:,}") for name, value in data.items() if isinstance(value, int)]
+        counts = [(name.replace("_", " "), f"{value:,}") for name, value in data.items() if isinstance(value, int)]
         left_out = [
             (f"left out: {reason}", f"{number:,}, first {at}") for reason, (number, at) in data["rejected"].items()
         ]
@@ -60,10 +75,7 @@ def write_page(output: Path, file: Path, evaluation: Mapping[str, Any] | None = 
         parts += ["<h2>Decoding</h2>", _evaluation(evaluation)]
     parts += ["<h2>Recipe</h2>", f"<pre>{html.escape(read_text(output / 'recipe.yaml'))}</pre>"]
     head = f'<!doctype html><meta charset="utf-8"><title>{html.escape(output.name)}</title><style>{_STYLE}</style>'
-    try:
-        write(file, head + "\n".join(parts) + "\n")
-    except OSError as error:
-        raise UserError(f"{file}: cannot be written ({error.strerror}); name another file in --out") from None
+    return head + "\n".join(parts) + "\n"
 
 
 def _facts(train: list[dict[str, Any]], launch: Mapping[str, Any]) -> str:
@@ -71,17 +83,17 @@ def _facts(train: list[dict[str, Any]], launch: Mapping[str, Any]) -> str:
     rows = [("machine", f"{launch['ranks']} x {launch['device']}"), ("versions", versions)]
     if train:
         rows += [("steps", train[-1]["step"]), ("time in steps", f"{sum(line['seconds'] for line in train):,.0f} s")]
-    return _table(rows)
+    return _table(rows, "words")
 
 
 def _held_out(lines: list[dict[str, Any]], heads: list[str]) -> str:
     if not lines:
         return "<p>None were held out.</p>"
-    first, last = lines[0], lines[-1]
-    rows = [("", *(f"step {line['step']}" for line in (first, last)))]
+    ends = lines if len(lines) == 1 else [lines[0], lines[-1]]
+    rows = [("", *(f"step {line['step']}" for line in ends))]
     names = {f"{head}_{kind}": f"{head}, {kind}" for head in heads for kind in ("loss", "acc")}
     for key, name in {**names, "acceptance_length": "acceptance length"}.items():
-        found = (line.get(key) for line in (first, last))
+        found = (line.get(key) for line in ends)
         rows.append((name, *("-" if value is None else f"{value:.3f}" for value in found)))
     return _table(rows)
 
@@ -120,9 +132,9 @@ def _plot(train: list[dict[str, Any]], held_out: list[dict[str, Any]], keys: Map
     return svg[svg.index("<svg") :]
 
 
-def _table(rows: Iterable[Iterable[Any]]) -> str:
+def _table(rows: Iterable[Iterable[Any]], look: str = "figures") -> str:
     cells = ("".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in rows)
-    return "<table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>"
+    return f'<table class="{look}">' + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>"
 
 
 def _read_lines(file: Path) -> list[dict[str, Any]]:

@@ -46,7 +46,7 @@ def test_page_shows_the_runs_figures_and_needs_nothing_beside_it(trained: Path) 
     assert re.search(r"time in steps</td><td>8 s", page)
     assert (
         "2 x cpu" in page
-        and "train_rows</td><td>1,048" in page
+        and "train rows</td><td>1,048" in page
         and "a &lt;recipe&gt;" in page
         and "run <1>" not in page
     )
@@ -72,3 +72,12 @@ def test_a_head_without_a_held_out_position_has_no_figure(trained: Path) -> None
     file.write_text(file.read_text().replace('"head1_loss": 4.0', '"head1_loss": null'))
     run(Settings(output=str(trained)))
     assert re.search(r"head1, loss</td><td>5\.000</td><td>-", (trained / "report.html").read_text())
+
+
+def test_a_run_that_was_held_against_nothing_yet_but_its_start_shows_one_column(trained: Path) -> None:
+    """Mutation: show the first validation as the last one too."""
+    file = trained / "metrics.jsonl"
+    lines = [line for line in file.read_text().splitlines() if '"validation", "step": 3' not in line]
+    file.write_text("\n".join(lines))
+    run(Settings(output=str(trained)))
+    assert "<td>step 0</td></tr>" in (trained / "report.html").read_text()
