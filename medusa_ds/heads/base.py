@@ -113,6 +113,11 @@ class Heads(nn.ModuleList):
         """A head at its start, where it gives what its projection gives."""
         raise NotImplementedError
 
+    @staticmethod
+    def kept(layers: int) -> int:
+        """Tensors of the hidden size that a head keeps of a row for its backward pass, at most."""
+        raise NotImplementedError
+
     def advance(self, k: int, states: Tensor, tokens: Tensor) -> Tensor:
         """States of head k from those of head k-1 and embedded tokens t+k, all [..., H]."""
         raise NotImplementedError

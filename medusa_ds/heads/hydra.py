@@ -48,6 +48,11 @@ class HydraHeads(MedusaHeads):
         head.step = step
         return head
 
+    @staticmethod
+    def kept(layers: int) -> int:
+        """As Medusa's, and a step's pair of state and token is two in place of the hidden states that all share."""
+        return MedusaHeads.kept(layers) + 2
+
     def advance(self, k: int, states: Tensor, tokens: Tensor) -> Tensor:
         """States of head k from those of head k-1 and embedded tokens t+k, all [..., H]."""
         head: Any = self[k - 1]

@@ -35,3 +35,8 @@ class MedusaHeads(Heads):
     ) -> Head:
         """A head at its start, where it gives what its projection gives."""
         return Head(nn.Sequential(*(ResBlock(hidden_size, dtype) for _ in range(layers))), projection)
+
+    @staticmethod
+    def kept(layers: int) -> int:
+        """Of a block its input, its product and what is added; the projection's rows and their gradient."""
+        return 3 * layers + 2

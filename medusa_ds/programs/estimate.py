@@ -3,7 +3,7 @@
 Example:
     medusa-ds estimate llama3_8b_stage1 --gpus 8 --gpu a100-80gb --rows 121000
 
-The arithmetic is that of `training.memory` and `training.communication`.
+Memory is what DeepSpeed's own estimators say of its states, with activations and the loss beside them.
 """
 
 import json
@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import Field
 
 from medusa_ds.config import deepspeed as ds_config
@@ -54,9 +55,10 @@ class Settings(RecipeSettings):
     """What the command line says."""
 
     gpu: str | None = Field(None, title="KIND")
-    """GPU to plan for: rtx-3060, l4, a100-80gb, h100-80gb, h200, ... (any kind that the table of memory may name)."""
+    """GPU to plan for: rtx-3060, l4, a100-80gb, h100-80gb, h200, ..., or its full name; without it, those of this
+    machine."""
     gpus: Count = 8
-    """How many of it, on one host."""
+    """How many of it, on one host; without --gpu and this, those of this machine."""
     nodes: Commas[Count] = [1, 4, 8, 16]
     """Hosts in the table of communication."""
     network: Positive | None = None
@@ -81,7 +83,8 @@ def run(settings: Settings) -> None:
     from medusa_ds.decoding.session import describe
     from medusa_ds.model.backbone import load_config, load_tokenizer, settled, without_hub
 
-    recipe, gpu = settings.load_recipe(), _find_gpu(settings.gpu)
+    recipe, (gpu, gpus) = settings.load_recipe(), _planned(settings)
+    settings = settings.model_copy(update={"gpus": gpus})
     tokenizer = load_tokenizer(recipe.model) if settings.count_data else None
     recipe = settled(without_hub(recipe))
     print(*describe(recipe.model), "", sep="\n")
@@ -107,6 +110,8 @@ def run(settings: Settings) -> None:
         if peak_tflops(gpu):
             step = _estimate_step(settings, recipe, parts, config, gpu, 1)[1]
             _print_steps(settings, recipe, parts, config, gpu)
+    elif recipe.deepspeed == "auto":
+        print("\ndeepspeed: auto takes what fits the GPUs; name them, as in --gpus 8 --gpu a100-80gb, to see what")
     trained = parts.trainable(recipe.stage)
     checkpoint = 12 * trained
     final = width * (parts.blocks + parts.projections)
@@ -162,11 +167,26 @@ def _print_memory(recipe: Recipe, parts: Parameters, config: Any, width: int, wo
         print(f"  {ranks:4}  " + "  ".join(cells) + f"  {fits}{note}")
 
 
-def _find_gpu(kind: str | None) -> str | None:
-    known = {name.lower().replace(" ", "-"): name for name in GPUS_GIB}
-    if kind is not None and kind.lower() not in known:
-        raise UserError(f"--gpu: found {kind!r}; allowed is {either(list(known))}")
-    return known[kind.lower()] if kind else None
+def _planned(settings: Settings) -> tuple[str | None, int]:
+    """Kind and number of the GPUs to plan for, those asked for or those of this machine; None for a kind not known."""
+    if settings.gpu is not None:
+        kind = _find_gpu(settings.gpu)
+        if kind is None:
+            known = [name.lower().replace(" ", "-") for name in GPUS_GIB]
+            raise UserError(
+                f"--gpu: found {settings.gpu!r}; allowed is {either(known)}, or a name that holds its words"
+            )
+        return kind, settings.gpus
+    if not torch.cuda.is_available():
+        return None, settings.gpus
+    number = settings.gpus if "gpus" in settings.model_fields_set else torch.cuda.device_count()
+    return _find_gpu(torch.cuda.get_device_name()), number
+
+
+def _find_gpu(name: str) -> str | None:
+    """The kind whose words are all in a name, as in `a100-80gb` and `NVIDIA A100-SXM4-80GB`."""
+    words = set(re.split(r"[\s-]+", name.lower()))
+    return next((kind for kind in GPUS_GIB if set(kind.lower().split()) <= words), None)
 
 
 def _largest_micro_batch(
@@ -253,7 +273,9 @@ def _hours(settings: Settings, recipe: Recipe, steps: int | None, gpu: str | Non
     if step is None:
         more = "or run the recipe for some steps first"
         return f"time: {counted}; name a GPU with --gpu, state a speed with --tokens-per-second, {more}"
+    hours = tokens / step.tokens_per_s / 3600
+    takes = f"{hours:.1f} hours" if hours >= 0.1 else f"{60 * hours:.1f} minutes"
     return (
-        f"time: about {tokens / step.tokens_per_s / 3600:.1f} hours on {settings.gpus} x {gpu} for {counted}, "
+        f"time: about {takes} on {settings.gpus} x {gpu} for {counted}, "
         f"{step.token_gflop:.1f} GFLOP each, at {step.tokens_per_s:,.0f} tokens/s (estimated)"
     )

@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 
 import psutil
 import torch
+from transformers import AutoModelForCausalLM
 
 from medusa_ds.config.deepspeed import load, zero_settings
 from medusa_ds.config.recipe import Recipe, shipped
+from medusa_ds.heads.kinds import KINDS, make_heads
 from medusa_ds.model.backbone import load_config
 from medusa_ds.ranks import Ranks
 
@@ -64,11 +66,6 @@ class Parameters:
 
 def count_parameters(recipe: Recipe, config: Any) -> Parameters:
     """Count the parameters of each part, of a model built on the meta device from its config."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from medusa_ds.heads.kinds import make_heads
-
     shape = recipe.heads.shape | {"hidden_size": config.hidden_size, "vocab_size": config.vocab_size}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.model.trust_remote_code)
@@ -150,7 +147,7 @@ def activations_bytes(recipe: Recipe, config: Any, width: int, recomputed: int |
         backbone = recomputed * tokens * width * hidden + max(layers - recomputed, 1) * layer
     if recipe.has_frozen_start:
         backbone += layer  # of the frozen start, one at a time
-    heads = recipe.heads.num * tokens * width * hidden * (3 * recipe.heads.layers + 2)
+    heads = recipe.heads.num * tokens * width * hidden * KINDS[recipe.heads.kind].kept(recipe.heads.layers)
     return backbone + heads
 
 
@@ -178,8 +175,6 @@ def recomputed_layers(setting: bool | int | str) -> int | None:
 def parts_in_memory(recipe: Recipe, parts: Parameters, config: Any) -> Parameters:
     """The parameters that training keeps: a hidden cache replaces the backbone, and what nobody reads is left out."""
     if recipe.data.hidden_cache != "off":
-        from medusa_ds.heads.kinds import KINDS
-
         ends = (not parts.projections) + KINDS[recipe.heads.kind].sees_tokens  # the LM head, the embeddings
         return replace(parts, backbone=0, lm_head=ends * config.vocab_size * config.hidden_size)
     if recipe.stage == 1 and parts.projections and recipe.loss.target == "label":

@@ -1,5 +1,6 @@
 """A third kind of heads: the class below, its name in `KINDS` and in `heads.kind` are all that it takes."""
 
+import math
 from contextlib import nullcontext
 
 import pytest
@@ -39,6 +40,10 @@ class GatedHeads(Heads):
         head.gate = Gate(hidden_size, hidden_size, dtype=dtype)
         return head
 
+    @staticmethod
+    def kept(layers):
+        return 4
+
     def advance(self, k, states, tokens):
         return self[k - 1].gate(states, tokens)
 
@@ -76,3 +81,30 @@ def test_a_third_kind_trains_is_saved_and_decodes(recipe, tiny_model, tmp_path):
     row = Decoder(backbone, heads, default_tree(3, 24)).generate([[7, 30, 12]], 20)[0]
     assert row.tokens == wanted
     assert head_ranks(backbone, heads, [7, 30, 12], wanted).shape == (len(wanted) - 3, 3)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 4])
+def test_a_kind_says_what_it_keeps_for_its_backward_pass(layers):
+    """Against autograd's own saved tensors. Mutation: count Hydra's as Medusa's."""
+    kept = {}
+    for kind in ("medusa", "hydra"):
+        shape = {"kind": kind, "num": 3, "layers": layers, "lm_head": "own", "hidden_size": 64, "vocab_size": 300}
+        heads, seen, outputs = make_heads(shape), {}, []
+        states, tokens = torch.randn(2, 128, 64)
+        own = {parameter.untyped_storage().data_ptr() for parameter in heads.parameters()}
+
+        def note(tensor, own=own, seen=seen):
+            if (place := tensor.untyped_storage()).data_ptr() not in own:
+                seen[place.data_ptr()] = place.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            for k, head in enumerate(heads, 1):
+                states = heads.advance(k, states, tokens) if heads.sees_tokens else states
+                outputs.append(head.blocks(states))
+        for rows in outputs:  # the loss keeps them and their gradients
+            note(rows)
+            seen[f"gradient of {id(rows)}"] = rows.nbytes
+        kept[kind] = sum(seen.values()) / (3 * 128 * 64 * 4)
+        assert kept[kind] <= KINDS[kind].kept(layers)
+    assert KINDS["hydra"].kept(layers) - KINDS["medusa"].kept(layers) == math.ceil(kept["hydra"] - kept["medusa"])

@@ -94,3 +94,32 @@ def test_an_unknown_gpu_is_a_line(capsys):
         main(["estimate", "llama3_8b_stage1", "--gpu", "a100"])
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.startswith("error: --gpu: found 'a100'; allowed is") and "a100-80gb" in err
+
+
+@pytest.mark.parametrize("name", ["a100-80gb", "A100 80GB", "NVIDIA A100-SXM4-80GB"])
+def test_a_gpu_is_known_by_its_words(name, capsys):
+    assert "2 x A100 80GB: take deepspeed" in said(capsys, "llama3_8b_stage1", "--gpus", "2", "--gpu", name)
+
+
+def test_auto_is_told_for_the_gpus_of_this_machine_or_how_to_ask(capsys, monkeypatch):
+    """Mutation: look for `--gpu` alone."""
+    asked = ["llama3_8b_stage2", "deepspeed=auto", "train.steps=1"]
+    assert "auto takes what fits the GPUs; name them, as in --gpus 8 --gpu a100-80gb" in said(capsys, *asked)
+    here = {"is_available": True, "device_count": 4, "get_device_name": "NVIDIA H100 80GB HBM3"}
+    for name, value in here.items():
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda value=value: value)
+    found = said(capsys, *asked)
+    assert found == said(capsys, *asked, "--gpu", "h100-80gb", "--gpus", "4")
+    assert "4 x H100 80GB: take deepspeed" in found
+    assert re.search(r"time: about [\d.]+ minutes on 4 x H100 80GB for 1 steps", found)
+    assert "2 x H100 80GB: take" in said(capsys, *asked, "--gpus", "2")
+
+
+def test_activations_are_the_kinds_own(capsys):
+    """Mutation: count Hydra's as Medusa's."""
+    asked = ["llama3_8b_stage1", "train.micro_batch_size=16", "data.max_length=4096", "train.global_batch_size=128"]
+    medusa, hydra = (
+        float(re.search(r"activations ([\d.]+)", said(capsys, *asked, f"heads.kind={kind}"))[1])
+        for kind in ("medusa", "hydra")
+    )
+    assert hydra - medusa == pytest.approx(3 * 2 * 16 * 4096 * 4096 * 2 / GIB, abs=0.11)
