@@ -11,20 +11,33 @@ T = TypeVar("T")
 LINE_EVERY_S = 15.0
 
 
+class Progress(tqdm):
+    """Items that are done, tokens and the time left, on standard error.
+
+    Args:
+        total: items.
+        unit: what they are.
+        silent: prints nothing.
+    """
+
+    def __init__(self, total: int, unit: str, silent: bool = False) -> None:
+        plain = not sys.stderr.isatty()
+        form = f"{{n:,}} of {{total:,}} {unit}{{postfix}} in {{elapsed}}, {{remaining}} left" + "\n" * plain
+        every = LINE_EVERY_S if plain else 0.5
+        super().__init__(total=total, bar_format=form, mininterval=every, delay=every * plain, disable=silent)
+        self.tokens, self.began = 0, time.monotonic()
+
+    def add(self, items: int, tokens: int) -> None:
+        """Count items that have ended, and tokens."""
+        self.tokens += tokens
+        rate = self.tokens / max(time.monotonic() - self.began, 1e-9)
+        self.set_postfix_str(f"{self.tokens:,} tokens, {rate:,.0f} tokens/s", refresh=False)
+        self.update(items)
+
+
 def progress(items: Sequence[T], unit: str) -> Iterator[T]:
-    """The items one after the other, with how many have been worked off on standard error."""
-    if sys.stderr.isatty():
-        yield from tqdm(items, unit=f" {unit}", leave=False)
-        return
-    started = printed = time.monotonic()
-    for done, item in enumerate(items):
-        now = time.monotonic()
-        if now - printed >= LINE_EVERY_S:
-            printed = now
-            left = (now - started) / done * (len(items) - done)
-            print(
-                f"{done} of {len(items)} {unit} in {now - started:.0f} s, {left:.0f} s left",
-                file=sys.stderr,
-                flush=True,
-            )
-        yield item
+    """The items one after the other, counted."""
+    with Progress(len(items), unit) as bar:
+        for item in items:
+            yield item
+            bar.update()

@@ -11,7 +11,7 @@ from medusa_ds.data.layouts import Message, UnusableRow, read_row
 from medusa_ds.data.sources import open_source
 from medusa_ds.errors import UserError
 
-_A_ROW = '{"turns": ["Hello"]} is a row, or what data.path takes'
+A_ROW = '{"turns": ["Hello"]} is a row, or what data.path takes'
 
 
 class Prompt(NamedTuple):
@@ -62,13 +62,13 @@ def read_prompts(where: str, path: str, limit: int | None = None) -> list[Prompt
     prompts, problems = [], []
     for at, row in load_prompts(where, path):
         if isinstance(row, str):
-            problems.append(f"{at}: {row}; {_A_ROW}")
+            problems.append(f"{at}: {row}; {A_ROW}")
         elif not isinstance(row.category, str):
             problems.append(f"{at}: category: found {str(row.category)[:60]}; a text")
         else:
             prompts.append(row)
     if not prompts:
-        raise UserError(*(problems or [f"{where}: {path}: found no prompt; {_A_ROW}"]))
+        raise UserError(*(problems or [f"{where}: {path}: found no prompt; {A_ROW}"]))
     for problem in islice(problems, 20):
         print(f"left out: {problem}", file=sys.stderr)
     if problems:

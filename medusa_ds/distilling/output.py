@@ -16,6 +16,9 @@ from medusa_ds.errors import UserError
 from medusa_ds.files import InUseError, take
 from medusa_ds.ranks import Ranks
 
+_BEGINNINGS = (b'{"row"', b'{"model"')
+"""Of rows and of settings: what begins otherwise is not cut off, as it is another program's."""
+
 
 class Journal:
     """A file of JSON lines, made with its directory if missing and locked while it is open.
@@ -39,6 +42,8 @@ class Journal:
             self._file.seek(0)
             data = self._file.read()
             whole = data.rfind(b"\n") + 1
+            if not any(data[whole:].startswith(begin[: len(data) - whole]) for begin in _BEGINNINGS):
+                self._parse(data.count(b"\n") + 1, b"")
             self.rows = [self._parse(number, line) for number, line in enumerate(data[:whole].splitlines(), 1)]
             os.ftruncate(self._file.fileno(), whole)
         except InUseError:

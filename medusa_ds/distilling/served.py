@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from typing import Any, NamedTuple
 
+from medusa_ds.distilling.server import check_url
 from medusa_ds.errors import UserError
 
 _COUNTER = re.compile(r"vllm:spec_decode_(num_drafts|num_accepted_tokens_per_pos)_total\{([^}]*)\} (\S+)")
@@ -70,6 +71,7 @@ class HeadServer:
     """
 
     def __init__(self, url: str, model: str | None, timeout_s: float) -> None:
+        check_url(url)
         self.url, self.timeout_s, self._failures = url.rstrip("/"), timeout_s, 0
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:

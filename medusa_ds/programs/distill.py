@@ -14,8 +14,6 @@ becomes depends on none of them.
 """
 
 import json
-import sys
-import time
 from collections import Counter, deque
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,13 +21,12 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
-from tqdm import tqdm
 
 from medusa_ds.config.recipe import Recipe
 from medusa_ds.config.settings import Bare, RecipeSettings
 from medusa_ds.config.types import Count, Positive
 from medusa_ds.data.dialogues import Chat
-from medusa_ds.data.prompts import Prompt, load_prompts
+from medusa_ds.data.prompts import A_ROW, Prompt, load_prompts
 from medusa_ds.decoding.decoder import end_at
 from medusa_ds.decoding.kernels.packed import pack_projections
 from medusa_ds.decoding.session import position_limit
@@ -41,6 +38,7 @@ from medusa_ds.distilling.texts import Excluded, Seen, read_openings, repetitive
 from medusa_ds.errors import UserError
 from medusa_ds.files import digest
 from medusa_ds.model.backbone import load_backbone, load_config, load_tokenizer
+from medusa_ds.progress import Progress
 from medusa_ds.ranks import Ranks
 from medusa_ds.runs import place
 from medusa_ds.training.supervisor import Supervisor, end_with_others
@@ -128,6 +126,7 @@ def run(settings: Settings) -> dict[str, Any]:
         raise UserError("distill: found neither --prompts nor --synthesize; give one of them, or both")
     if settings.openings and not settings.synthesize:
         raise UserError("--openings: found it without --synthesize, whose prompts it begins; give both or neither")
+    place(settings.device, settings.dtype)  # refuses what is not there
     ranks = Ranks()
     if settings.server:
         check_url(settings.server)
@@ -197,7 +196,9 @@ class _Engines:
 
 def _read(where: str, source: str, split: str = "train") -> list[tuple[str, Any]]:
     """Where every prompt stands, and its messages, or why it cannot be used."""
-    found = load_prompts(where, source, split)
+    found = list(load_prompts(where, source, split))
+    if not found:
+        raise UserError(f"{where}: {source}: found no prompt; {A_ROW}")
     return [(place, row.messages if isinstance(row, Prompt) else f"unusable row: {row}") for place, row in found]
 
 
@@ -231,7 +232,7 @@ def _make_prompts(
     begin = chat.before_prompt()
     texts = {row: begin + openings[row % len(openings)] for row in missing}
     if todo := deque(Request(row, MAKE_PROMPT, texts[row], []) for row in ranks.share(missing)):
-        bar = _Bar(f"making {len(missing):,} prompts", len(todo), ranks)
+        bar = _count(f"making {len(missing):,} prompts", len(todo), ranks)
         before = max(len(chat.tokenizer(begin + each, add_special_tokens=False)["input_ids"]) for each in openings)
         sampling = replace(
             engines.sampling,
@@ -308,7 +309,7 @@ def _answer(
         todo.append(request)
     if not todo:
         return failed
-    bar = _Bar(f"answering {len(missing):,} of {len(prompts):,} rows", len(todo), engines.ranks)
+    bar = _count(f"answering {len(missing):,} of {len(prompts):,} rows", len(todo), engines.ranks)
 
     def keep(request: Request, reply: Reply) -> Request | None:
         number, finish = request.row, reply.finish
@@ -343,23 +344,11 @@ def _answer(
     return failed
 
 
-class _Bar(tqdm):
-    """Rows, tokens and the time left: a line that is rewritten, or on no terminal one every 15 seconds."""
-
-    def __init__(self, text: str, rows: int, ranks: Ranks) -> None:
-        if ranks.rank == 0:
-            print(text + (f" on {ranks.size} ranks; {rows:,} of them here" if ranks.size > 1 else ""), flush=True)
-        plain = not sys.stderr.isatty()
-        form = "{n:,} of {total:,} rows{postfix} in {elapsed}, {remaining} left" + "\n" * plain
-        super().__init__(total=rows, bar_format=form, mininterval=15 if plain else 0.5, disable=ranks.rank > 0)
-        self.tokens, self.began = 0, time.monotonic()
-
-    def add(self, rows: int, tokens: int) -> None:
-        """Count rows that have ended, and tokens."""
-        self.tokens += tokens
-        rate = self.tokens / max(time.monotonic() - self.began, 1e-9)
-        self.set_postfix_str(f"{self.tokens:,} tokens, {rate:,.0f} tokens/s", refresh=False)
-        self.update(rows)
+def _count(text: str, rows: int, ranks: Ranks) -> Progress:
+    """Say what begins, and count this rank's rows of it on the first rank."""
+    if ranks.rank == 0:
+        print(text + (f" on {ranks.size} ranks; {rows:,} of them here" if ranks.size > 1 else ""), flush=True)
+    return Progress(rows, "rows", silent=ranks.rank > 0)
 
 
 def _summary(out: str, places: list[str], failed: dict[int, str], removed: dict[int, str]) -> dict[str, Any]:

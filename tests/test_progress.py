@@ -1,0 +1,42 @@
+"""How far a program is, on a terminal and in a pipe."""
+
+import sys
+
+import pytest
+
+from medusa_ds import progress
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that pass when the test says so."""
+    now = [100.0]
+    for name in ("tqdm.std.time", "time.monotonic"):
+        monkeypatch.setattr(name, lambda: now[0])
+    return now
+
+
+def test_a_pipe_gets_a_line_now_and_then_and_nothing_of_what_is_short(clock, capsys):
+    """Mutation: print at every item, or rewrite a line that nobody can rewrite."""
+    for _ in progress.progress(range(10), "prompts"):
+        clock[0] += 1
+    assert capsys.readouterr().err == ""
+    for _ in progress.progress(range(4), "prompts"):
+        clock[0] += 10
+    lines = capsys.readouterr().err.replace("\r", "").split("\n")
+    assert "2 of 4 prompts in 00:20, 00:20 left" in [line.strip() for line in lines]
+    assert len([line for line in lines if line.strip()]) <= 3
+
+
+def test_a_terminal_gets_a_bar_and_rows_their_tokens(clock, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    bar = progress.Progress(4, "rows")
+    clock[0] += 10
+    bar.add(2, 500)
+    bar.close()
+    shown = capsys.readouterr().err
+    assert "2 of 4 rows, 500 tokens, 50 tokens/s in 00:10, 00:10 left" in shown and "\r" in shown
+    silent = progress.Progress(4, "rows", silent=True)
+    silent.add(4, 4)
+    silent.close()
+    assert capsys.readouterr().err == ""
