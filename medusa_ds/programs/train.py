@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from medusa_ds import files
 from medusa_ds.config.parsing import parse_yaml, read_json, read_text
 from medusa_ds.config.recipe import Recipe, WandbSpec, find_recipe
+from medusa_ds.config.settings import RecipeSettings, parse
 from medusa_ds.errors import UserError, exit_on_user_error
 from medusa_ds.ranks import Ranks
 
@@ -58,6 +59,10 @@ FREE_TO_CHANGE = (
 """Recipe keys that a resumed run may change: none of them changes what is computed."""
 
 
+class Settings(RecipeSettings):
+    """What the command line says."""
+
+
 def main(recipe_file: str | None = None) -> None:
     """Train the recipe of the command line.
 
@@ -67,20 +72,18 @@ def main(recipe_file: str | None = None) -> None:
     arguments = [text for text in sys.argv[1:] if not text.startswith("--local_rank=")]
     if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
         _adopt_slurm()
+    given = arguments if recipe_file is None else [recipe_file, *arguments]
     with exit_on_user_error():
-        options = [text for text in arguments if text.startswith("-")]
-        if options:
-            raise UserError(f"{options[0]}: unknown option; settings are written key.path=value, as in train.lr=1e-3")
-        if recipe_file is None:
-            if not arguments or "=" in arguments[0]:
-                raise UserError("no recipe given; use: deepspeed --module medusa_ds RECIPE [key.path=value ...]")
-            recipe_file = arguments.pop(0)
-        recipe = Recipe.load(recipe_file, arguments)
-        run(recipe, find_recipe(recipe_file))
+        run(parse(Settings, given, "deepspeed --module medusa_ds", __doc__))
 
 
-def run(recipe: Recipe, recipe_file: Path) -> None:
-    """Train a validated recipe, on every rank."""
+def run(settings: Settings) -> None:
+    """Train a recipe, on every rank.
+
+    Raises:
+        UserError: a mistake of the recipe or its data, or an output that cannot be used.
+    """
+    recipe, recipe_file = settings.load_recipe(planning=False), find_recipe(settings.recipe)
     import torch
 
     from medusa_ds.decoding.session import describe

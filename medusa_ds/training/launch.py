@@ -10,6 +10,7 @@ import torch
 from torch.utils.cpp_extension import get_default_build_root
 
 from medusa_ds.config.recipe import Recipe
+from medusa_ds.errors import UserError
 from medusa_ds.ranks import Ranks
 
 _SHARED_MEMORY = "deepspeed_shm_comm"
@@ -18,9 +19,13 @@ BESIDE_A_GPU = 4
 
 
 def start_process_group(recipe: Recipe) -> torch.device:
-    """Join the ranks of this launch, once in a process; returns this rank's device."""
+    """Join the ranks of this launch, once in a process; returns this rank's device.
+
+    Raises:
+        UserError: the port where they meet is another program's.
+    """
     on_gpu = torch.cuda.is_available()
-    if "MASTER_ADDR" not in os.environ:  # started without a launcher
+    if Ranks().size == 1:  # nobody else has to know the port, and the launcher's may be another training's
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
@@ -36,7 +41,14 @@ def start_process_group(recipe: Recipe) -> torch.device:
         announce(_SHARED_MEMORY)
     # the supervisor, which names the hung rank and shows stacks, comes first
     timeout = timedelta(seconds=recipe.train.hang_timeout + 5)
-    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False, timeout=timeout)
+    try:
+        deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False, timeout=timeout)
+    except torch.distributed.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = os.environ["MASTER_PORT"]
+        mend = "name another, as in deepspeed --master_port 29501 RECIPE"
+        raise UserError(f"port {port}: in use, as by another training of this machine; {mend}", one_rank=True) from None
     return device
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from support import launch, launched, losses_of, metrics_of, train
 
 from medusa_ds.config.recipe import Recipe
 from medusa_ds.errors import UserError
-from medusa_ds.programs.train import _claim, _is_free, _shipped
+from medusa_ds.programs.train import _claim, _is_free, _shipped, main
 
 
 def test_recipe_trains_heads_and_says_where_they_are(tiny_recipe: Path, tmp_path: Path) -> None:
@@ -68,6 +69,22 @@ def test_a_loss_that_needs_a_gpu_is_refused_before_anything_loads(tiny_recipe: P
     text = train(tiny_recipe, "loss.impl=liger", log_dir=tmp_path, ends=(2,))
     assert "error: loss.impl: found liger" in text and len(text.strip().splitlines()) == 1, text
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "fragment"),
+    [
+        (["--lr", "1"], "deepspeed --module medusa_ds: unrecognized arguments: --lr"),
+        ([], "the following arguments are required: recipe"),
+        (["none.yaml"], "none.yaml: no such recipe file"),
+    ],
+)
+def test_misuse_of_the_command_line_is_one_line(argv, fragment, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["medusa_ds", "--local_rank=0", *argv])
+    with pytest.raises(SystemExit) as stop:
+        main(None if argv in ([], ["none.yaml"]) else "smollm2_135m_stage1")
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == "" and len(err.splitlines()) == 1 and fragment in err
 
 
 def test_bad_recipe_ends_with_status_2_and_without_traceback(tiny_recipe: Path, tmp_path: Path) -> None:
@@ -255,6 +272,18 @@ def test_second_run_into_an_output_in_use_is_refused(tiny_recipe: Path, tmp_path
     run.process.send_signal(signal.SIGTERM)
     psutil.wait_procs(psutil.Process(run.process.pid).children(recursive=True), timeout=60)
     run.wait()
+
+
+def test_a_port_in_use_is_no_matter_to_one_rank_and_a_line_to_several(tiny_recipe: Path, tmp_path: Path) -> None:
+    """Mutation: leave the launcher's port to one rank."""
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        launched(tiny_recipe, "train.steps=1", port=port, log_dir=tmp_path)
+        run = launch(tiny_recipe, f"output={tmp_path / 'two'}", ranks=2, port=port, log_dir=tmp_path)
+        assert run.wait() == 2, run.text
+    assert f"error: port {port}: in use, as by another training" in run.text and "Traceback" not in run.text
 
 
 def test_two_nodes_of_a_hostfile_train_as_one_does(tiny_recipe: Path, tmp_path: Path) -> None:
