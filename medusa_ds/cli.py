@@ -39,7 +39,8 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a subcommand; a user's mistake is a line on standard error and exit status 2."""
     # transformers imports deepspeed, which warns when there is no GPU
-    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno > logging.WARNING)
+    for name in ("DeepSpeed", "torch.utils.cpp_extension"):
+        logging.getLogger(name).addFilter(lambda record: record.levelno > logging.WARNING)
     with exit_on_user_error():
         given = sys.argv[1:] if argv is None else argv
         # the launcher names the rank: `deepspeed --module medusa_ds.cli prepare RECIPE --hidden`

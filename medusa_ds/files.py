@@ -5,6 +5,7 @@ is flushed too: a process or a machine that dies at any moment leaves the old co
 `.tmp-*` that the next writer replaces.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -16,6 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+from medusa_ds.errors import UserError
 
 DATA_SUFFIXES = (".json", ".jsonl", ".parquet")
 """Of files that hold conversations or prompts."""
@@ -64,12 +67,35 @@ def replacing(target: Path) -> Iterator[Path]:
     sync_directory(target.parent)
 
 
+def check_writable(target: Path, where: str, directory: bool = False) -> None:
+    """Refuse a place before the work whose result nobody could write there; its directories need not exist.
+
+    Args:
+        target: a file, or a directory to be made or replaced.
+        where: the option that names it.
+        directory: whether it may be one.
+
+    Raises:
+        UserError: it is one and may not, or lies in a file, or in a directory that cannot be written.
+    """
+    above = next(parent for parent in target.absolute().parents if parent.exists())
+    problems = {
+        f"{target} is a directory": target.is_dir() and not directory,
+        f"{above} is no directory": not above.is_dir(),
+        f"{above} is not writable": not os.access(above, os.W_OK | os.X_OK),
+    }
+    for problem in (text for text, holds in problems.items() if holds):
+        raise UserError(f"{where}: {target}: cannot be written ({problem}); name another place")
+
+
 def write(target: Path, *parts: Any) -> None:
     """Write a file whole from parts: text, bytes or arrays of bytes.
 
     Raises:
-        OSError: it cannot be written; what was there before still is.
+        OSError: it cannot be written, as in place of a directory; what was there before still is.
     """
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
     with replacing(target) as work:
         flush(work, *parts)
 

@@ -4,6 +4,7 @@ A run is given as a training run's output directory, the `heads` folder in it, o
 name of heads that the package ships. Which base model belongs to it stands in the recipe that every one of them keeps.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,10 +20,11 @@ from medusa_ds.config.types import Count
 from medusa_ds.data.dialogues import Chat
 from medusa_ds.data.layouts import UnusableRow
 from medusa_ds.decoding.decoder import end_at
+from medusa_ds.decoding.pictures import check_picture
 from medusa_ds.decoding.trees import Path as TreePath
 from medusa_ds.decoding.trees import Tree, default_tree
 from medusa_ds.errors import UserError
-from medusa_ds.files import write_json
+from medusa_ds.files import check_writable, write_json
 from medusa_ds.heads.base import Heads
 from medusa_ds.heads.files import META, load_heads
 from medusa_ds.heads.kinds import make_heads
@@ -89,7 +91,10 @@ class Saved:
         Raises:
             UserError: it cannot be loaded, or the checkpoint's tensors are not its own.
         """
-        backbone = load_backbone(self.model, dtype, device=device, liger=liger)
+        try:
+            backbone = load_backbone(self.model, dtype, device=device, liger=liger)
+        except UserError as error:
+            raise UserError(*(f"{self.folder}: its base model: {problem}" for problem in error.problems)) from None
         if self.stage == 2 and self.checkpoint is not None:
             tuned = _masters(self.checkpoint, "backbone.")
             missing = sorted(set(dict(backbone.named_parameters())) - set(tuned))
@@ -189,7 +194,11 @@ class PromptSettings(RunSettings):
     """Draw it."""
 
     def load(self) -> Run:
-        """The run on its device."""
+        """The run on its device; places that cannot be written are refused first."""
+        if self.json_file:
+            check_writable(Path(self.json_file), "--json")
+        if self.picture:
+            check_picture(Path(self.picture))
         return self.load_run(False if self.compile_step else None)  # what Liger fuses, Inductor fuses with more
 
     def write_report(self, report: dict[str, Any]) -> None:
@@ -226,8 +235,8 @@ def open_run(name: str | Path) -> Saved:
         if unfinished := completed(given / "checkpoints"):
             raise UserError(f"{given}: not finished; name one of its checkpoints, as in {unfinished[0]}")
         raise UserError(
-            f"{name}: found no run; name a finished run's output, a heads folder, OUTPUT/checkpoints/best, or one of "
-            f"{', '.join(sorted(folder.name for folder in PRETRAINED.iterdir()))}"
+            f"{name or '(empty)'}: found no run; name a finished run's output, a heads folder, OUTPUT/checkpoints/best "
+            f"or {', '.join(sorted(folder.name for folder in PRETRAINED.iterdir()))}"
         )
     config, weights = load_heads(folder)
     model, _, stage, template_args = _from_recipe(config["recipe"], folder / "heads.json")
@@ -268,22 +277,29 @@ def load_run(name: str | Path, device: torch.device, dtype: torch.dtype, liger: 
         UserError: see `open_run`; its base model cannot be loaded or is another one.
     """
     saved = open_run(name)
-    backbone = saved.load_backbone(device, dtype, liger)
-    heads, num = saved.load_heads(backbone, dtype), saved.meta["num"]
+    num = saved.meta["num"]
     if saved.tree is None:
         tree = default_tree(num, 32 if device.type == "cuda" else _CPU_NODES)
     else:  # shipped ones were found for a GPU; the best paths come first
         few = saved.shipped and device.type == "cpu"
         tree = Tree.parse(saved.tree[: _CPU_NODES - 1] if few else saved.tree, num, str(saved.folder / "heads.json"))
-    measured, tokenizer = saved.tree is not None, saved.load_tokenizer()
+    backbone = saved.load_backbone(device, dtype, liger)
+    heads, measured, tokenizer = saved.load_heads(backbone, dtype), saved.tree is not None, saved.load_tokenizer()
     if tokenizer.chat_template is not None:
         end_at(backbone, Chat(tokenizer, saved.template_args).ends)
     return Run(backbone, heads, tokenizer, tree, measured, saved.config_file, saved.template_args)
 
 
 def place(device: str | None = None, dtype: str | None = None) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype to decode with: bf16 on a GPU, fp32 on a CPU, or as asked."""
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """Device and dtype to decode with: bf16 on a GPU, fp32 on a CPU, or as asked.
+
+    Raises:
+        UserError: no such device.
+    """
+    there = torch.cuda.is_available()
+    if device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?" if there else "cpu", device):
+        raise UserError(f"--device: found {device!r}; allowed is cpu" + " or cuda" * there + ", on this machine")
+    where = torch.device(device or ("cuda" if there else "cpu"))
     wanted = dtype or ("bf16" if where.type == "cuda" else "fp32")
     return where, {"bf16": torch.bfloat16, "fp32": torch.float32}[wanted]
 

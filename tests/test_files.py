@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from support import files_of_at_most, tiny_tokenizer
 
 from medusa_ds import files
+from medusa_ds.errors import UserError
 
 
 class Dead(BaseException):
@@ -81,6 +82,28 @@ def test_a_directory_is_replaced_when_its_maker_is_done(tmp_path: Path) -> None:
         raise ValueError
     assert (target / "inner" / "file").read_text() == "second"
     assert os.listdir(target.parent) == ["target"]
+
+
+def test_a_file_takes_no_directorys_place(tmp_path: Path) -> None:
+    """Mutation: leave it to `replacing`, which puts directories in the place of others."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "heads").touch()
+    with pytest.raises(IsADirectoryError):
+        files.write(tmp_path / "run", "text")
+    assert (tmp_path / "run" / "heads").exists() and os.listdir(tmp_path) == ["run"]
+
+
+def test_a_place_that_cannot_be_written_is_refused_and_nothing_is_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    files.check_writable(tmp_path / "to" / "be" / "made", "--out")
+    files.check_writable(tmp_path, "OUT", directory=True)
+    sealed = tmp_path / "sealed"
+    sealed.mkdir(mode=0o555)
+    places = [tmp_path, tmp_path / "file" / "in", *([sealed / "in"] if os.geteuid() else [])]
+    for place in places:
+        with pytest.raises(UserError, match=r"^--out: .* cannot be written \(.* is "):
+            files.check_writable(place, "--out")
+    assert sorted(os.listdir(tmp_path)) == ["file", "sealed"]
 
 
 def test_what_a_killed_writer_has_left_is_replaced(tmp_path: Path) -> None:

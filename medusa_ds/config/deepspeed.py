@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from medusa_ds.config.parsing import read_json, redact, secret_keys
+from medusa_ds.config.parsing import read_object, redact, secret_keys
 from medusa_ds.errors import UserError
 
 
@@ -67,9 +67,7 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         UserError: all problems of the file.
     """
-    settings = read_json(path)
-    if not isinstance(settings, dict):
-        raise UserError(f"{path}: found {type(settings).__name__}; a DeepSpeed config is a JSON object")
+    settings = read_object(path)
     problems = [
         f"{path}: {key}: looks like a secret (not shown); secrets come from the environment, as in WANDB_API_KEY"
         for key in secret_keys(settings)

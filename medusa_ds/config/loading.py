@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from medusa_ds.config.parsing import KeyPath, parse_yaml, read_json, read_text, secret_keys
+from medusa_ds.config.parsing import KeyPath, parse_yaml, read_object, read_text, secret_keys
 from medusa_ds.errors import UserError
 from medusa_ds.files import DATA_SUFFIXES
 
@@ -198,7 +198,8 @@ def resolve_paths(raw: dict[str, Any], at: Origin, planning: bool) -> list[str]:
 
     if isinstance(value := raw.get("output"), str):
         output = Path(os.path.expanduser(value)).absolute()
-        if not value or (os.path.exists(output) and not os.path.isdir(output)):
+        there = next(path for path in (output, *output.parents) if os.path.exists(path))
+        if not value or not os.path.isdir(there):
             wrong("output", f"found {value!r}; allowed is a directory, which is made when missing")
         raw["output"] = str(output)
     return problems
@@ -237,7 +238,4 @@ def saved_heads(path: Path) -> tuple[Path, dict[str, Any]]:
         raise UserError(
             f"{path}: holds no heads.json; name the output directory of a finished run, or its heads folder"
         )
-    saved = read_json(file)
-    if not isinstance(saved, dict):
-        raise UserError(f"{file}: found {type(saved).__name__}; allowed is the JSON object that a run writes")
-    return file, saved
+    return file, read_object(file)

@@ -170,6 +170,14 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: not valid JSON ({str(error)[:200]})") from None
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """Parse a JSON file that holds an object, as `read_json`."""
+    data = read_json(path)
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: found {type(data).__name__}; allowed is a JSON object")
+    return data
+
+
 def _check_depth(node: Any, depth: int) -> None:
     if depth > MAX_DEPTH:
         raise RecursionError(f"nested deeper than {MAX_DEPTH} levels")

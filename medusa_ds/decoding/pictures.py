@@ -5,6 +5,7 @@ from typing import Any
 
 from medusa_ds.decoding.trees import RankCounts, Tree
 from medusa_ds.errors import UserError
+from medusa_ds.files import check_writable
 
 
 def draw_evaluation(heads: dict[str, Any], distribution: dict[str, int], file: str | Path) -> None:
@@ -64,6 +65,17 @@ def new_figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def check_picture(file: Path) -> None:
+    """Refuse, before what it shows is measured, a picture that could not be written.
+
+    Raises:
+        UserError: see `check_writable`; or a suffix that is no format.
+    """
+    if file.suffix not in (".png", ".svg", ".pdf"):
+        raise UserError(f"--picture: {file}: found no picture's suffix; name a .png, .svg or .pdf file")
+    check_writable(file, "--picture")
+
+
 def save_figure(figure: Any, file: str | Path) -> None:
     """Write a figure; the suffix says the format.
 
@@ -71,6 +83,7 @@ def save_figure(figure: Any, file: str | Path) -> None:
         UserError: it cannot be written.
     """
     try:
+        Path(file).absolute().parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(file, dpi=150)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be written ({error}); name a .png, .svg or .pdf file") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written ({error.strerror}); name another file") from None

@@ -28,7 +28,7 @@ from medusa_ds.exporting import fasterdecoding
 from medusa_ds.exporting.card import card, read_figures
 from medusa_ds.exporting.source import Source
 from medusa_ds.exporting.targets import TARGETS, write_export
-from medusa_ds.files import replacing
+from medusa_ds.files import check_writable, replacing
 from medusa_ds.heads.kinds import make_heads
 from medusa_ds.model.backbone import lm_head_weight, load_backbone, load_config, load_tokenizer, logits_of
 from medusa_ds.runs import open_run
@@ -163,6 +163,7 @@ def _recipe(text: str) -> Recipe:
 
 def _check_free(target: Path, force: bool) -> None:
     """Refuse a directory that is in the way; with force, one that is not an earlier export."""
+    check_writable(target, "OUT", directory=True)
     if not target.exists():
         return
     if not force:

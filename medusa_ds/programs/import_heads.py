@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from medusa_ds.config.parsing import read_json
+from medusa_ds.config.parsing import read_object
 from medusa_ds.config.settings import Positional, ProgramSettings
 from medusa_ds.errors import UserError
 from medusa_ds.exporting.layouts import from_other
-from medusa_ds.files import replacing
+from medusa_ds.files import check_writable, replacing
 from medusa_ds.heads.files import save_heads
 
 _FILES = ("model.safetensors", "medusa_lm_head.safetensors", "medusa_lm_head.pt")
@@ -45,7 +45,13 @@ def run(settings: Settings) -> None:
     path, target = Path(settings.directory), Path(settings.out).absolute()
     if target.exists():
         raise UserError(f"{target}: exists already; name another directory")
-    config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    check_writable(target, "OUT", directory=True)
+    if not path.is_dir():
+        raise UserError(f"{path}: found no such directory; name one that holds published heads")
+    config = read_object(path / "config.json") if (path / "config.json").is_file() else {}
+    for key in ("hidden_size", "medusa_num_heads", "vocab_size"):
+        if not isinstance(config.get(key), int | None):
+            raise UserError(f"{path / 'config.json'}: {key}: found {config[key]!r}; allowed is a whole number")
     base = settings.base_model or config.get("base_model_name_or_path")
     if not isinstance(base, str):
         raise UserError(f"{path / 'config.json'}: names no base_model_name_or_path; give --base-model")
@@ -80,7 +86,10 @@ def _check_shape(shape: dict[str, Any], config: dict[str, Any], path: Path) -> N
 def _read(path: Path) -> dict[str, Tensor]:
     """Tensors of the first layout that a directory holds; a pickle is read as plain tensors."""
     index = path / "model.safetensors.index.json"
-    shards = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else []
+    named = read_object(index).get("weight_map") if index.is_file() else {}
+    if not isinstance(named, dict):
+        raise UserError(f"{index}: weight_map: found {str(named)[:80]}; allowed is an object of file names")
+    shards = sorted(set(map(str, named.values())))
     files = [path / Path(name).name for name in shards] or [path / name for name in _FILES if (path / name).is_file()]
     if not files:
         raise UserError(f"{path}: holds no heads; expected {', '.join(_FILES[:-1])} or {_FILES[-1]}")

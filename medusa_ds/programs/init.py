@@ -18,6 +18,7 @@ from medusa_ds.config.recipe import Recipe
 from medusa_ds.config.settings import Positional, ProgramSettings
 from medusa_ds.data.dialogues import Chat
 from medusa_ds.errors import UserError
+from medusa_ds.files import check_writable
 from medusa_ds.model.backbone import load_config, load_tokenizer
 from medusa_ds.training.memory import GIB, GPUS_GIB, choose, count_parameters
 
@@ -45,8 +46,9 @@ def run(settings: Settings) -> None:
     out = Path(settings.out or f"{name}_stage1.yaml")
     if out.exists():
         raise UserError(f"{out}: exists already; move it away, or name another file with --out")
-    source = str(Path(settings.data).absolute()) if os.path.exists(settings.data) else settings.data
-    model = str(Path(settings.model).absolute()) if Path(settings.model).is_dir() else settings.model
+    check_writable(out, "--out")
+    source = os.path.abspath(settings.data) if os.path.exists(settings.data) else settings.data
+    model = os.path.abspath(settings.model) if Path(settings.model).is_dir() else settings.model
     cuda = torch.cuda.is_available()
     gpus = torch.cuda.device_count() if cuda else 1
     values: dict[str, Any] = {
@@ -64,18 +66,18 @@ def run(settings: Settings) -> None:
     values["train"]["lr"] = 1e-3 if config.hidden_size >= 2048 else 3e-3
     recipe, parts = Recipe.model_validate(values), count_parameters(recipe, config)
     memory = torch.cuda.mem_get_info()[1] if cuda else GPUS_GIB[_ASSUMED] * GIB
-    for size in (6, 4, 3, 2, 1) if cuda else (2,):
+    for size in (6, 3, 2, 1) if cuda else (1,):  # which divide the batch of 8 GPUs too
         values["train"]["micro_batch_size"] = size
         choice = choose(Recipe.model_validate(values), parts, config, gpus, memory, math.inf)
         if choice.fits and choice.cpu_bytes == 0:
             break
     text = _TEXT.format(
         file=out.name,
-        model=json.dumps(model),
+        model=json.dumps(model, ensure_ascii=False),
         parameters=(parts.backbone + parts.lm_head) / 1e6,
         trained=parts.trainable(1) / 1e6,
         template=_look_at_template(recipe),
-        data=json.dumps(source),
+        data=json.dumps(source, ensure_ascii=False),
         max_length=values["data"]["max_length"],
         positions=positions,
         batch=values["train"]["global_batch_size"],
@@ -84,7 +86,7 @@ def run(settings: Settings) -> None:
         deepspeed=choice.deepspeed.name,
         why=choice.why,
         where="this machine's GPUs" if cuda else f"an {_ASSUMED}; this machine has no GPU",
-        output=values["output"],
+        output=json.dumps(values["output"], ensure_ascii=False),
         last=STUB_LAST,
     )
     try:
@@ -92,9 +94,9 @@ def run(settings: Settings) -> None:
         Recipe.load(out)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); name another file with --out") from None
-    except UserError:
+    except UserError as error:
         out.unlink()
-        raise
+        raise UserError(*(text.removeprefix(f"{out.absolute()}:") for text in error.problems)) from None
     print(f"wrote {out}; next: medusa-ds show {out} --data 2, medusa-ds estimate {out} --data, deepspeed {out}")
 
 

@@ -9,7 +9,7 @@ it anew, for a run that is still going on too.
 
 from pathlib import Path
 
-from medusa_ds.config.parsing import read_json
+from medusa_ds.config.parsing import read_object
 from medusa_ds.config.settings import Positional, ProgramSettings
 from medusa_ds.errors import UserError
 from medusa_ds.page import NAME, write_page
@@ -31,7 +31,7 @@ def run(settings: Settings) -> None:
     output = Path(settings.output)
     if not (output / "metrics.jsonl").is_file():
         raise UserError(f"{output}: holds no metrics.jsonl; name the output directory of a run that has taken a step")
-    evaluation = read_json(Path(settings.evaluation)) if settings.evaluation else None
+    evaluation = read_object(Path(settings.evaluation)) if settings.evaluation else None
     file = Path(settings.out) if settings.out else output / NAME
     write_page(output, file, evaluation)
     print(f"wrote {file}")

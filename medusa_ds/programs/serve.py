@@ -16,7 +16,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from medusa_ds.config.parsing import read_json
+from medusa_ds.config.parsing import read_object
 from medusa_ds.config.settings import REST, Positional, ProgramSettings
 from medusa_ds.config.types import Count
 from medusa_ds.errors import UserError
@@ -58,13 +58,16 @@ def run(settings: Settings) -> None:
     if not settings.dry_run:
         _check_environment(settings.python)
     export = _exported(settings)
-    config = read_json(export / "config.json")
-    heads = config["medusa_num_heads"]
+    config = read_object(export / "config.json")
+    heads, base = config.get("medusa_num_heads"), settings.base_model or config.get("base_model_name_or_path")
+    if type(heads) is not int or not isinstance(base, str):
+        raise UserError(
+            f"{export}: config.json names no medusa_num_heads or no base model; export the run for vllm again"
+        )
     number = settings.num_speculative_tokens or heads
     if number > heads:
         raise UserError(f"--num-speculative-tokens: found {number}; there are {heads} heads")
     speculative = {"method": "mtp", "model": str(export), "num_speculative_tokens": number}
-    base = settings.base_model or config["base_model_name_or_path"]
     command = [settings.python, "-m", "vllm.entrypoints.cli.main", "serve", base]
     command += ["--speculative-config", json.dumps(speculative), *settings.options]
     if settings.dry_run:

@@ -40,7 +40,10 @@ def run(settings: Settings) -> None:
         UserError: a mistake of the recipe or its data.
     """
     if settings.keys is not None:
-        print(manual(settings.keys))
+        found = manual(settings.keys)
+        if not found:
+            raise UserError(f"--keys: found no key that holds {settings.keys!r}; --keys alone prints all")
+        print(found)
         return
     if settings.recipe is None:
         raise UserError(

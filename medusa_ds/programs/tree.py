@@ -18,8 +18,9 @@ from medusa_ds.decoding.measure import head_ranks, step_ms
 from medusa_ds.decoding.pictures import draw_tree
 from medusa_ds.decoding.trees import RankCounts, Tree, best_tree, chain
 from medusa_ds.errors import UserError
+from medusa_ds.files import check_writable
 from medusa_ds.progress import progress
-from medusa_ds.runs import PromptSettings, save_tree
+from medusa_ds.runs import PromptSettings, open_run, save_tree
 
 WIDTH = 10  # guesses of a head that are told apart
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
@@ -36,11 +37,16 @@ class Settings(PromptSettings):
 def run(settings: Settings) -> Report:
     """Find the best tree for a run, print what was found and write it into the run's `heads.json`."""
     nodes = settings.nodes
-    prompts, run = read_prompts("--prompts", settings.prompts, settings.limit), settings.load()
-    if run.config_file is None:
+    prompts, config_file = (
+        read_prompts("--prompts", settings.prompts, settings.limit),
+        open_run(settings.name).config_file,
+    )
+    if config_file is None:
         raise UserError(
             f"{settings.name}: checkpoints and shipped heads are sealed; name a finished run's output or heads"
         )
+    check_writable(config_file, "RUN")
+    run = settings.load()
     answers, _ = answer_prompts(
         progress(prompts, "prompts"),
         run.encode,
@@ -84,7 +90,7 @@ def run(settings: Settings) -> Report:
         "sizes": sizes,
         "chosen": chosen["nodes"],
     }
-    save_tree(run.config_file, chosen["paths"])
+    save_tree(config_file, chosen["paths"])
     print(f"{counts.total} positions; step times at {context} tokens of text on {report['device']}")
     print("nodes  step ms  tokens/step  (independence)  tokens/s")
     for row in sizes:
@@ -95,7 +101,7 @@ def run(settings: Settings) -> Report:
     if chosen["tokens_per_s"] < fastest["tokens_per_s"]:
         ratio = fastest["tokens_per_s"] / chosen["tokens_per_s"]
         print(f"note: {fastest['nodes']} nodes are {ratio:.2f} times as fast here; leave out --nodes to take them")
-    print(f"wrote the tree of {chosen['nodes']} nodes to {run.config_file}")
+    print(f"wrote the tree of {chosen['nodes']} nodes to {config_file}")
     settings.write_report(report)
     if settings.picture:
         draw_tree(Tree(chosen["paths"]), counts, settings.picture)
