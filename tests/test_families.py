@@ -14,6 +14,7 @@ KINDS = {
     "gpt_oss": [RIGHT, ALONE, RIGHT],  # scores of nothing, no sdpa, windows
     "gpt2": [RIGHT, RIGHT, RIGHT],  # no key and value heads in its config; a table of positions
     "opt": [RIGHT, ALONE, RIGHT],  # positions counted from a mask
+    "falcon": [RIGHT, (RIGHT, ALONE), RIGHT],  # attends by itself; packed or not by the version of transformers
     "mimo_v2_flash": [RIGHT, RIGHT, RIGHT],  # keys and values of several shapes
     "lfm2": [RIGHT, ALONE, STATE],  # convolutions
     "qwen3_next": [RIGHT, ALONE, STATE],  # a recurrence
@@ -26,6 +27,8 @@ KINDS = {
 def test_loss_documents_and_texts_are_transformers_own_or_refused(family):
     """Mutations: drop factor, cap or bias in `projection.Logits`; pack whatever comes; one shape for all layers."""
     loss, documents, with_heads, plain = answers(family)
-    wanted = [sentence.format(family) for sentence in KINDS[family]]
-    assert (loss, documents) == (wanted[0], wanted[1])
-    assert with_heads == plain and with_heads.startswith(wanted[2])
+    right_loss, right_documents, right_text = KINDS[family]
+    allowed = [right_documents] if isinstance(right_documents, str) else right_documents
+    assert loss == right_loss.format(family)
+    assert documents in [sentence.format(family) for sentence in allowed]
+    assert with_heads == plain and with_heads.startswith(right_text.format(family))

@@ -350,6 +350,7 @@ def prefill(backbone: PreTrainedModel, session: Session, prompts: Sequence[Seque
         hidden_BPH = base_model(backbone)(
             input_ids=tokens_BP,
             position_ids=torch.arange(longest, device=device).expand(len(prompts), -1),
+            **session.prompt_mask(longest),
             **session.cache_arguments,
         ).last_hidden_state
     session.length_B.copy_(torch.tensor([len(prompt) for prompt in prompts]))

@@ -109,26 +109,33 @@ AttentionInterface.register(_ATTENTION, _attend)
 
 
 @contextmanager
-def static_attention(model: PreTrainedModel, name: str = _ATTENTION) -> Iterator[None]:
+def static_attention(model: PreTrainedModel, name: str | None = None) -> Iterator[None]:
     """Let the model attend through a `Session`; before and after, it can serve transformers' own `generate`."""
     before = model.config._attn_implementation
-    model.set_attn_implementation(name)
+    if name is None:
+        under_masks = before if before in ("eager", "sdpa") else "eager"
+        name = under_masks if layout_of(model).masked else _ATTENTION
+    if name != before:
+        model.set_attn_implementation(name)
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        if name != before:
+            model.set_attn_implementation(before)
 
 
 class Layout(NamedTuple):
     """What a model keeps of a token, found by letting it read one.
 
     `kept`: keys and values of each layer by their shapes (heads, size); None for a layer that keeps nothing. `group`:
-    most query heads that share a key. `windows`: the sliding windows of its layers.
+    most query heads that share a key. `windows`: the sliding windows of its layers. `masked`: layers attend by
+    themselves or change the mask that they are given, so that they read prompts under one too.
     """
 
     kept: list[tuple[tuple[int, int], tuple[int, int]] | None]
     group: int
     windows: set[int]
+    masked: bool
 
 
 _layouts: Any = WeakKeyDictionary()  # by model
@@ -136,24 +143,31 @@ _layouts: Any = WeakKeyDictionary()  # by model
 
 @torch.no_grad()
 def layout_of(backbone: PreTrainedModel) -> Layout:
-    """Ask a model, once; what its layers keep beside keys and values, or attend by themselves, raises an error."""
+    """Ask a model, once; what its layers keep beside keys and values raises an error."""
     if backbone in _layouts:
         return _layouts[backbone]
-    groups, windows, cache = set(), set(), DynamicCache()
+    groups, windows, cache, own_masks = {1}, {0}, DynamicCache(), []
+    token = torch.zeros(1, 1, dtype=torch.long, device=backbone.device)
+    zero = torch.zeros(1, 1, 1, 1, dtype=backbone.dtype, device=backbone.device)
 
-    def note(_: Any, query: Tensor, key: Tensor, value: Tensor, *__: Any, **options: Any) -> tuple[Tensor, None]:
+    def note(
+        _: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **options: Any
+    ) -> tuple[Tensor, None]:
         groups.add(query.shape[1] // key.shape[1])
         windows.add(options.get("sliding_window") or 0)
+        own_masks.append(attention_mask is not None and (attention_mask.shape[1] > 1 or bool(attention_mask.any())))
         return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2).contiguous(), None
 
     AttentionInterface.register("medusa_note", note)
-    token = torch.zeros(1, 1, dtype=torch.long, device=backbone.device)
     with static_attention(backbone, "medusa_note"):
-        base_model(backbone)(input_ids=token, position_ids=token, **cache_arguments(backbone, cache))
+        inputs = {"input_ids": token, "position_ids": token, "attention_mask": zero}
+        base_model(backbone)(**inputs, **cache_arguments(backbone, cache))
+    if masked := not own_masks or any(own_masks):
+        groups, windows = {1}, {0}
     layers: list[Any] = cache.layers
     shapes = [(layer.keys.shape, layer.values.shape) if layer.is_initialized else None for layer in layers]
     kept = [pair and ((pair[0][1], pair[0][3]), (pair[1][1], pair[1][3])) for pair in shapes]
-    found = _layouts[backbone] = Layout(kept, max(groups), windows - {0})
+    found = _layouts[backbone] = Layout(kept, max(groups), windows - {0}, masked)
     return found
 
 
@@ -227,7 +241,7 @@ class Session:
     def __init__(self, backbone: PreTrainedModel, tree: Tree, batch: int, slots: int) -> None:
         layout, device = layout_of(backbone), backbone.device
         options: dict[str, Any] = {"dtype": backbone.dtype, "device": device}
-        self.group, self.windows = layout.group, layout.windows
+        self.group, self.windows, self.masked = layout.group, layout.windows, layout.masked
         self.batch, self.slots, self.tree, self.reserved = batch, slots, tree, tree.nodes
         shapes = [shape for pair in layout.kept if pair for shape in pair]
         parts: dict[tuple[int, int], Iterator[Tensor]] = {}
@@ -264,11 +278,16 @@ class Session:
             for layer in self._layers:
                 layer.prefilling = False
 
+    def prompt_mask(self, tokens: int) -> dict[str, Tensor]:
+        """The causal mask under which prompts, padded to so many tokens, are read where the layers need one."""
+        mask = torch.full((tokens, tokens), -torch.inf, dtype=self.kv[0].dtype, device=self.kv[0].device).triu(1)
+        return {"attention_mask": mask[None, None]} if self.masked else {}
+
     def masks(self, position_BN: Tensor) -> dict[str, Any]:
         """Masks for `_attend`, additive [B, 1, group x N, L] or by blocks: a node sees the text and its ancestors."""
         tree = self.tree
         alike = len(self.kv) == 1 and not self.windows and self.kv[0].shape[-1] >= 16  # FlexAttention's least
-        if alike and position_BN.is_cuda and self.batch > 1:
+        if alike and not self.masked and position_BN.is_cuda and self.batch > 1:
             return {"attention_mask": self.block_mask()}
         text_L = torch.arange(self.slots - self.reserved, device=position_BN.device)
         seen_BNL = (text_L < self.length_B[:, None])[:, None].expand(-1, tree.nodes, -1)
@@ -371,7 +390,8 @@ def _steps_agree(twin: PreTrainedModel, reference: PreTrainedModel) -> bool:
     session, good = Session(twin, tree, 2, 32), True
     with static_attention(twin), session.prefilling():
         ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
-        base_model(twin)(input_ids=ids, position_ids=torch.arange(9).expand(2, 9), **session.cache_arguments)
+        inputs = {"input_ids": ids, "position_ids": torch.arange(9).expand(2, 9), **session.prompt_mask(9)}
+        base_model(twin)(**inputs, **session.cache_arguments)
     session.length_B.copy_(torch.tensor([9, 4]))
     own, (ids, positions) = DynamicCache(config=reference.config.get_text_config()), tokens_of_documents(9)
     for part in (slice(0, 8), slice(8, 9)):  # some attend otherwise through a cache of their own than without

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from decoding_models import LIMIT, NUM, VOCAB, build, oracles, random_heads, reference
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from medusa_ds.decoding import session as cache
 from medusa_ds.decoding.acceptance import Acceptance
@@ -131,6 +131,26 @@ def test_a_prompt_over_the_limit_or_empty_is_refused(llama):
     for prompt in ([], [7] * (LIMIT + 1)):
         with pytest.raises(UserError, match=f"1 to {LIMIT}"):
             Decoder(llama, [], chain(0)).generate([prompt], 5)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_a_text_ends_where_all_its_positions_would_turn(kind):
+    """Mutations: go on to the model's last position; ask for positions beyond, of guesses that are dropped."""
+    rope = {"rope_type": kind, "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 40}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    positions = 40 if kind == "dynamic" else 160
+    config = LlamaConfig(**sizes, vocab_size=VOCAB, max_position_embeddings=positions, rope_parameters=rope)
+    config.eos_token_id, config.initializer_range = None, 0.3
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    prompt = [6 + i % 90 for i in range(30)]
+    for heads, tree in ((random_heads(), TREES["bushy"]), ([], chain(0))):
+        row = Decoder(model, heads, tree).generate([prompt], 20)[0]
+        assert row.tokens == reference(model, prompt, 20, pad_token_id=0)[:11] and row.finish == "length"
+    with pytest.raises(UserError, match="1 to 40"):
+        Decoder(model, [], chain(0)).generate([prompt + prompt], 5)
 
 
 def test_ends_inside_an_accepted_path_end_the_text_there(llama):

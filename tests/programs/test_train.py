@@ -13,7 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 from forks import free_port
-from support import launch, launched, losses_of, metrics_of, train
+from support import cli, launch, launched, losses_of, metrics_of, train
+from transformers import AutoTokenizer, Lfm2Config, Lfm2ForCausalLM
 
 from medusa_ds.config.recipe import Recipe
 from medusa_ds.errors import UserError
@@ -52,6 +53,22 @@ def test_recipe_trains_heads_and_says_where_they_are(tiny_recipe: Path, tmp_path
     again = train(tiny_recipe, "train.steps=30", "train.save_every=100", log_dir=tmp_path)
     assert "holds a finished run" in again and f"with heads.init_from={out} to go on" in again
     assert len(metrics_of(out)) == 30
+
+
+def test_a_model_with_a_state_says_what_it_cannot_and_is_trained_and_exported(
+    tiny_recipe: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Mutations: pack its conversations; refuse it altogether."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = Lfm2Config(**sizes, num_key_value_heads=2, vocab_size=300, layer_types=["conv", "full_attention"])
+    Lfm2ForCausalLM(config).save_pretrained(tmp_path / "hybrid")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "hybrid")
+    text = launched(tiny_recipe, f"model.name={tmp_path / 'hybrid'}", "train.steps=3", log_dir=tmp_path)
+    assert "packing: one conversation a sequence, since lfm2 does not keep documents" in text
+    assert "decoding: none: layers of lfm2 carry a state that cannot go back" in text
+    assert len(losses_of(tmp_path / "out")) == 3
+    cli("export", tmp_path / "out", tmp_path / "exported", log_dir=tmp_path)
+    assert (tmp_path / "exported" / "heads" / "heads.safetensors").exists()
 
 
 def test_plain_yaml_runs_as_a_module_from_any_directory(tiny_recipe: Path, tmp_path: Path) -> None:
