@@ -16,6 +16,8 @@ from medusa_ds.config.recipe import Recipe
 CACHED, ORIGINALS = ("cached", "cached_vocab", "cached_fp8"), ("original", "torch_linear_ce")
 Impl = Literal["ours", "ours_fp8", "eager", "cached", "cached_vocab", "cached_fp8", "original", "torch_linear_ce"]
 IMPLS: tuple[Impl, ...] = get_args(Impl)
+DEFAULT_ZERO = {1: "zero2", 2: "zero3"}
+"""By stage."""
 EPOCHS = 3
 _VOCAB = 32768  # of heads with fewer tokens, where the recipe names no number
 LLAMA3_8B = (
@@ -34,7 +36,7 @@ class Case:
     `recipe`, `overrides`: where the settings come from that the case does not name. `part`: `step` (a training step),
     `head` (one head's loss alone), `chat` (a step on real conversations) or `epochs` (three epochs of them, with all
     that comes before the first step). `batch`: sequences on each GPU. `impl`: of `IMPLS`. `zero`: a DeepSpeed config,
-    by path or name in `ds_configs`.
+    by path or name in `ds_configs`, or `auto`, which stage 2 recomputes layers by as well.
     """
 
     recipe: str
@@ -56,21 +58,22 @@ class Case:
         Raises:
             UserError: see `Recipe.load`.
         """
-        zero = self.zero if "/" in self.zero or self.zero.endswith(".json") else f"ds_configs/{self.zero}.json"
+        named = self.zero == "auto" or "/" in self.zero or self.zero.endswith(".json")
         values = {
             "stage": self.stage,
             "heads.num": self.heads,
             "data.max_length": self.sequence,
             "train.global_batch_size": self.batch * self.gpus,
             "train.micro_batch_size": self.batch,
-            "deepspeed": zero,
+            "deepspeed": self.zero if named else f"ds_configs/{self.zero}.json",
         }
         if self.impl == "eager":
             values["loss.impl"] = "eager"
         if self.impl in ("ours_fp8", "cached_fp8"):
             values["model.frozen_precision"] = "fp8"
         if self.stage == 2:
-            values |= {"heads.init_from": "runs/stage1", "train.activation_checkpointing": "true"}
+            recomputed = "auto" if self.zero == "auto" else "true"
+            values |= {"heads.init_from": "runs/stage1", "train.activation_checkpointing": recomputed}
         overrides = [*self.overrides, *(f"{key}={value}" for key, value in values.items())]
         recipe = Recipe.load(self.recipe, overrides, planning=True)
         fewer = _VOCAB if recipe.heads.vocab == "full" else recipe.heads.vocab
@@ -82,7 +85,8 @@ class Case:
     def name(self) -> str:
         """For people."""
         gpus = f", {self.gpus} GPUs" if self.gpus > 1 else ""
-        return f"{self.part}: stage {self.stage}, {self.heads} heads, {self.batch} x {self.sequence}, {self.impl}{gpus}"
+        sizes = f"stage {self.stage}, {self.heads} heads, {self.batch} x {self.sequence}"
+        return f"{self.part}: {sizes}, {self.impl}, {self.zero}{gpus}"
 
     def to_json(self) -> dict[str, Any]:
         """Its fields; `Case(**fields)` is the case again."""
@@ -98,16 +102,17 @@ def matrix(
     sequences: list[int],
     batch: int,
     impls: Sequence[str],
-    zero: str | None,
+    zeros: list[str] | None,
     warmup: int,
     steps: int,
     gpus: list[int],
 ) -> list[Case]:
-    """All cases, each one's recipe checked.
+    """All cases, each one's recipe checked; those that differ least from the first choices come first.
 
-    `zero` of None is `zero2` in stage 1 and `zero3` in stage 2. The `head` part is one case a length, and measures
-    every implementation side by side; the frozen forward of `ours_fp8` and caches are stage 1's alone, these of real
-    conversations; the originals know one GPU.
+    Of the numbers of GPUs the first choices are the largest, then the least, which it is compared with; of the other
+    lists, their own order. `zeros` of None is `DEFAULT_ZERO`; stage 1 takes the first. The `head` part is one case a
+    length, and measures every implementation side by side; the frozen forward of `ours_fp8` and caches are stage 1's
+    alone, these of real conversations; the originals know one GPU and no ZeRO.
 
     Raises:
         UserError: a recipe that does not allow a case.
@@ -127,8 +132,24 @@ def matrix(
                 continue
             if (impl in CACHED and part == "step") or (impl in ORIGINALS and number > 1):
                 continue
-            config = zero or ("zero2" if stage == 1 else "zero3")
-            case = Case(recipe, overrides, part, stage, num, sequence, batch, impl, config, warmup, steps, number)
-            case.load_recipe()
-            cases.append(case)
-    return cases
+            several = stage == 2 and part != "head" and impl not in ORIGINALS
+            configs = [DEFAULT_ZERO[stage]] if zeros is None or impl in ORIGINALS else zeros
+            for config in configs if several else configs[:1]:
+                case = Case(recipe, overrides, part, stage, num, sequence, batch, impl, config, warmup, steps, number)
+                case.load_recipe()
+                cases.append(case)
+    most_first = sorted({*gpus}, reverse=True)
+    counts = [*most_first[:1], *most_first[-1:], *most_first[1:-1]]
+
+    def distance(case: Case) -> int:
+        orders = [
+            (parts, case.part),
+            (heads, case.heads),
+            (sequences, case.sequence),
+            (impls, case.impl),
+            (counts, case.gpus),
+            (zeros or [], case.zero),
+        ]
+        return sum([*order].index(value) for order, value in orders if value in order)
+
+    return sorted(cases, key=distance)

@@ -11,6 +11,7 @@ _HEADER = (
     "batch x seq",
     "GPUs",
     "implementation",
+    "ZeRO",
     "ms (range)",
     "tokens/s",
     "supervised/s",
@@ -30,15 +31,17 @@ def compare(report: dict[str, Any]) -> None:
     `times_one_gpu` those per second with the same on one GPU.
     """
     results = [result for result in report["results"] if "median_s" in result]
-    settings = ("part", "stage", "heads", "sequence", "batch", "impl")
-    single = {tuple(result[key] for key in settings): result for result in results if result["gpus"] == 1}
-    for result in results:
-        speed, place = result["supervised_tokens_per_s"], tuple(result[key] for key in settings)
+    settings = ("part", "stage", "heads", "sequence", "batch")
+    places = [tuple(result[key] for key in settings) for result in results]
+    single = {(*place, r["impl"], r["zero"]): r for place, r in zip(places, results, strict=True) if r["gpus"] == 1}
+    originals = {key[:-2]: result for key, result in single.items() if key[-2] == "original"}
+    for place, result in zip(places, results, strict=True):
+        speed, alone = result["supervised_tokens_per_s"], single.get((*place, result["impl"], result["zero"]))
         result["of_ceiling"] = result["tflops"] / result["gpus"] / report["machine"]["matmul_tflops"]
-        if original := single.get((*place[:-1], "original")):
+        if original := originals.get(place):
             result["times_original"] = speed / result["gpus"] / original["supervised_tokens_per_s"]
-        if result["gpus"] > 1 and place in single:
-            result["times_one_gpu"] = speed / single[place]["supervised_tokens_per_s"]
+        if result["gpus"] > 1 and alone:
+            result["times_one_gpu"] = speed / alone["supervised_tokens_per_s"]
 
 
 def describe(report: dict[str, Any]) -> str:
@@ -74,6 +77,7 @@ def _row(result: dict[str, Any]) -> tuple[str, ...]:
         f"{result['batch']} x {result['sequence']}",
         str(result["gpus"]),
         result["impl"],
+        result["zero"] if result["zero"] != "auto" else f"auto: {result.get('trained_with')}",
     )
     if "median_s" not in result:
         note = "out of memory" if "out_of_memory" in result else f"failed: {result['failed']}"

@@ -26,12 +26,16 @@ Step = Callable[[MicroBatch, int], float]
 
 
 class Training(NamedTuple):
-    """`step` returns its loss; `model` is what it trains, `feed` gives a step's batch, `data` None: random tokens."""
+    """`step` returns its loss; `model` is what it trains, `feed` gives a step's batch, `data` None: random tokens.
+
+    `deepspeed`: the config, and the layers recomputed, as `auto` has chosen them; None for the originals.
+    """
 
     step: Step
     model: JointModel
     feed: Feed
     data: Data | None
+    deepspeed: str | None
 
 
 def start(case: Case, recipe: Recipe, rank: int, folder: Path) -> Training:
@@ -48,6 +52,7 @@ def start(case: Case, recipe: Recipe, rank: int, folder: Path) -> Training:
     """
     data: Data | None = None
     tokenizer: Any = None
+    chosen: str | None = None
     if case.part != "step":
         data, tokenizer = load_conversations(recipe)
     if case.impl in ORIGINALS:
@@ -78,4 +83,6 @@ def start(case: Case, recipe: Recipe, rank: int, folder: Path) -> Training:
             return result.loss
 
         step, model = take, engine.model
-    return Training(step, model, make_feed(case, data, model.heads.vocab_size, rank), data)
+        recomputed = engine.recipe.train.activation_checkpointing if case.stage == 2 else False
+        chosen = f"{Path(engine.recipe.deepspeed).stem}, recomputed: {recomputed}"
+    return Training(step, model, make_feed(case, data, model.heads.vocab_size, rank), data, chosen)

@@ -74,6 +74,7 @@ def measure_step(case: Case, trace: Path | None, folder: Path) -> dict[str, Any]
     device = torch.device("cuda" if on_gpu else "cpu")
     flops = Meter(recipe, model, device, 1, 0).flops.total(int(tokens), context, sum(rows[1:]), rows[0])
     result |= {
+        "trained_with": training.deepspeed,
         "median_s": median,
         "min_s": min(result["seconds"]),
         "max_s": max(result["seconds"]),
@@ -133,6 +134,7 @@ def measure_machine() -> dict[str, Any]:
         "impls": impls,
         "versions": library_versions(),
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "gpus": torch.cuda.device_count(),
         "memory_gib": torch.cuda.get_device_properties(0).total_memory / GIB if on_gpu else None,
         "matmul_tflops": 2 * size**3 / product_s / 1e12,
         "copy_gb_per_s": 2 * source.nbytes / copy_s / 1e9,

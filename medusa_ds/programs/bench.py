@@ -8,20 +8,25 @@ Example:
 """
 
 import json
+import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
-from medusa_ds.benchmarks.cases import IMPLS, LLAMA3_8B, Case, Impl, matrix
+from medusa_ds.benchmarks.cases import DEFAULT_ZERO, IMPLS, LLAMA3_8B, Case, Impl, matrix
 from medusa_ds.benchmarks.processes import Workers
 from medusa_ds.benchmarks.report import compare, describe
+from medusa_ds.config.parsing import read_json
 from medusa_ds.config.recipe import Recipe
 from medusa_ds.config.settings import Commas, Positional, ProgramSettings
 from medusa_ds.config.types import Count, Stage
 from medusa_ds.errors import UserError
+from medusa_ds.files import write
 
 
 class Settings(ProgramSettings):
@@ -46,8 +51,8 @@ class Settings(ProgramSettings):
     impls: Commas[Impl] | None = Field(None, alias="impl", title="A")
     """`ours`, `ours_fp8`, `eager`, `cached`, `cached_vocab`, `cached_fp8`, `original` or `torch_linear_ce`; without it,
     all that the machine can do."""
-    zero: str | None = Field(None, title="NAME")
-    """DeepSpeed config; zero2 in stage 1, zero3 in stage 2."""
+    zeros: Commas[str] | None = Field(None, alias="zero", title="NAME")
+    """DeepSpeed configs, or `auto`; stage 1 takes the first. Without it, zero2 in stage 1 and zero3 in stage 2."""
     warmup: Count = 3
     """Steps before the measured ones."""
     steps: Count = 10
@@ -56,6 +61,8 @@ class Settings(ProgramSettings):
     """The report."""
     pictures: str | None = Field(None, title="DIR")
     """Draw it."""
+    drawn: Commas[str] | None = Field(None, alias="draw", title="FILE")
+    """Reports of earlier runs to draw into --pictures together; nothing is measured."""
     profile: str | None = Field(None, title="DIR")
     """Write a profiler trace of one step a case, and say where time goes."""
     timeout_s: Count = Field(1800, alias="timeout", title="S")
@@ -63,48 +70,101 @@ class Settings(ProgramSettings):
 
 
 def run(settings: Settings) -> None:
-    """Measure all cases, write the report after each, print it as a table.
+    """Measure all cases, write the report after each, print it as a table; SIGINT or SIGTERM ends it with what it has.
 
     Raises:
-        UserError: a case that its recipe does not allow, a file cannot be written, or not one
+        UserError: a case that its recipe does not allow, a file cannot be read or written, or not one
             case could be measured.
     """
-    cases, json_file, pictures = _plan(settings), settings.json_file, settings.pictures
-    trace, timeout_s = settings.profile, settings.timeout_s
-    _write(json_file, {})
+    if settings.drawn:
+        _draw(_read(settings.drawn), settings.pictures or "pictures")
+        return
+    _plan(settings)  # every mistake before anything is measured
+    _write(settings.json_file, {})
     report: dict[str, Any] = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv, "results": []}
-    machine = Workers(None)
-    report["machine"] = machine.measure(timeout_s)
-    machine.close()
-    if failure := report["machine"].get("failed"):
-        raise UserError(f"bench: the machine could not be measured: {failure}")
-    able = [case for case in cases if case.part == "head" or case.impl in report["machine"]["impls"]]
+    with _stopped_by_signals():
+        machine = Workers(None)
+        try:
+            report["machine"] = machine.measure(settings.timeout_s)
+        finally:
+            machine.close()
+        if failure := report["machine"].get("failed"):
+            raise UserError(f"bench: the machine could not be measured: {failure}")
+        able = _able(settings, report["machine"])
+        try:
+            _measure(able, settings, report)
+        finally:
+            if report["results"]:
+                print(describe(report), flush=True)
+                if settings.pictures:
+                    _draw(report, settings.pictures)
+    failed = [result for result in report["results"] if "failed" in result]
+    if len(failed) == len(report["results"]):
+        raise UserError(f"bench: no case could be measured; the first said: {failed[0]['failed']}")
+
+
+def _measure(cases: list[Case], settings: Settings, report: dict[str, Any]) -> None:
+    workers: Workers | None = None
+    following: Workers | None = None
+    try:
+        for case, after in zip(cases, [*cases[1:], None], strict=True):
+            workers = following or Workers(case, _trace_file(settings.profile, case))
+            # the next ones start while these build their model, so that no one waits for imports
+            following = Workers(after, _trace_file(settings.profile, after)) if after else None
+            print(case.name, flush=True)
+            report["results"].append(case.to_json() | workers.measure(settings.timeout_s))
+            workers.close()
+            compare(report)
+            _write(settings.json_file, report)
+    finally:
+        for running in filter(None, (workers, following)):
+            running.close()
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    def stop(number: int, _: Any) -> None:
+        print(f"received {signal.Signals(number).name}: ending with what was measured", file=sys.stderr, flush=True)
+        sys.exit(128 + number)
+
+    old = [(number, signal.signal(number, stop)) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        yield
+    finally:
+        for number, handler in old:
+            signal.signal(number, handler)
+
+
+def _able(settings: Settings, machine: dict[str, Any]) -> list[Case]:
+    """Cases that this machine can do; a line for each that it cannot, and for each number of GPUs that it lacks."""
+    there = [number for number in settings.gpus if number <= (machine["gpus"] or number)]
+    for number in sorted({*settings.gpus} - {*there}):
+        print(f"left out, as this machine has {machine['gpus']}: all cases of {number} GPUs", flush=True)
+    cases = _plan(settings.model_copy(update={"gpus": there}))
+    able = [case for case in cases if case.part == "head" or case.impl in machine["impls"]]
     for case in cases:
         if case not in able:
             print(f"left out, as this machine or its PyTorch cannot: {case.name}", flush=True)
-    following: Workers | None = None
-    try:
-        for case, after in zip(able, [*able[1:], None], strict=True):
-            workers = following or Workers(case, _trace_file(trace, case))
-            # the next ones start while these build their model, so that no one waits for imports
-            following = Workers(after, _trace_file(trace, after)) if after else None
-            print(case.name, flush=True)
-            report["results"].append(case.to_json() | workers.measure(timeout_s))
-            workers.close()
-            _write(json_file, report)
-    finally:
-        if following:
-            following.close()
-    compare(report)
-    _write(json_file, report)
-    print(describe(report))
-    if pictures:
-        from medusa_ds.benchmarks.pictures import draw
+    if not able:
+        raise UserError("bench: no case could be measured: this machine can do none of them")
+    return able
 
-        print("\n".join(f"drew {file}" for file in draw(report, pictures)))
-    failed = [result for result in report["results"] if "failed" in result]
-    if failed and len(failed) == len(report["results"]):
-        raise UserError(f"bench: no case could be measured; the first said: {failed[0]['failed']}")
+
+def _draw(report: dict[str, Any], directory: str) -> None:
+    from medusa_ds.benchmarks.pictures import draw
+
+    print("\n".join(f"drew {file}" for file in draw(report, directory)))
+
+
+def _read(files: list[str]) -> dict[str, Any]:
+    """Reports as one: the results of all, the machine of the first."""
+    reports = [read_json(Path(file)) for file in files]
+    for file, report in zip(files, reports, strict=True):
+        if not isinstance(report, dict) or not report.get("results"):
+            raise UserError(f"--draw: {file}: no results; name a report of medusa-ds bench")
+        if report["machine"]["device"] != reports[0]["machine"]["device"]:
+            raise UserError(f"--draw: {file}: found another GPU than in {files[0]}; draw each apart")
+    return reports[0] | {"results": [result for report in reports for result in report["results"]]}
 
 
 def _plan(settings: Settings) -> list[Case]:
@@ -124,7 +184,7 @@ def _plan(settings: Settings) -> list[Case]:
         settings.sequences,
         settings.batch,
         settings.impls or [*IMPLS],
-        settings.zero,
+        settings.zeros,
         settings.warmup,
         settings.steps,
         settings.gpus,
@@ -137,11 +197,15 @@ def _trace_file(directory: str | None, case: Case) -> Path | None:
     Path(directory).mkdir(parents=True, exist_ok=True)
     name = f"{case.part}_stage{case.stage}_heads{case.heads}_{case.batch}x{case.sequence}_{case.impl}"
     name += f"_{case.gpus}gpus" if case.gpus > 1 else ""
+    name += "" if case.zero == DEFAULT_ZERO[case.stage] else f"_{Path(case.zero).stem}"
     return Path(directory).absolute() / f"{name}.json"
 
 
 def _write(file: str, report: dict[str, Any]) -> None:
     try:
-        Path(file).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        with open(file, "a"):
+            pass  # a directory that is missing is a mistake, which `write` would make
+        if report:
+            write(Path(file), json.dumps(report, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"--json: {file}: cannot be written ({error.strerror}); name another file") from None

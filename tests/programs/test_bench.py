@@ -1,6 +1,8 @@
 """`medusa-ds bench` on a tiny model and a CPU: what it refuses, what it writes, and how a trace becomes a table."""
 
 import json
+import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -15,6 +17,7 @@ from medusa_ds.benchmarks.head import measure_head
 from medusa_ds.cli import main
 from medusa_ds.errors import UserError
 from medusa_ds.model.rows import count_targets
+from medusa_ds.programs import bench
 
 TINY = """\
 model:
@@ -84,9 +87,94 @@ def test_the_default_is_the_originals_matrix():
     assert second.heads.init_from is None and second.train.activation_checkpointing
 
 
+def test_the_cases_that_matter_most_come_first():
+    """Most GPUs, then one; what differs in one choice from the first before what differs in two. Mutation: no order."""
+    cases = matrix(
+        "tiny.yaml", (), ["step"], [1, 2], [3, 5], [24, 48], 2, ["ours", "original"], None, 1, 1, [1, 2, 4, 8]
+    )
+    assert len(cases) == 2 * 2 * 2 * (4 + 1)
+    key = [(one.stage, one.heads, one.sequence, one.impl, one.gpus) for one in cases]
+    assert key[:2] == [(1, 3, 24, "ours", 8), (2, 3, 24, "ours", 8)]
+    assert set(key[2:8]) == {
+        (stage, *rest) for stage in (1, 2) for rest in ((3, 24, "ours", 1), (3, 48, "ours", 8), (5, 24, "ours", 8))
+    }
+    assert key.index((1, 3, 24, "original", 1)) < key.index((1, 3, 24, "ours", 2))
+    assert set(key[-2:]) == {(1, 5, 48, "ours", 2), (2, 5, 48, "ours", 2)}
+
+
+def test_stage_2_is_measured_with_several_zero_configs():
+    """Mutation: the same for stage 1, or for the original, which has no ZeRO."""
+    cases = matrix("tiny.yaml", (), ["step"], [1, 2], [2], [24], 2, ["ours", "original"], ["auto", "zero3"], 1, 1, [1])
+    assert {(one.stage, one.impl, one.zero) for one in cases} == {
+        (1, "ours", "auto"),
+        (2, "ours", "auto"),
+        (2, "ours", "zero3"),
+        (1, "original", "zero2"),
+        (2, "original", "zero3"),
+    }
+    recipe = next(one for one in cases if one.stage == 2 and one.zero == "auto").load_recipe()
+    assert (recipe.deepspeed, recipe.train.activation_checkpointing) == ("auto", "auto")
+
+
+class FakeWorkers:
+    """Cases that take no time; the one named in `last` is cut off by a signal."""
+
+    running: list["FakeWorkers"] = []
+    last, number = "", signal.SIGTERM
+
+    def __init__(self, case, trace=None):
+        self.case = case
+        self.running.append(self)
+
+    def measure(self, timeout_s):
+        if self.case is None:
+            versions = {"torch": "2.11"}
+            machine = {"device": "x", "gpus": 2, "impls": ["ours"], "matmul_tflops": 1.0, "copy_gb_per_s": 1.0}
+            return machine | {"versions": versions}
+        if f"{self.case.gpus} {self.case.sequence}" == self.last:
+            os.kill(os.getpid(), self.number)
+        return FIGURES | {"tokens_per_s": 10.0 * self.case.gpus, "supervised_tokens_per_s": 9.0 * self.case.gpus}
+
+    def close(self):
+        self.running.remove(self)
+
+
+FIGURES = {"median_s": 1.0, "min_s": 1.0, "max_s": 1.0, "tflops": 0.5, "flops": 5e11, "tokens": 10.0}
+FIGURES |= {"peak_allocated_gib": 1.0, "peak_reserved_gib": 2.0}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_cut_off_keeps_what_it_has(place, monkeypatch, capsys, number):
+    """Its table, its pictures, and no process. Mutations: write the report at the end, or close the next ones alone."""
+    monkeypatch.setattr(bench, "Workers", FakeWorkers)
+    monkeypatch.setattr(FakeWorkers, "last", "1 48")
+    monkeypatch.setattr(FakeWorkers, "number", number)
+    before = signal.getsignal(number)
+    options = "--heads 2 --sequence 24,48 --batch 2 --impl ours --gpus 1,2,4,8 --pictures drawn"
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", "tiny.yaml", *options.split()])
+    assert stop.value.code == 128 + number and signal.getsignal(number) == before
+    assert FakeWorkers.running == []
+    out, err = capsys.readouterr()
+    assert "left out, as this machine has 2: all cases of 4 GPUs" in out and "all cases of 8 GPUs" in out
+    assert "ending with what was measured" in err
+    results = json.loads((place / "bench.json").read_text())["results"]
+    assert [(result["gpus"], result["sequence"]) for result in results] == [(2, 24), (1, 24), (2, 48)]
+    assert results[0]["times_one_gpu"] == 2.0
+    assert sum(line.startswith("step ") and line.endswith(" 2.00") for line in out.splitlines()) == 1
+    assert (place / "drawn" / "scaling.svg").exists()
+
+
+def test_a_machine_without_any_of_the_gpus_is_a_line(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "Workers", FakeWorkers)
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", "tiny.yaml", "--heads", "2", "--sequence", "24", "--impl", "ours", "--gpus", "8"])
+    assert stop.value.code == 2 and "no case could be measured" in capsys.readouterr().err
+
+
 def test_a_run_measures_ours_beside_the_original(place, capsys):
     """Mutation: leave the residual blocks or a head out of the original, or weigh its heads otherwise."""
-    options = "--heads 2 --sequence 24 --batch 2 --warmup 1 --steps 2 --impl ours,original,ours_fp8"
+    options = "--heads 2 --sequence 24 --batch 2 --warmup 1 --steps 2 --impl ours,original,ours_fp8 --zero auto"
     main(["bench", "tiny.yaml", "train.warmup_ratio=0", *options.split()])
     out = capsys.readouterr().out
     assert "left out, as this machine or its PyTorch cannot: step: stage 1, 2 heads, 2 x 24, ours_fp8" in out
@@ -94,6 +182,8 @@ def test_a_run_measures_ours_beside_the_original(place, capsys):
     assert report["machine"]["matmul_tflops"] > 0 and report["machine"]["versions"]["torch"]
     ours, original = report["results"]
     assert (ours["impl"], original["impl"]) == ("ours", "original")
+    assert (ours["zero"], ours["trained_with"]) == ("auto", "zero2, recomputed: False")
+    assert (original["zero"], original["trained_with"]) == ("zero2", None)
     for number in range(3):  # three steps of the same mathematics, learning included
         assert ours["losses"][number] == pytest.approx(original["losses"][number], rel=1e-5)
     assert ours["losses"][2] != ours["losses"][1]
@@ -303,9 +393,69 @@ def test_pictures_show_every_stage_and_number_of_heads(place):
         for sequence in (24, 48)
         for impl in ("ours", "eager")
     ]
-    files = draw({"machine": {"device": "x", "matmul_tflops": 700.0}, "results": results}, "pictures")
+    machine = {"device": "x", "matmul_tflops": 700.0, "versions": {"torch": "2.11", "deepspeed": None}}
+    files = draw({"machine": machine, "results": results}, "pictures")
     assert [file.name for file in files] == [
         f"{kind}_stage1_heads{heads}.svg" for heads in (3, 5) for kind in ("memory", "throughput")
     ]
     text = Path("pictures/throughput_stage1_heads3.svg").read_text()
     assert "<svg" in text
+
+
+def made_up(gpus, stages=(1, 2)):
+    """A report of so many GPUs, each less than the ones before it."""
+    results = [
+        case(stage=stage, heads=heads, sequence=sequence, impl=impl, gpus=number, zero=zero).to_json()
+        | FIGURES
+        | {"tokens_per_s": 100.0 * number**0.9 / stage, "supervised_tokens_per_s": 1.0}
+        for stage in stages
+        for heads in (3, 5)
+        for sequence in (24, 48)
+        for impl, zero in (("ours", "zero2"), ("eager", "zero2"), *([("ours", "auto")] if stage == 2 else []))
+        for number in gpus
+    ]
+    machine = {"device": "H", "matmul_tflops": 700.0, "versions": {"torch": "2.11", "deepspeed": "0.19.8"}}
+    return {"machine": machine, "results": results}
+
+
+def test_nine_pictures_are_drawn_from_files_of_results(place, capsys):
+    """Mutations: the ideal line through the most GPUs, tokens/s of a GPU, or one file alone."""
+    from matplotlib import rcParams
+
+    from medusa_ds.benchmarks import pictures
+    from medusa_ds.decoding.pictures import new_figure
+
+    for name, gpus in (("one", [1]), ("more", [2, 4, 8])):
+        (place / f"{name}.json").write_text(json.dumps(made_up(gpus)))
+    rcParams["svg.fonttype"] = "none"  # text as text
+    main(["bench", "--draw", "one.json,more.json", "--pictures", "nine"])
+    names = {
+        f"{k}_stage{stage}_heads{heads}.svg" for k in ("memory", "throughput") for stage in (1, 2) for heads in (3, 5)
+    }
+    assert {file.name for file in (place / "nine").iterdir()} == names | {"scaling.svg"}
+    assert capsys.readouterr().out.count("drew nine") == 9
+    scaling, stage2 = ((place / "nine" / name).read_text() for name in ("scaling.svg", "memory_stage2_heads3.svg"))
+    assert "stage 2, ours, with Liger, auto: 3 heads, 2 x 24 a GPU" in scaling
+    assert "ours, with Liger, auto, 8 GPUs" in stage2 and "2 GPUs" not in stage2
+    for text in (scaling, stage2):
+        assert "H, torch 2.11, deepspeed 0.19.8" in text
+    axes = new_figure(6, 4).subplots()
+    pictures._scaling(axes, {"line": {1: 100.0, 8: 650.0}}, "H")
+    real, ideal = axes.get_lines()
+    assert (list(real.get_xdata()), list(real.get_ydata())) == ([1, 8], [100.0, 650.0])
+    assert list(ideal.get_ydata()) == [100.0, 800.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "fragment"),
+    [
+        ("{}", "no results"),
+        (json.dumps(made_up([2]) | {"machine": {"device": "other"}}), "another GPU than in one.json"),
+    ],
+)
+def test_reports_that_cannot_be_drawn_together_are_a_line(text, fragment, place, capsys):
+    (place / "one.json").write_text(json.dumps(made_up([1])))
+    (place / "two.json").write_text(text)
+    with pytest.raises(SystemExit):
+        main(["bench", "--draw", "one.json,two.json", "--pictures", "nine"])
+    assert f"--draw: two.json: {'found ' * ('another' in fragment)}{fragment}" in capsys.readouterr().err
