@@ -51,6 +51,16 @@ KINDS = {
     "hydra, own, truncated": ("hydra", "own", 1, True),
     "hydra, shared, 2 layers": ("hydra", "shared", 2, False),
 }
+SITE = """
+import os
+os.environ["TRITON_INTERPRET"] = "1"
+from triton import backends, language
+from triton.language.extra import libdevice
+backends.backends.setdefault("cpu", type("Backend", (), {"driver": None}))
+libdevice.log1p = lambda x: language.log(1 + x)
+"""
+"""vLLM leaves its Triton code out where Triton has no driver. On a CPU Triton's interpreter runs it, so a driver is
+announced in every process, and the function given that the interpreter lacks."""
 Counts = tuple[int, list[int]]
 """Drafts, and how many of them were accepted up to each position."""
 
@@ -119,18 +129,9 @@ def learn(heads: Heads, model: LlamaForCausalLM, lesson: list[tuple[Tensor, Tens
 
 @pytest.fixture(scope="session")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where vLLM's Python looks first.
-
-    vLLM leaves its Triton code out where Triton has no driver; on a CPU Triton's interpreter runs it, so a driver is
-    announced, in every process.
-    """
+    """Where vLLM's Python looks first."""
     directory = tmp_path_factory.mktemp("vllm")
-    (directory / "sitecustomize.py").write_text(
-        "import os\n"
-        "os.environ['TRITON_INTERPRET'] = '1'\n"
-        "from triton.backends import backends\n"
-        "backends.setdefault('cpu', type('Backend', (), {'driver': None}))\n"
-    )
+    (directory / "sitecustomize.py").write_text(SITE)
     return directory
 
 
@@ -315,7 +316,8 @@ def test_many_requests_with_a_cached_prefix_and_split_projections(
     prompts = [prompts[-1][: CHUNK + 40] + prompt for prompt in prompts[:11]]
     groups = [{"batches": [prompts[:1], prompts[1:]], "sampling": GREEDY}]
     made = engine(tiny_model, path) | {"block_size": 32, "max_num_seqs": 4, "tensor_parallel_size": ranks}
-    (result,) = ask(work, [{"engine": made, "groups": groups}])
+    cores = "|".join(map(str, range(ranks)))
+    (result,) = ask(work, [{"engine": made, "groups": groups}], VLLM_CPU_OMP_THREADS_BIND=cores)
     assert isinstance(result, list), result
     assert of_vllm(result[0]) == decode(model, heads, prompts)
     assert result[0]["counted"]["prefix_cache_hits"][0] >= CHUNK * 10
