@@ -61,6 +61,10 @@ def card(source: Source, targets: list[str], out: str = ".", base: str | None = 
     tokens = f", guesses among the {size} most frequent of {meta['vocab_size']} tokens" if size else ""
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("medusa-ds", "torch", "transformers"))
     here = "Run inside this directory.\n\n" if out == "." else ""
+    if base == named and not on_hub:
+        here += (
+            f"Write the path of the base model in place of `{named}`, which is the directory that it was made in.\n\n"
+        )
     uses = "\n\n".join(f"### {name}\n\n{TARGETS[name].code(source, out, base)}" for name in targets)
     missing = ", ".join(name for name in TARGETS if name not in targets)
     more = (

@@ -12,6 +12,7 @@ from pydantic import Field
 from medusa_ds.config.recipe import Recipe, find_recipe, shipped
 from medusa_ds.config.settings import ProgramSettings
 from medusa_ds.errors import UserError
+from medusa_ds.files import check_writable
 
 
 class Settings(ProgramSettings):
@@ -32,6 +33,7 @@ def run(settings: Settings) -> None:
         target = Path.cwd() / source.name
         if target.exists():
             raise UserError(f"{target}: exists already; move it away, or copy into another directory")
+        check_writable(target, "--copy")
         shutil.copyfile(source, target)
         print(f"wrote {target.name}; run it with: deepspeed {target.name}")
         return

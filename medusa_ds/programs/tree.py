@@ -62,7 +62,7 @@ def run(settings: Settings) -> Report:
     counts, *halves = (RankCounts(part, width) for part in (per_answer, per_answer[::2], per_answer[1::2]))
     context = max(len(answer.prompt) + len(answer.plain.tokens) for answer in answers)
     sizes: list[Report] = []
-    for size in sorted({*SIZES, nodes or 1}):
+    for size in progress(sorted({*SIZES, nodes or 1}), "sizes"):
         tree = counts.find_tree(size)
         decoder = Decoder(run.backbone, run.heads, tree, compile_step=settings.compile_step)
         joint, independent = _held_out(halves, size)

@@ -68,6 +68,22 @@ def test_a_place_that_cannot_be_made_is_refused_first(make_run, tiny_model, tiny
     assert "output" in refused("validate", tiny_recipe, "output=afile/x")
 
 
+def test_a_directory_that_only_others_may_write_is_refused_first(make_run, tiny_model, refused, place, monkeypatch):
+    """Root may write everywhere, so it is the system's answer that is another one."""
+    run = make_run()
+    monkeypatch.setattr("medusa_ds.files.os.access", lambda *_: False)
+    for argv in (
+        ["export", run, "new"],
+        ["import", run, "new"],
+        ["init", tiny_model, "--out", "new"],
+        ["list", "--copy", "smollm2_135m_stage1"],
+        ["evaluate", run, *ASKED, "--json", "new"],
+        ["tree", run, *ASKED],
+    ):
+        assert "is not writable); name another place" in refused(*argv)
+    assert not (place / "new").exists()
+
+
 @pytest.mark.parametrize("there", ["a line without an end", '{"turns": ["hi"]}', '{"turns": ["hi"]}\n', "one\ntwo"])
 def test_distill_takes_no_file_for_its_own(there, tiny_recipe, refused, place):
     """Mutation: cut off any last line without an end."""

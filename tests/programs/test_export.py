@@ -361,6 +361,7 @@ def test_card_says_how_every_program_uses_the_heads_and_what_was_measured(
     assert "mean_tokens_per_step 1.75: tokens that a step added" in card.text and "On asked.jsonl" in card.text
     assert str(tmp_path) not in str(card) and str(tiny_model) not in str(card)
     assert card.data.datasets is None and card.data.base_model is None
+    assert f"Write the path of the base model in place of `{tiny_model.name}`" in card.text
     alone = tmp_path / "alone"
     main(["export", str(run), str(alone)])
     assert sorted(file.name for file in alone.iterdir() if "token" not in file.name) == [
