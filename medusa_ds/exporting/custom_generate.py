@@ -11,7 +11,7 @@ the guess). A chain, not a tree: it needs no attention mask of its own, so that 
 padding work as in plain `generate`. Rows of a batch advance together, by the guesses that are right in all of them.
 A pass verifies as many guesses as pay on the machine at hand, down to none, by the times that passes took here and the
 guesses that held; neither greedy nor sampled text depends on it, as one token is drawn for each that is kept. Beam
-search and the output of scores are refused.
+search, the output of scores, and inputs other than tokens are refused.
 """
 
 import functools
@@ -38,6 +38,9 @@ def generate(model: Any, medusa_heads: str | None = None, **kwargs: Any) -> Any:
     where: Any = {key: kwargs.pop(key) for key in ("revision", "token", "cache_dir") if key in kwargs}
     if medusa_heads is None:
         raise ValueError("give medusa_heads= what custom_generate= has: where heads/heads.safetensors is")
+    if kwargs.get("stop_strings") and kwargs.get("tokenizer"):  # transformers hands the latter to no function
+        ends = generation.StopStringCriteria(kwargs.pop("tokenizer"), kwargs.pop("stop_strings"))
+        kwargs["stopping_criteria"] = generation.StoppingCriteriaList([*(kwargs.get("stopping_criteria") or ()), ends])
     source = (medusa_heads, where.get("revision"))
     if source not in _loaded.setdefault(model, {}):
         _loaded[model][source] = Heads(model, medusa_heads, where)
@@ -124,6 +127,8 @@ def decode(
         for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
         if getattr(config, name, False)
     ]
+    known = {"attention_mask", "position_ids", "cache_position", "token_type_ids", "logits_to_keep"}
+    asked += [name for name, value in inputs.items() if torch.is_tensor(value) and name not in known]
     if asked or (config.num_beams or 1) > 1:
         raise ValueError(f"Medusa heads do not support {', '.join(asked) or 'beam search'}")
     if any(hasattr(layer, "recurrent_states") for layer in getattr(cache, "layers", [])):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from exporting import MakeRun, export_
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from medusa_ds.exporting import custom_generate
 from medusa_ds.heads.files import META, load_heads, save_heads
@@ -133,9 +133,11 @@ def test_custom_generate_handles_batches_processors_streams_and_refusals(
     settings = {"attention_mask": mask, "max_new_tokens": 30, "do_sample": False}
     plain = model.generate(ids, pad_token_id=0, **settings)
     ends = [int(plain[0, 13]), int(plain[1, 25])]  # rows end at different steps
-    for options in ({}, {"repetition_penalty": 1.3}, {"eos_token_id": ends}):
+    stops = {"stop_strings": ["a", "e", "o"], "tokenizer": AutoTokenizer.from_pretrained(tiny_model)}
+    for options in ({}, {"repetition_penalty": 1.3}, {"eos_token_id": ends}, stops):
         plain = model.generate(ids, pad_token_id=0, **settings, **options)
         assert decode_with(path, model, ids, **settings, **options).equal(plain), options
+    assert (plain[:, -1] == 0).any()  # the last ones stopped some row
 
     class Stream:
         tokens: list[int] = []
@@ -159,6 +161,7 @@ def test_custom_generate_handles_batches_processors_streams_and_refusals(
         {"cache_implementation": "static"},
         {"use_cache": False},
         {"output_scores": True, "return_dict_in_generate": True},
+        {"inputs_embeds": torch.zeros(1, 9, 32)},
     ):
         with pytest.raises(ValueError, match="Medusa heads"):
             decode_with(path, model, ids[:1], max_new_tokens=4, do_sample=False, **options)
