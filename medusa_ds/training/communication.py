@@ -24,8 +24,10 @@ from medusa_ds.model.backbone import load_config
 from medusa_ds.training.flops import peak_tflops, step_flops
 from medusa_ds.training.memory import Parameters, count_parameters, parts_in_memory
 
-EFFICIENCY = {(1, False): 0.6, (2, False): 0.55, (1, True): 0.13, (2, True): 0.07}
-"""By stage and offload: FLOPs of a step, recomputed ones included, over the bf16 peak of one H200."""
+EFFICIENCY = {(1, False): 0.63, (2, False): 0.6, (1, True): 0.13, (2, True): 0.07}
+"""By stage and offload: FLOPs of a step, recomputed ones included, over the bf16 peak of one H200; without offload of a
+step less its optimizer, which GPUs share."""
+_OPTIMIZER_S = 16e-3 / 1.63e9  # of a parameter: 3 heads of Llama-3-8B on one H200, docs/experiments/training_speed.md
 LINKS = {"A100": (300.0, 1600.0), "H100": (450.0, 3200.0), "H200": (450.0, 3200.0), "B200": (900.0, 3200.0)}
 """GB/s that a GPU's NVLink sends, and Gb/s of the network cards of a host together: NVIDIA's data sheets of DGX."""
 _PCIE = (32.0, 100.0)  # 16 lanes of generation 4
@@ -66,11 +68,15 @@ def sent_bytes(
 
 
 class Step(NamedTuple):
-    """Seconds of a step, and of its parts; communication beside matrix products takes what these leave over."""
+    """Seconds of a step, of the same on one GPU, which has the optimizer for itself, and of what is sent.
+
+    `waiting_s` is what communication adds to the step: less where it runs beside matrix products.
+    """
 
     seconds: float
-    compute_s: float
+    one_gpu_s: float
     communication_s: float
+    waiting_s: float
     sent_gb: float
     tokens_per_s: float
     token_gflop: float
@@ -78,7 +84,7 @@ class Step(NamedTuple):
     @property
     def efficiency(self) -> float:
         """Of one GPU's rate, which each GPU reaches."""
-        return self.compute_s / self.seconds
+        return self.one_gpu_s / self.seconds
 
 
 def estimate_step(
@@ -129,6 +135,8 @@ def estimate_step(
     assert peak is not None, gpu
     offloads = any(zero_settings(settings)[1])
     compute_s = tokens * (a_token + again) / (peak * 1e12 * EFFICIENCY[recipe.stage, offloads])
+    optimizer_s = 0.0 if offloads else _OPTIMIZER_S * parts.trainable(recipe.stage)
+    shared_s = optimizer_s / (gpus * nodes if zero_settings(settings)[0] else 1)
     link, network = next((rates for name, rates in LINKS.items() if name in gpu), _PCIE)
     gb_per_s = _LINK_SHARE * link
     if nodes > 1:  # every ring of NCCL's passes each host's cards once
@@ -137,9 +145,17 @@ def estimate_step(
     held = parts_in_memory(recipe, parts, config)
     sent = sent_bytes(held, recipe.stage, settings, gpus * nodes, width, micro_batches)
     beside_s, alone_s = (part / gb_per_s / 1e9 for part in sent)
-    seconds = max(compute_s, beside_s) + alone_s
-    rate = gpus * nodes * tokens / seconds
-    return Step(seconds, compute_s, beside_s + alone_s, sum(sent) / 1e9, rate, a_token / 1e9)
+    waiting_s = max(0.0, beside_s - compute_s) + alone_s
+    seconds = compute_s + shared_s + waiting_s
+    return Step(
+        seconds=seconds,
+        one_gpu_s=compute_s + optimizer_s,
+        communication_s=beside_s + alone_s,
+        waiting_s=waiting_s,
+        sent_gb=sum(sent) / 1e9,
+        tokens_per_s=gpus * nodes * tokens / seconds,
+        token_gflop=a_token / 1e9,
+    )
 
 
 def measured_errors() -> dict[str, list[float]]:

