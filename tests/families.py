@@ -32,7 +32,7 @@ from medusa_ds.model.backbone import load_config, vocabulary_projection
 from medusa_ds.model.facts import Asked, build_twin, find_facts
 
 RIGHT, NUM, NEW = "right", 2, 14
-SECONDS = 240  # most for one family
+SECONDS = 240  # of the processor, most for one family
 ROPE = {"rope_theta": 10000.0, "original_max_position_embeddings": 16}
 VARIANTS: dict[str, dict[str, Any]] = {
     "cohere": {"logit_scale": 0.25},
@@ -131,14 +131,14 @@ def _answers_in_time(name: str) -> list[str]:
     def stop(*_: Any) -> None:
         raise TimeoutError(f"took more than {SECONDS} s")
 
-    signal.signal(signal.SIGALRM, stop)
-    signal.alarm(SECONDS)
+    signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         return answers(name)
     except Exception as error:  # whatever a family may raise, it must show in its row
         return [f"not asked: {type(error).__name__}: {' '.join(str(error).split())[:120]}"] * 4
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def page(rows: dict[str, list[str]]) -> str:
@@ -162,7 +162,8 @@ def page(rows: dict[str, list[str]]) -> str:
             "- A: the LM head's loss, against the model's own. B: documents of a sequence, against each alone.",
             "- C: greedy text with heads, D: without, against `generate`.",
             "",
-            "A number is the sentence below, which a user reads before anything is trained.",
+            "A number is the sentence below, which a user reads before anything is trained. With transformers 5.17 the",
+            "families of `tests/test_families.py` are the same, but that Falcon is not packed.",
             "",
             "| family | A | B | C | D |",
             "| --- | --- | --- | --- | --- |",

@@ -244,7 +244,7 @@ def load_backbone(
     if liger and not (on_gpu and config.model_type in FAMILIES):
         found = f"with the family {config.model_type}" if on_gpu else "without a GPU"
         raise UserError(f"model.liger_kernels: found true {found}; it needs a GPU and one of {', '.join(FAMILIES)}")
-    find_logits(Asked(config, spec.attention, spec.trust_remote_code))  # refuses before anything is loaded
+    find_logits(Asked(config, remote_code=spec.trust_remote_code))  # refuses before anything is loaded
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": spec.attention}
     known = packed and spec.attention in (None, "sdpa") and config.model_type in FAMILIES
     if known and on_gpu and dtype == torch.bfloat16 and attention.fits(config):

@@ -87,7 +87,7 @@ def find_facts(asked: Asked) -> Facts:
         UserError: heads cannot be trained on it: its logits are no product of hidden states and a matrix, an earlier
             token sees a later one, or no small model can be made of the config.
     """
-    logits = find_logits(asked)
+    logits = find_logits(asked._replace(attention=None))  # they do not depend on attention
     if asked.attention is None:  # one answer for both ways to ask
         with torch.device("meta"):
             chosen = asked.build(asked.config).config._attn_implementation
