@@ -37,6 +37,24 @@ def test_transformers_alone_maps_the_guesses(make_run: MakeRun, tmp_path: Path, 
         assert heads.guess(hidden, torch.zeros(5, dtype=torch.long), 3).equal(wanted)
 
 
+@pytest.mark.parametrize("shape", [["heads.vocab=100"], ["heads.lm_head=shared", "heads.layers=2"]])
+def test_guesses_of_heads_that_see_tokens_follow_the_chain_of_their_own(
+    shape: list[str], make_run: MakeRun, tiny_model: Path
+) -> None:
+    """Mutations: the embedding as it is, not its unit; the first token for every head; a block too many; rows for
+    tokens."""
+    tokens = torch.arange(299, 1, -3) if "heads.vocab=100" in shape else None
+    path = export_(make_run("run", "heads.kind=hydra", *shape, tokens=tokens), "out", "--for", "transformers")
+    run = load_run(path, torch.device("cpu"), torch.float32)
+    model, hidden, token = AutoModelForCausalLM.from_pretrained(tiny_model), torch.randn(5, 32), torch.arange(40, 45)
+    found = custom_generate.Heads(model, str(path), {}).guess(hidden, token, 3)
+    with torch.no_grad():
+        seen = torch.cat([token[None], found.T])[:3]
+        states = run.heads.states(hidden, seen, model.get_input_embeddings())
+        logits = [head.logits(state, model.lm_head) for head, state in zip(run.heads, states, strict=True)]
+    assert found.equal(run.heads.tokens(torch.stack([each.argmax(-1) for each in logits], 1)))
+
+
 ALONE = """
 import itertools, json, sys, time
 ticks = itertools.count()
