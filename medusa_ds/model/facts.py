@@ -12,6 +12,7 @@ import functools
 import itertools
 import json
 import re
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
@@ -73,7 +74,8 @@ class Asked(NamedTuple):
         zero3 = deepspeed._hf_deepspeed_config_weak_ref  # under which transformers would partition this one too
         deepspeed.unset_hf_deepspeed_config()
         try:
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
+            # of a copy, since some families write the attention into the config that they are given
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(deepcopy(config), dtype=torch.float32, **options)
         finally:
             deepspeed._hf_deepspeed_config_weak_ref = zero3
         return model.eval()

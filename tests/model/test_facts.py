@@ -97,3 +97,10 @@ def test_a_twin_has_every_kind_of_layer_and_little_else():
     state = torch.get_rng_state()
     build_twin(asked("llama", vocab_size=102))
     assert torch.equal(torch.get_rng_state(), state), "asking must not move the run's generator"
+
+
+def test_asking_leaves_the_config_of_a_loaded_model_as_it_is():
+    """Mutation: build of the config itself, into which Pegasus' decoder writes that it attends by no implementation."""
+    model = build_twin(asked("pegasus"))
+    find_logits(Asked(model.config))
+    assert model.config._attn_implementation == "sdpa"
