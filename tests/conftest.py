@@ -1,12 +1,14 @@
 """A tiny model on disk, conversations for it, and a recipe."""
 
 import contextlib
+import itertools
 import json
 import os
 import random
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -54,6 +56,15 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     config.option.loadscopereorder = False
     return Files(config, log)
+
+
+@pytest.fixture
+def steady_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All steps take the same time: how much of the tree a step verifies on a CPU depends on it."""
+    from medusa_ds.decoding import decoder
+
+    now = itertools.count()
+    monkeypatch.setattr(decoder, "time", SimpleNamespace(perf_counter=lambda: next(now) / 1000))
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,7 @@
 """`medusa-ds generate`, `evaluate` and `tree` on a tiny run: finished, as a heads folder and as a checkpoint."""
 
-import itertools
 import json
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +11,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from medusa_ds.cli import main
 from medusa_ds.data.prompts import Prompt, read_prompts
-from medusa_ds.decoding import decoder
 from medusa_ds.decoding.decoder import end_tokens
 from medusa_ds.errors import UserError
 from medusa_ds.heads.files import save_heads
@@ -22,6 +19,8 @@ from medusa_ds.programs import evaluate, tree
 from medusa_ds.runs import load_run
 from medusa_ds.training import checkpoint
 from medusa_ds.training.state import KEYS
+
+pytestmark = pytest.mark.usefixtures("steady_clock")
 
 NUM, VOCAB, HIDDEN = 2, 258, 32
 RECIPE = "model: {model}\nheads: {heads}\nstage: {stage}\ndata: {{template_args: {{}}}}\n"
@@ -44,13 +43,6 @@ def _save_checkpoint(output, named_tensors, step):
     ]
     checkpoint.save(output / "checkpoints", step, iter(tensors), {"engine": {}}, 1)
     checkpoint.mark_best(output / "checkpoints", step)
-
-
-@pytest.fixture(autouse=True)
-def steady_clock(monkeypatch):
-    """All steps take the same time: how much of the tree a step verifies on a CPU depends on it."""
-    now = itertools.count()
-    monkeypatch.setattr(decoder, "time", SimpleNamespace(perf_counter=lambda: next(now) / 1000))
 
 
 @pytest.fixture

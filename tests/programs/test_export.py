@@ -232,6 +232,7 @@ def test_stage_2_backbone_lies_beside_the_heads(make_run: MakeRun, tiny_model: P
     assert load_run(path, torch.device("cpu"), torch.float32).backbone.lm_head.weight.equal(tuned.lm_head.weight)
 
 
+@pytest.mark.usefixtures("steady_clock")
 def test_evaluate_on_the_exported_directory_equals_that_on_the_run(make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run()
     save_tree(run / "heads" / "heads.json", [(0,), (1,), (0, 0), (0, 0, 0)])
