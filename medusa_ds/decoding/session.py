@@ -280,8 +280,10 @@ class Session:
 
     def prompt_mask(self, tokens: int) -> dict[str, Tensor]:
         """The causal mask under which prompts, padded to so many tokens, are read where the layers need one."""
+        if not self.masked:
+            return {}
         mask = torch.full((tokens, tokens), -torch.inf, dtype=self.kv[0].dtype, device=self.kv[0].device).triu(1)
-        return {"attention_mask": mask[None, None]} if self.masked else {}
+        return {"attention_mask": mask[None, None]}
 
     def masks(self, position_BN: Tensor) -> dict[str, Any]:
         """Masks for `_attend`, additive [B, 1, group x N, L] or by blocks: a node sees the text and its ancestors."""
