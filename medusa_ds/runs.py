@@ -134,7 +134,6 @@ class Run(NamedTuple):
         tokenizer: with the chat template.
         tree: the run's own, found by `medusa-ds tree`, or a default.
         measured: whether the tree is the run's own.
-        config_file: see `Saved`.
         template_args: arguments of the chat template.
     """
 
@@ -143,7 +142,6 @@ class Run(NamedTuple):
     tokenizer: Any
     tree: Tree
     measured: bool
-    config_file: Path | None
     template_args: dict[str, Any]
 
     def encode(self, messages: list[dict[str, Any]]) -> list[int]:
@@ -287,7 +285,7 @@ def load_run(name: str | Path, device: torch.device, dtype: torch.dtype, liger: 
     heads, measured, tokenizer = saved.load_heads(backbone, dtype), saved.tree is not None, saved.load_tokenizer()
     if tokenizer.chat_template is not None:
         end_at(backbone, Chat(tokenizer, saved.template_args).ends)
-    return Run(backbone, heads, tokenizer, tree, measured, saved.config_file, saved.template_args)
+    return Run(backbone, heads, tokenizer, tree, measured, saved.template_args)
 
 
 def place(device: str | None = None, dtype: str | None = None) -> tuple[torch.device, torch.dtype]:

@@ -82,7 +82,7 @@ def read_row(row: Any) -> Row:
     """
     if isinstance(row, UnusableRow):
         raise row
-    row = _without_none(row)
+    row = _given(row)
     layout, turns = _find_turns(row)
     unread = [key for key in sorted(row) if _MEANING.fullmatch(key) and row[key] not in ("", [], {})]
     notes = [f"{_named(key)} of a row, which is not known here" for key in unread]
@@ -150,7 +150,7 @@ def _read_turn(turn: Any, notes: list[str]) -> Message:
     Raises:
         UnusableRow: see `read_row`.
     """
-    turn = _without_none(turn)
+    turn = _given(turn)
     name = turn.get("from", turn.get("role"))
     name = name.strip().lower() if isinstance(name, str) else ""
     role = _ROLE.get(name)
@@ -252,7 +252,7 @@ def parsed(value: Any) -> Any:
         return value
 
 
-def _without_none(value: Any) -> dict[str, Any]:
+def _given(value: Any) -> dict[str, Any]:
     """An object without the keys that it leaves open; nothing where it is no object."""
     return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else {}
 

@@ -37,10 +37,8 @@ class Settings(PromptSettings):
 def run(settings: Settings) -> Report:
     """Find the best tree for a run, print what was found and write it into the run's `heads.json`."""
     nodes = settings.nodes
-    prompts, config_file = (
-        read_prompts("--prompts", settings.prompts, settings.limit),
-        open_run(settings.name).config_file,
-    )
+    prompts = read_prompts("--prompts", settings.prompts, settings.limit)
+    config_file = open_run(settings.name).config_file
     if config_file is None:
         raise UserError(
             f"{settings.name}: checkpoints and shipped heads are sealed; name a finished run's output or heads"
