@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from medusa_ds.config.settings import parse
-from medusa_ds.errors import UserError, exit_on_user_error
+from medusa_ds.errors import UserError
+from medusa_ds.ranks import exit_on_user_error
 
 COMMANDS = {
     "list": "list_recipes",

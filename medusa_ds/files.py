@@ -1,8 +1,8 @@
 """Files that are there whole or not at all, locks between processes, and digests.
 
-What is written gets a temporary name beside its own, is flushed to the disk, and takes its name in one rename, which
-is flushed too: a process or a machine that dies at any moment leaves the old content or the new, and perhaps a
-`.tmp-*` that the next writer replaces.
+What is written gets a temporary name beside its own, one a process, is flushed to the disk, and takes its name in one
+rename, which is flushed too: a process or a machine that dies at any moment leaves the old content or the new, and
+perhaps a `.tmp-*` that the next writer removes.
 """
 
 import errno
@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+import psutil
 
 from medusa_ds.errors import UserError
 
@@ -52,8 +54,7 @@ def replacing(target: Path) -> Iterator[Path]:
         OSError: it cannot be written.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    work = target.with_name(TEMPORARY + target.name)
-    remove(work)
+    work = _temporary(target)
     try:
         with system_errors():
             yield work
@@ -65,6 +66,16 @@ def replacing(target: Path) -> Iterator[Path]:
         remove(work)
         raise
     sync_directory(target.parent)
+
+
+def _temporary(target: Path, prefix: str = TEMPORARY) -> Path:
+    """A free name beside a target for this process; what dead ones have left there is removed."""
+    name = re.compile(rf"{re.escape(prefix + target.stem)}\.(\d+){re.escape(target.suffix)}")
+    for path in target.parent.iterdir():
+        found = name.fullmatch(path.name)
+        if found and (int(found[1]) == os.getpid() or not psutil.pid_exists(int(found[1]))):
+            remove(path)
+    return target.with_name(f"{prefix}{target.stem}.{os.getpid()}{target.suffix}")
 
 
 def check_writable(target: Path, where: str, directory: bool = False) -> None:
@@ -124,8 +135,7 @@ def remove(path: Path) -> None:
 
 def discard(path: Path) -> None:
     """Remove a directory: first out of sight in one move, so that no half of it is ever found."""
-    hidden = path.with_name(f"{TEMPORARY}old-{path.name}")
-    remove(hidden)
+    hidden = _temporary(path, f"{TEMPORARY}old-")
     os.rename(path, hidden)
     remove(hidden)
 

@@ -1,19 +1,20 @@
 """This process among those that the launcher started: who it is, and how it meets the others.
 
-What one rank finds wrong, all of them raise: a rank that went on alone would wait for the others for good.
+What one rank finds wrong, all of them raise: a rank that went on alone would wait for the others for good. torch, which
+takes seconds to import, is imported when ranks meet: commands that need none start at once.
 """
 
 import os
-from collections.abc import Callable, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
-
-import torch.distributed as dist
 
 from medusa_ds.errors import UserError
 
 T = TypeVar("T")
-_PATIENCE = timedelta(days=7)
 
 
 class Ranks:
@@ -31,8 +32,10 @@ class Ranks:
 
     def join(self) -> None:
         """Wait until all processes are there, in a group for work in which a rank may be hours behind another."""
+        import torch.distributed as dist
+
         if self.size > 1 and not dist.is_initialized():
-            dist.init_process_group("gloo", timeout=_PATIENCE)
+            dist.init_process_group("gloo", timeout=timedelta(days=7))
 
     def gather(self, value: T) -> list[T]:
         """What every rank gives, by rank; each of them calls it.
@@ -42,6 +45,8 @@ class Ranks:
         """
         if self.size == 1:
             return [value]
+        import torch.distributed as dist
+
         answers: list[Any] = [None] * self.size
         dist.all_gather_object(answers, value)
         return answers
@@ -75,3 +80,18 @@ class Ranks:
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """This rank's part of items that all ranks have in the same order."""
         return items[self.rank :: self.size]
+
+
+@contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """Print the lines of a `UserError` once per node and exit with status 2: no traceback for what a user can mend."""
+    try:
+        yield
+    except UserError as error:
+        if error.one_rank or Ranks().local_rank == 0:
+            sys.stdout.flush()
+            for problem in error.problems:
+                print(f"error: {problem}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(3)  # the launcher ends every rank once one has ended: let the first one speak
+        sys.exit(2)

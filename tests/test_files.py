@@ -84,6 +84,27 @@ def test_a_directory_is_replaced_when_its_maker_is_done(tmp_path: Path) -> None:
     assert os.listdir(target.parent) == ["target"]
 
 
+def test_two_processes_that_replace_one_directory_leave_a_whole_one(tmp_path: Path) -> None:
+    """The later one wins. Mutation: one temporary name for all processes."""
+    text = (
+        "import sys; from pathlib import Path; from medusa_ds import files\n"
+        "with files.replacing(Path(sys.argv[1])) as work:\n"
+        "    work.mkdir(); (work / 'a').touch(); print('begun', flush=True); sys.stdin.read(); (work / 'b').touch()"
+    )
+    target = tmp_path / "target"
+    with subprocess.Popen(
+        [sys.executable, "-c", text, str(target)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"begun\n"
+        with files.replacing(target) as work:
+            work.mkdir()
+            (work / "c").touch()
+        assert os.listdir(target) == ["c"]
+        other.communicate()
+    assert other.returncode == 0 and sorted(os.listdir(target)) == ["a", "b"]
+    assert os.listdir(tmp_path) == ["target"]
+
+
 def test_a_file_takes_no_directorys_place(tmp_path: Path) -> None:
     """Mutation: leave it to `replacing`, which puts directories in the place of others."""
     (tmp_path / "run").mkdir()
@@ -107,7 +128,9 @@ def test_a_place_that_cannot_be_written_is_refused_and_nothing_is_made(tmp_path:
 
 
 def test_what_a_killed_writer_has_left_is_replaced(tmp_path: Path) -> None:
-    (tmp_path / ".tmp-file").mkdir()
+    with subprocess.Popen(["true"]) as dead:
+        dead.wait()
+    (tmp_path / f".tmp-file.{dead.pid}").mkdir()
     files.write_json(tmp_path / "file", {"a": [1]})
     assert (tmp_path / "file").read_text() == '{\n  "a": [\n    1\n  ]\n}\n' and len(os.listdir(tmp_path)) == 1
 

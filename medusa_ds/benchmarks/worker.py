@@ -18,10 +18,10 @@ from medusa_ds.benchmarks.head import measure_head
 from medusa_ds.benchmarks.steps import start
 from medusa_ds.benchmarks.trace import trace_step
 from medusa_ds.data.packing import MicroBatch, Sequences
-from medusa_ds.errors import UserError, exit_on_user_error
+from medusa_ds.errors import UserError
 from medusa_ds.files import write
 from medusa_ds.model.rows import count_targets
-from medusa_ds.ranks import Ranks
+from medusa_ds.ranks import Ranks, exit_on_user_error
 from medusa_ds.training.hidden_cache import count_rows
 from medusa_ds.training.loop import ahead
 from medusa_ds.training.report import Meter, library_versions, quiet_libraries

@@ -28,8 +28,8 @@ from medusa_ds import files
 from medusa_ds.config.parsing import parse_yaml, read_json, read_text
 from medusa_ds.config.recipe import Recipe, WandbSpec, find_recipe
 from medusa_ds.config.settings import RecipeSettings, parse
-from medusa_ds.errors import UserError, exit_on_user_error
-from medusa_ds.ranks import Ranks
+from medusa_ds.errors import UserError
+from medusa_ds.ranks import Ranks, exit_on_user_error
 
 if TYPE_CHECKING:
     from medusa_ds.training.engine import MedusaEngine
