@@ -113,17 +113,7 @@ def estimate_step(
     """
     train, length, settings = recipe.train, recipe.data.max_length, load(deepspeed)
     micro_batches = max(1, train.global_batch_size // (train.micro_batch_size * gpus))
-    flops = step_flops(
-        config,
-        parts.backbone - config.vocab_size * config.hidden_size,
-        blocks=parts.blocks // recipe.heads.num,
-        own_projection=parts.projections > 0,
-        stage=recipe.stage,
-        rows=recipe.heads.rows(config.vocab_size),
-        target=recipe.loss.target,
-    )
-    if recipe.data.hidden_cache != "off":
-        flops = replace(flops, passes=0)
+    flops = step_flops(recipe, config, parts.backbone - config.vocab_size * config.hidden_size)
     a_token = flops.total(1, length / 2, recipe.heads.num, 1)
     again = 0.0  # of what is computed twice
     if recipe.stage == 2:

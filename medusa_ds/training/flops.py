@@ -1,4 +1,4 @@
-"""Model FLOPs of a training step and the peaks of known GPUs: pure arithmetic.
+"""Model FLOPs of a training step and the peaks of known GPUs: arithmetic, but for the heads, whose products are counted.
 
 A matrix product of n parameters costs 2n FLOPs a token forward, 2n for the gradient of its input and 2n for that of its
 weight (Kaplan et al., arXiv 2001.08361, table 1). Attention costs 4 L D c forward for c visible tokens of context,
@@ -8,6 +8,12 @@ half a document on average. Recomputed activations are not counted: this is mode
 
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from medusa_ds.config.recipe import Recipe
+from medusa_ds.heads.kinds import make_heads
 
 PEAK_BF16_TFLOPS = {
     # dense bf16, vendors' data sheets; longest name first where one contains another
@@ -58,44 +64,45 @@ class StepFlops:
         return backbone + head_rows * self.head_row + lm_rows * self.lm_row
 
 
-def step_flops(
-    config: Any,
-    backbone_parameters: int,
-    *,
-    blocks: int,
-    own_projection: bool,
-    stage: int,
-    rows: int | None = None,
-    target: str = "label",
-) -> StepFlops:
+def step_flops(recipe: Recipe, config: Any, backbone_parameters: int) -> StepFlops:
     """FLOPs by part.
 
+    The teacher's logits of a row are one more product with the target `distribution`, and with `argmax` for the LM
+    head's rows, which stage 1 does not count.
+
     Args:
+        recipe: stage, heads and target; with a hidden cache the backbone computes nothing.
         config: the backbone's transformers config.
         backbone_parameters: parameters of its matrix products, without embeddings and LM head.
-        blocks: parameters of a head's matrix products before its projection.
-        own_projection: whether heads have vocabulary projections that learn.
-        stage: 1 or 2.
-        rows: of a head's projection; None: as many as the vocabulary has tokens.
-        target: of the loss; the teacher's logits of a row are one more product with `distribution`, and with `argmax`
-            for the LM head's rows, which stage 1 does not count.
     """
-    hidden, vocabulary = config.hidden_size, config.vocab_size
-    head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    projection = hidden * vocabulary
-    needs_input_gradient = blocks > 0 or stage == 2
-    head = 6 * blocks
-    if stage == 1 and blocks:
-        head -= 2 * hidden * hidden  # nobody needs the gradient of the frozen backbone's hidden states or embeddings
-    projections = (
-        (2 + (2 if own_projection else 0) + (2 if needs_input_gradient else 0)) * hidden * (rows or vocabulary)
-    )
-    teacher = 2.0 * projection
-    frozen_start = stage == 2 and target != "label"
+    stage, target, heads = recipe.stage, recipe.loss.target, recipe.heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    blocks = _block_flops(recipe, config)
+    products = 2 + 2 * (heads.lm_head == "own") + 2 * (blocks > 0 or stage == 2)  # with weight's and input's gradients
+    projection = products * config.hidden_size * heads.rows(config.vocab_size)
+    lm_head = 2.0 * config.hidden_size * config.vocab_size
+    frozen_start = recipe.has_frozen_start
+    passes = (1 if stage == 1 else 3) + frozen_start
     return StepFlops(
         backbone=2.0 * backbone_parameters,
         attention=4.0 * config.num_hidden_layers * config.num_attention_heads * head_dim,
-        head_row=head + projections + (teacher if target == "distribution" else 0.0),
-        lm_row=(6.0 * projection if stage == 2 else 0.0) + (teacher if frozen_start else 0.0),
-        passes=(1 if stage == 1 else 3) + frozen_start,
+        head_row=blocks + projection + (lm_head if target == "distribution" else 0.0),
+        lm_row=(3 * lm_head if stage == 2 else 0.0) + (lm_head if frozen_start else 0.0),
+        passes=passes if recipe.data.hidden_cache == "off" else 0,
     )
+
+
+def _block_flops(recipe: Recipe, config: Any) -> float:
+    """FLOPs of a head's row before its projection, forward and backward, on average over the heads.
+
+    In stage 1 nobody needs the gradient of the frozen backbone's hidden states, nor ever that of embeddings.
+    """
+    spec, hidden_size = recipe.heads, config.hidden_size
+    shape = spec.shape | {"lm_head": "shared", "hidden_size": hidden_size, "vocab_size": config.vocab_size}
+    with torch.device("meta"), torch.enable_grad(), FlopCounterMode(display=False) as counter:
+        heads, hidden_1H = make_heads(shape), torch.empty(1, hidden_size, requires_grad=recipe.stage == 2)
+        states = heads.states(hidden_1H, torch.empty(spec.num, 1), lambda _: torch.empty(1, hidden_size))
+        rows = [head.blocks(state_1H) for head, state_1H in zip(heads, states, strict=True)]
+        if rows[0].requires_grad:
+            torch.stack(rows).sum().backward()
+    return counter.get_total_flops() / spec.num

@@ -7,7 +7,6 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -194,17 +193,7 @@ class Meter:
             for name, p in model.backbone.base_model.named_parameters()
             if "embed" not in name
         )
-        config, heads = model.backbone.config.get_text_config(), recipe.heads
-        flops = step_flops(
-            config,
-            matrices,
-            blocks=model.heads.count_parameters(least_dimensions=2)[0] // heads.num,
-            own_projection=heads.lm_head == "own",
-            stage=recipe.stage,
-            rows=heads.rows(config.vocab_size),
-            target=recipe.loss.target,
-        )
-        self.flops = flops if matrices else replace(flops, passes=0)  # hidden states from a cache
+        self.flops = step_flops(recipe, model.backbone.config.get_text_config(), matrices)
         self.device, self.world_size, self.mean_context = device, world_size, mean_context
         self.peak = peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 from watch import Watch
 
+from medusa_ds.config.recipe import Recipe
 from medusa_ds.heads.joint import JointModel
 from medusa_ds.heads.medusa import MedusaHeads
 from medusa_ds.training.flops import step_flops
@@ -84,8 +85,24 @@ def test_ignored_rows_cost_no_product_in_any_pass(stage, target):
         without, none = counted(model, (ids, torch.full_like(labels, -100), positions))
     assert watch.projected == 0 and not any(none)
     assert 0 < sum(rows[1:]) < NUM * ids.numel()
-    known = step_flops(model.backbone.config, 0, blocks=H * H, own_projection=True, stage=stage, target=target)
+    known = step_flops(recipe(stage, target, num=NUM), model.backbone.config, 0)
     assert flops - without == sum(rows[1:]) * known.head_row + rows[0] * known.lm_row
+
+
+def recipe(stage, target="label", **heads):
+    data, train = {"path": "sample"}, {"global_batch_size": 1, "lr": 1e-3}
+    parts = {"model": {"name": "any/model"}, "data": data, "train": train, "output": "out"}
+    return Recipe.model_validate({"heads": heads, "stage": stage, "loss": {"target": target}, **parts})
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_flops_of_a_hydra_heads_row_are_those_counted_by_hand(stage):
+    """Mutation: take a frozen input's gradient off every head, as Medusa's, and not off the first alone."""
+    config = AutoConfig.for_model("llama", **SIZES | {"vocab_size": VOCAB})
+    found = step_flops(recipe(stage, kind="hydra", num=3, layers=2, lm_head="shared"), config, 0).head_row
+    step, block, lm_head = 2 * 2 * H * H, 2 * H * H, 2 * H * VOCAB  # forward: [2H] -> [H], [H] -> [H], [H] -> [V]
+    inputs = (2 if stage == 1 else 3) * step  # of the first head's step nobody learns from in stage 1
+    assert found == pytest.approx((3 * (2 * step + 3 * block + 2 * lm_head) + inputs) / 3, rel=1e-12)
 
 
 class Weights(TorchDispatchMode):
