@@ -1,4 +1,4 @@
-"""Model FLOPs of a training step and the peaks of known GPUs: arithmetic, but for the heads, whose products are counted.
+"""Model FLOPs of a training step, by arithmetic but for the heads, whose products are counted; peaks of known GPUs.
 
 A matrix product of n parameters costs 2n FLOPs a token forward, 2n for the gradient of its input and 2n for that of its
 weight (Kaplan et al., arXiv 2001.08361, table 1). Attention costs 4 L D c forward for c visible tokens of context,
@@ -100,7 +100,8 @@ def _block_flops(recipe: Recipe, config: Any) -> float:
     spec, hidden_size = recipe.heads, config.hidden_size
     shape = spec.shape | {"lm_head": "shared", "hidden_size": hidden_size, "vocab_size": config.vocab_size}
     with torch.device("meta"), torch.enable_grad(), FlopCounterMode(display=False) as counter:
-        heads, hidden_1H = make_heads(shape), torch.empty(1, hidden_size, requires_grad=recipe.stage == 2)
+        heads: Any = make_heads(shape)
+        hidden_1H = torch.empty(1, hidden_size, requires_grad=recipe.stage == 2)
         states = heads.states(hidden_1H, torch.empty(spec.num, 1), lambda _: torch.empty(1, hidden_size))
         rows = [head.blocks(state_1H) for head, state_1H in zip(heads, states, strict=True)]
         if rows[0].requires_grad:
