@@ -6,6 +6,7 @@ name of heads that the package ships. Which base model belongs to it stands in t
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -76,7 +77,8 @@ class Saved:
         """Whether a tokenizer lies beside the heads."""
         return (self.folder / "tokenizer_config.json").is_file()
 
-    def load_tokenizer(self) -> Any:
+    @cached_property
+    def tokenizer(self) -> Any:
         """The tokenizer beside the heads, or else the base model's, with the chat template of the training."""
         template = self.template_args.get("chat_template")
         if not self.has_tokenizer:
@@ -144,20 +146,21 @@ class Run(NamedTuple):
     measured: bool
     template_args: dict[str, Any]
 
-    def encode(self, messages: list[dict[str, Any]]) -> list[int]:
-        """Tokens of a conversation by the run's chat template, up to where the assistant begins.
-
-        Raises:
-            UserError: there is no template, or it refuses the conversation.
-        """
-        try:
-            return Chat(self.tokenizer, self.template_args).prompt(messages)
-        except UnusableRow as error:
-            raise UserError(f"prompt: {error}") from None
-
     def decode(self, tokens: list[int]) -> str:
         """The text of an answer's tokens."""
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def encode(run: Saved | Run, messages: list[dict[str, Any]]) -> list[int]:
+    """Tokens of a conversation by the run's chat template, up to where the assistant begins.
+
+    Raises:
+        UserError: there is no template, or it refuses the conversation.
+    """
+    try:
+        return Chat(run.tokenizer, run.template_args).prompt(messages)
+    except UnusableRow as error:
+        raise UserError(f"prompt: {error}") from None
 
 
 class RunSettings(ProgramSettings):
@@ -170,9 +173,9 @@ class RunSettings(ProgramSettings):
     dtype: Literal["bf16", "fp32"] | None = None
     """Without it, bf16 on a GPU and fp32 on a CPU."""
 
-    def load_run(self, liger: bool | None = None) -> Run:
-        """The run on its device; `liger` as for `load_backbone`."""
-        return load_run(self.name, *place(self.device, self.dtype), liger)
+    def load_run(self, saved: Saved | None = None, liger: bool | None = None) -> Run:
+        """The run on its device, already opened or not; `liger` as for `load_backbone`."""
+        return load_run(saved or self.name, *place(self.device, self.dtype), liger)
 
 
 class PromptSettings(RunSettings):
@@ -191,13 +194,13 @@ class PromptSettings(RunSettings):
     picture: str | None = Field(None, title="FILE")
     """Draw it."""
 
-    def load(self) -> Run:
+    def load(self, saved: Saved | None = None) -> Run:
         """The run on its device; places that cannot be written are refused first."""
         if self.json_file:
             check_writable(Path(self.json_file), "--json")
         if self.picture:
             check_picture(Path(self.picture))
-        return self.load_run(False if self.compile_step else None)  # what Liger fuses, Inductor fuses with more
+        return self.load_run(saved, False if self.compile_step else None)  # what Liger fuses, Inductor fuses with more
 
     def write_report(self, report: dict[str, Any]) -> None:
         """Write a report as JSON, if asked.
@@ -262,11 +265,11 @@ def _open_checkpoint(folder: Path) -> Saved:
     return Saved(folder, output, meta, weights, None, model, stage, template_args, checkpoint=reader)
 
 
-def load_run(name: str | Path, device: torch.device, dtype: torch.dtype, liger: bool | None = None) -> Run:
+def load_run(run: str | Path | Saved, device: torch.device, dtype: torch.dtype, liger: bool | None = None) -> Run:
     """Load a run.
 
     Args:
-        name: see `open_run`.
+        run: its name, see `open_run`, or what that gave.
         device: of all weights.
         dtype: of all weights.
         liger: see `load_backbone`.
@@ -274,7 +277,7 @@ def load_run(name: str | Path, device: torch.device, dtype: torch.dtype, liger: 
     Raises:
         UserError: see `open_run`; its base model cannot be loaded or is another one.
     """
-    saved = open_run(name)
+    saved = run if isinstance(run, Saved) else open_run(run)
     num = saved.meta["num"]
     if saved.tree is None:
         tree = default_tree(num, 32 if device.type == "cuda" else _CPU_NODES)
@@ -282,10 +285,10 @@ def load_run(name: str | Path, device: torch.device, dtype: torch.dtype, liger: 
         few = saved.shipped and device.type == "cpu"
         tree = Tree.parse(saved.tree[: _CPU_NODES - 1] if few else saved.tree, num, str(saved.folder / "heads.json"))
     backbone = saved.load_backbone(device, dtype, liger)
-    heads, measured, tokenizer = saved.load_heads(backbone, dtype), saved.tree is not None, saved.load_tokenizer()
-    if tokenizer.chat_template is not None:
-        end_at(backbone, Chat(tokenizer, saved.template_args).ends)
-    return Run(backbone, heads, tokenizer, tree, measured, saved.template_args)
+    heads = saved.load_heads(backbone, dtype)
+    if saved.tokenizer.chat_template is not None:
+        end_at(backbone, Chat(saved.tokenizer, saved.template_args).ends)
+    return Run(backbone, heads, saved.tokenizer, tree, saved.tree is not None, saved.template_args)
 
 
 def place(device: str | None = None, dtype: str | None = None) -> tuple[torch.device, torch.dtype]:

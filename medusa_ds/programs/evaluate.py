@@ -11,6 +11,7 @@ what its metrics page counts, and its texts against our plain greedy ones.
 
 import time
 from collections import Counter, defaultdict
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -35,7 +36,7 @@ from medusa_ds.decoding.trees import chain
 from medusa_ds.distilling.served import HeadServer, Reply
 from medusa_ds.errors import UserError
 from medusa_ds.progress import progress
-from medusa_ds.runs import PromptSettings, Run
+from medusa_ds.runs import PromptSettings, Run, encode
 
 TOP = 5
 Report = dict[str, Any]
@@ -67,7 +68,7 @@ def run(settings: Settings) -> Report:
     options = {"compile_step": settings.compile_step, "adapt": True}
     medusa = Decoder(run.backbone, run.heads, run.tree, settings.acceptance, **options)
     asked = progress(prompts, "prompts")
-    answers, left_out = answer_prompts(asked, run.encode, run.decode, plain, medusa, settings.max_new_tokens)
+    answers, left_out = answer_prompts(asked, partial(encode, run), run.decode, plain, medusa, settings.max_new_tokens)
     report: Report = {
         "run": settings.name,
         "prompts": {"file": settings.prompts, "answers": len(answers), "left_out_too_long": left_out},
@@ -93,7 +94,7 @@ def _served(settings: Settings, prompts: list[Prompt], run: Run, plain: Decoder,
     Raises:
         UserError: after the report, answers are missing.
     """
-    answers, left_out = answer_prompts(prompts, run.encode, run.decode, plain, None, settings.max_new_tokens)
+    answers, left_out = answer_prompts(prompts, partial(encode, run), run.decode, plain, None, settings.max_new_tokens)
     found = server.measure([a.prompt for a in answers], settings.max_new_tokens, settings.in_flight)
     report: Report = {
         "run": settings.name,

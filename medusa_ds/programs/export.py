@@ -117,7 +117,7 @@ def _from_run(name: str, dtype: torch.dtype | None, needs_lm_head: bool) -> Sour
     needs_model = saved.stage == 2 or (needs_lm_head and saved.meta["lm_head"] == "shared")
     model = saved.load_backbone(torch.device("cpu"), dtype) if needs_model else None
     has_tokenizer = saved.has_tokenizer or needs_model or saved.shipped or step is not None
-    tokenizer = saved.load_tokenizer() if has_tokenizer else None
+    tokenizer = saved.tokenizer if has_tokenizer else None
     return Source(heads, saved.meta, model, tokenizer, saved.tree, *read_figures(saved.output, step))
 
 

@@ -10,8 +10,10 @@ import sys
 from medusa_ds.config.types import Count
 from medusa_ds.decoding.acceptance import AcceptanceSettings
 from medusa_ds.decoding.decoder import Decoder, Generation, StopStrings
+from medusa_ds.decoding.session import position_limit
 from medusa_ds.errors import UserError
-from medusa_ds.runs import Run, RunSettings
+from medusa_ds.model.backbone import load_config
+from medusa_ds.runs import Run, RunSettings, Saved, encode, open_run
 
 HELP = """/clear begins anew, /exit leaves, /help prints this; all else is said to the model
 Ctrl-C stops an answer; at the prompt it leaves, as Ctrl-D does"""
@@ -32,10 +34,13 @@ class Settings(AcceptanceSettings, RunSettings):
 
 def run(settings: Settings) -> None:
     """Decode with a run's heads."""
-    run = settings.load_run()
+    saved, first = open_run(settings.name), [{"role": "user", "content": settings.prompt or ""}]
+    if settings.prompt is not None:  # refused before the model is loaded
+        _fitting(saved, first, position_limit(load_config(saved.model))[0])
+    run = settings.load_run(saved)
     decoder = Decoder(run.backbone, run.heads, run.tree, settings.acceptance, adapt=True)
     if settings.prompt is not None:
-        _answer(settings, run, decoder, [{"role": "user", "content": settings.prompt}])
+        _answer(settings, run, decoder, first)
         return
     print(f"chat with {settings.name}; /help lists commands, Ctrl-D leaves", file=sys.stderr)
     messages: list[dict[str, str]] = []
@@ -62,11 +67,17 @@ def _ask() -> str | None:
         return None
 
 
+def _fitting(run: Saved | Run, messages: list[dict[str, str]], limit: int) -> list[int]:
+    """The tokens of a conversation, at most as many as the model has positions for."""
+    prompt = encode(run, messages)
+    if len(prompt) > limit:
+        raise UserError(f"prompt: found {len(prompt)} tokens; the model's limit is {limit}: shorten it")
+    return prompt
+
+
 def _answer(settings: Settings, run: Run, decoder: Decoder, messages: list[dict[str, str]]) -> str:
     """Print the answer as it comes, then figures on standard error; Ctrl-C in a chat stops it where it is."""
-    prompt = run.encode(messages)
-    if len(prompt) > decoder.limit:
-        raise UserError(f"prompt: found {len(prompt)} tokens; the model's limit is {decoder.limit}: shorten it")
+    prompt = _fitting(run, messages, decoder.limit)
     ends = StopStrings(run.tokenizer, settings.stop) if settings.stop else None
     decoder.prepare(1, min(len(prompt) + settings.max_new_tokens, decoder.limit + 1))  # not part of the speed
     text, row = "", Generation()

@@ -8,6 +8,7 @@ what decoding would accept of answers that they were not found on, since a tree 
 hundred positions.
 """
 
+from functools import partial
 from typing import Any
 
 from medusa_ds.config.types import Count
@@ -20,7 +21,7 @@ from medusa_ds.decoding.trees import RankCounts, Tree, best_tree, chain
 from medusa_ds.errors import UserError
 from medusa_ds.files import check_writable
 from medusa_ds.progress import progress
-from medusa_ds.runs import PromptSettings, open_run, save_tree
+from medusa_ds.runs import PromptSettings, encode, open_run, save_tree
 
 WIDTH = 10  # guesses of a head that are told apart
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
@@ -38,16 +39,17 @@ def run(settings: Settings) -> Report:
     """Find the best tree for a run, print what was found and write it into the run's `heads.json`."""
     nodes = settings.nodes
     prompts = read_prompts("--prompts", settings.prompts, settings.limit)
-    config_file = open_run(settings.name).config_file
+    saved = open_run(settings.name)
+    config_file = saved.config_file
     if config_file is None:
         raise UserError(
             f"{settings.name}: checkpoints and shipped heads are sealed; name a finished run's output or heads"
         )
     check_writable(config_file, "RUN")
-    run = settings.load()
+    run = settings.load(saved)
     answers, _ = answer_prompts(
         progress(prompts, "prompts"),
-        run.encode,
+        partial(encode, run),
         run.decode,
         Decoder(run.backbone, None, chain(0)),
         None,

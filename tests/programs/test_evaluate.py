@@ -9,14 +9,15 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from medusa_ds import runs
 from medusa_ds.cli import main
 from medusa_ds.data.prompts import Prompt, read_prompts
 from medusa_ds.decoding.decoder import end_tokens
 from medusa_ds.errors import UserError
-from medusa_ds.heads.files import save_heads
+from medusa_ds.heads.files import load_heads, save_heads
 from medusa_ds.heads.medusa import MedusaHeads
 from medusa_ds.programs import evaluate, tree
-from medusa_ds.runs import load_run
+from medusa_ds.runs import encode, load_run
 from medusa_ds.training import checkpoint
 from medusa_ds.training.state import KEYS
 
@@ -160,6 +161,14 @@ def test_tree_says_when_fewer_nodes_are_faster(output, prompts, capsys, monkeypa
     assert "note: " not in capsys.readouterr().out
 
 
+def test_tree_opens_its_run_once(output, prompts, monkeypatch):
+    """Heads are read through for their checksum each time. Mutation: let `load` open it by its name again."""
+    opened = []
+    monkeypatch.setattr(runs, "load_heads", lambda folder: opened.append(folder) or load_heads(folder))
+    _search_tree(_settings(output, prompts, nodes=1))
+    assert len(opened) == 1
+
+
 def test_tree_refuses_a_checkpoint(output, prompts):
     with pytest.raises(UserError, match="sealed"):
         _search_tree(_settings(output / "checkpoints" / "best", prompts))
@@ -293,6 +302,14 @@ def test_generate_streams_the_base_models_own_text(output, capsys):
     assert "tokens per step" in printed.err
 
 
+def test_a_prompt_over_the_limit_is_refused_before_the_model_is_loaded(output, capsys, monkeypatch):
+    """Mutation: leave it to the decoder."""
+    monkeypatch.setattr(runs.Saved, "load_backbone", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(SystemExit, match="2"):
+        main(["generate", str(output), "--prompt", "x" * 500, "--device", "cpu"])
+    assert "; the model's limit is " in capsys.readouterr().err
+
+
 def test_generate_chats_and_keeps_the_conversation(output, capsys, monkeypatch):
     lines = iter(["Hi", "", "And?", "/exit"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
@@ -344,7 +361,7 @@ def test_a_run_keeps_the_template_that_it_was_trained_with(output, prompts, plac
         config |= {"recipe": json.dumps(recipe), "base_model": name}
         (output / "heads" / "heads.json").write_text(json.dumps(config))
         run = load_run(output / place, torch.device("cpu"), torch.float32)
-        said = run.tokenizer.decode(run.encode([{"role": "user", "content": "Hi"}]))
+        said = run.tokenizer.decode(encode(run, [{"role": "user", "content": "Hi"}]))
         assert said == text if text else said.endswith("USER: Hi ASSISTANT:")
-        assert run.tokenizer.decode(run.encode([{"role": "user", "content": "<p>"}])).count("<p>") == 1 + bool(text)
+        assert run.tokenizer.decode(encode(run, [{"role": "user", "content": "<p>"}])).count("<p>") == 1 + bool(text)
         assert sorted(end_tokens(run.backbone)) == ([256, 257] if text else [256])
