@@ -1,5 +1,7 @@
 """The one exception that stands for a user's mistake, caught in one place (`ranks.exit_on_user_error`)."""
 
+from typing import Any
+
 
 class UserError(Exception):
     """What is wrong, where, and what mends it: one line a mistake.
@@ -12,3 +14,8 @@ class UserError(Exception):
     def __init__(self, *problems: str, one_rank: bool = False) -> None:
         super().__init__("\n".join(problems))
         self.problems, self.one_rank = problems, one_rank
+
+
+def one_line(text: Any, most: int = 200) -> str:
+    """What an error or a text says, in one line of at most so many characters."""
+    return " ".join(str(text).split())[:most]

@@ -24,7 +24,7 @@ from medusa_ds.decoding.decoder import end_at
 from medusa_ds.decoding.pictures import check_picture
 from medusa_ds.decoding.trees import Path as TreePath
 from medusa_ds.decoding.trees import Tree, default_tree
-from medusa_ds.errors import UserError
+from medusa_ds.errors import UserError, one_line
 from medusa_ds.files import check_writable, write_json
 from medusa_ds.heads.base import Heads
 from medusa_ds.heads.files import META, load_heads
@@ -125,7 +125,7 @@ class Saved:
         return heads.to(backbone.device)
 
     def _misfit(self, error: RuntimeError) -> UserError:
-        return UserError(f"{self.folder}: does not fit {self.model.name} ({' '.join(str(error).split())[:300]})")
+        return UserError(f"{self.folder}: does not fit {self.model.name} ({one_line(error, 300)})")
 
 
 class Run(NamedTuple):
@@ -323,7 +323,7 @@ def _from_recipe(text: str, where: Path) -> tuple[ModelSpec, HeadsSpec, int, dic
         model, heads = ModelSpec.model_validate(raw["model"]), HeadsSpec.model_validate(raw["heads"])
         return model, heads, int(raw["stage"]), dict(raw["data"].get("template_args") or {})
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{where}: not a resolved recipe ({' '.join(str(error).split())[:200]})") from None
+        raise UserError(f"{where}: not a resolved recipe ({one_line(error)})") from None
 
 
 def _masters(reader: Reader, prefix: str) -> dict[str, torch.Tensor]:

@@ -144,7 +144,8 @@ def _refusal(section: str, key: str, value: Any, kind: str) -> str | None:
         return None
     if kind == "bool" and not isinstance(value, bool):
         return 'allowed is true, false or "auto"'
-    if kind == "int" and not _is_size(value):
+    is_size = type(value) in (int, float) and value >= 0 and value == int(value)  # 5e8 is usual in published configs
+    if kind == "int" and not is_size:
         return 'allowed is a whole number of at least 0, or "auto"'
     if kind == "float" and type(value) not in (int, float):
         return 'allowed is a number, or "auto"'
@@ -155,11 +156,6 @@ def _is_off(value: Any) -> bool:
     if isinstance(value, dict):
         return not value or value.get("enabled") is False
     return value in (None, "auto") or value is False
-
-
-def _is_size(value: Any) -> bool:
-    """Whether DeepSpeed takes the value as a whole number; `5e8` is usual in published configs."""
-    return type(value) in (int, float) and value >= 0 and value == int(value)
 
 
 def resolve(settings: dict[str, Any], path: Path, owned: dict[str, Any], recipe_file: Path | None) -> dict[str, Any]:
@@ -234,7 +230,14 @@ def fill_sizes(config: dict[str, Any], hidden_size: int) -> dict[str, Any]:
         "stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
         "stage3_param_persistence_threshold": 10 * hidden_size,
     }
-    return _without_auto(config, sizes)
+
+    def filled(node: Any) -> Any:
+        if not isinstance(node, dict):
+            return node
+        known = {key: sizes.get(key, value) if value == "auto" else value for key, value in node.items()}
+        return {key: filled(value) for key, value in known.items() if value != "auto"}
+
+    return filled(config)
 
 
 def clips_in_adam(config: dict[str, Any]) -> bool:
@@ -248,13 +251,6 @@ def zero_settings(config: dict[str, Any]) -> tuple[int, tuple[bool, bool]]:
     zero = config.get("zero_optimization") or {}
     devices = [(zero.get(key) or {}).get("device", "none") for key in ("offload_optimizer", "offload_param")]
     return zero.get("stage", 0), (devices[0] != "none", devices[1] != "none")
-
-
-def _without_auto(node: Any, sizes: dict[str, int]) -> Any:
-    if not isinstance(node, dict):
-        return node
-    filled = {key: sizes[key] if value == "auto" and key in sizes else value for key, value in node.items()}
-    return {key: _without_auto(value, sizes) for key, value in filled.items() if value != "auto"}
 
 
 def _unknown(key: str, known: Collection[str], prefix: str = "") -> Iterator[str]:

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from medusa_ds.config.parsing import KeyPath, parse_yaml, read_object, read_text, secret_keys
+from medusa_ds.config.parsing import KeyPath, parse_yaml, read_object, read_text
 from medusa_ds.errors import UserError
 from medusa_ds.files import DATA_SUFFIXES
 
@@ -120,12 +120,6 @@ def apply_overrides(raw: dict[str, Any], overrides: list[str] | tuple[str, ...])
         else:
             problems.append(f"{key} (from the command line): {'.'.join(parents)} is not a section of the recipe")
     return problems
-
-
-def secrets(raw: dict[str, Any], at: Origin) -> list[str]:
-    """A problem for every value that looks like a secret; the value is not shown."""
-    text = "looks like a secret (not shown); secrets come from the environment, as in HF_TOKEN or WANDB_API_KEY"
-    return [at.say(key, text) for key in secret_keys(raw)]
 
 
 def resolve_paths(raw: dict[str, Any], at: Origin, planning: bool) -> list[str]:

@@ -34,9 +34,13 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
 
 
-def _finite(text: str) -> float:
-    value = float(text)
-    if math.isinf(value):
+def finite(text: str) -> float:
+    """The number that a text is.
+
+    Raises:
+        ValueError: it is infinite, or none.
+    """
+    if not math.isfinite(value := float(text)):
         raise ValueError(f"{text} is out of range")
     return value
 
@@ -50,7 +54,7 @@ _Loader.add_implicit_resolver(
     list("-+.0123456789"),
 )
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
-_Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: _finite(node.value))
+_Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: finite(node.value))
 
 
 def read_text(path: Path) -> str:
@@ -152,13 +156,8 @@ def read_json(path: Path) -> Any:
             data[key] = value
         return data
 
-    def refuse_constant(name: str) -> Any:
-        raise ValueError(f"{name} is not a JSON number")
-
     try:
-        data = json.loads(
-            text, object_pairs_hook=refuse_duplicates, parse_constant=refuse_constant, parse_float=_finite
-        )
+        data = json.loads(text, object_pairs_hook=refuse_duplicates, parse_constant=finite, parse_float=finite)
         _check_depth(data, 0)
         json.dumps(data, ensure_ascii=False).encode("utf-8")  # lone surrogates raise here
         return data

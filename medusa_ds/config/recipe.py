@@ -31,7 +31,6 @@ from medusa_ds.config.loading import (
     read_recipe,
     resolve_paths,
     saved_heads,
-    secrets,
     shipped,
 )
 from medusa_ds.config.parsing import redact, secret_keys
@@ -39,7 +38,6 @@ from medusa_ds.config.sections import (
     DataSpec,
     HeadsSpec,
     LossSpec,
-    ModelPackage,
     ModelSpec,
     Section,
     SourceSpec,
@@ -48,19 +46,6 @@ from medusa_ds.config.sections import (
 )
 from medusa_ds.config.types import Stage, allowed, parts
 from medusa_ds.errors import UserError
-
-__all__ = [
-    "DataSpec",
-    "HeadsSpec",
-    "LossSpec",
-    "ModelPackage",
-    "ModelSpec",
-    "Recipe",
-    "SourceSpec",
-    "TrainSpec",
-    "find_recipe",
-    "shipped",
-]
 
 
 class Recipe(Section):
@@ -106,7 +91,8 @@ class Recipe(Section):
         problems = apply_overrides(raw, overrides)
         if isinstance(raw.get("model"), dict) and isinstance(package := raw["model"].get("package"), dict):
             package.setdefault("stands_for", written)
-        problems += secrets(raw, at)
+        secret = "looks like a secret (not shown); secrets come from the environment, as in HF_TOKEN or WANDB_API_KEY"
+        problems += [at.say(key, secret) for key in secret_keys(raw)]
         problems += resolve_paths(raw, at, planning)
         recipe: Recipe | None = None
         wrong: set[str] = set()

@@ -169,7 +169,8 @@ class Chat:
         if turns[:1] == [0]:
             raise UnusableRow("begins with an assistant turn")
         marked = self._marked(messages)
-        full, plain = self._render([marked, _without_borders(marked)], False, tools, template_args)
+        without_borders = json.loads(BORDER.sub("", json.dumps(marked, ensure_ascii=False)))
+        full, plain = self._render([marked, without_borders], False, tools, template_args)
         if BORDER.sub("", full) != BORDER.sub("", plain):
             raise UnusableRow("the chat template alters a message's text")
         prompts = self._render([marked[:turn] for turn in turns], True, tools, template_args) if turns else []
@@ -259,14 +260,6 @@ def _inline_thoughts(content: str) -> list[str]:
     if not closing or lead.strip() or "</think>" in answer or "<think>" in lead + answer:
         return [content]  # no tags, or talk of tags
     return [lead + tag, thoughts, closing, answer]
-
-
-def _without_borders(value: Any) -> Any:
-    if isinstance(value, str):
-        return BORDER.sub("", value)
-    if isinstance(value, dict):
-        return {key: _without_borders(item) for key, item in value.items()}
-    return [_without_borders(item) for item in value] if isinstance(value, list) else value
 
 
 def _begin(full: str, turn: int, prompt: str) -> tuple[int, int]:

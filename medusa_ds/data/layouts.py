@@ -16,10 +16,11 @@ The normal form of a message is a dictionary with
 """
 
 import json
-import math
 import re
 from itertools import cycle
 from typing import Any, NamedTuple
+
+from medusa_ds.config.parsing import finite
 
 Message = dict[str, Any]
 LAYOUTS = "messages, conversations, conversation, data, prompt + completion, prompt + chosen, instruction + output"
@@ -234,13 +235,7 @@ def _read_call(call: Any) -> dict[str, Any]:
     return read | ({"text": arguments} if isinstance(arguments, str) else {})
 
 
-def _finite(text: str) -> float:
-    if not math.isfinite(float(text)):
-        raise ValueError(f"{text} is not a JSON number in range")
-    return float(text)
-
-
-DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
+DECODER = json.JSONDecoder(parse_float=finite, parse_constant=finite)
 """Of strict JSON."""
 
 

@@ -36,7 +36,8 @@ class Journal:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 - open for the whole run
         except OSError as error:
-            raise _one_rank(f"{path}: cannot be written ({error.strerror}); name another file in --out") from None
+            text = f"{path}: cannot be written ({error.strerror}); name another file in --out"
+            raise UserError(text, one_rank=True) from None
         try:
             take(self._file)
             self._file.seek(0)
@@ -76,7 +77,7 @@ class Journal:
                 line = line[self._file.write(line) :]
         except OSError as error:
             text = f"{self.path}: cannot be written ({error.strerror}); make room: the same command goes on"
-            raise _one_rank(text) from None
+            raise UserError(text, one_rank=True) from None
 
     def clear(self) -> None:
         """Forget what the file holds."""
@@ -175,10 +176,3 @@ def _parts(journal: Journal) -> list[Path]:
 
 def _key(row: dict[str, Any]) -> tuple[Any, bool]:
     return row.get("row"), "prompt" in row
-
-
-def _one_rank(problem: str) -> UserError:
-    """A file has one writer, so that no other rank will say it."""
-    error = UserError(problem)
-    error.one_rank = True
-    return error

@@ -11,7 +11,6 @@ Shape suffixes: B rows, E steps between two looks, H hidden size, V vocabulary.
 """
 
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -103,7 +102,7 @@ class Sampler:
                     ended.append((request, Reply("", 0, "prompt too long")))
 
         with static_attention(self.backbone):
-            step = self._captured()
+            step = capture(self._step).replay if self.backbone.device.type == "cuda" else self._step
             while requests or ready or ended or any(rows):
                 self._admit(rows, ready)
                 if any(rows):
@@ -118,11 +117,6 @@ class Sampler:
         if request.messages:
             return self.chat.prompt(request.messages)
         return self.chat.tokenizer(request.text, add_special_tokens=False, verbose=False)["input_ids"]
-
-    def _captured(self) -> Callable[[], None]:
-        if self.backbone.device.type != "cuda":
-            return self._step
-        return capture(self._step).replay
 
     def _step(self) -> None:
         """Hand out every row's last token, and draw the next one in rows that it did not end."""

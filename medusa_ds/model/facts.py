@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.integrations import deepspeed
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from medusa_ds.errors import UserError
+from medusa_ds.errors import UserError, one_line
 from medusa_ds.model.attention import hidden_states
 from medusa_ds.model.projection import Logits
 
@@ -114,7 +114,7 @@ def find_logits(asked: Asked) -> Logits:
         with torch.device("meta"):
             model = asked.build(asked.config)
     except Exception as error:
-        raise UserError(f"model.name: {kind} cannot be made of its config ({_one_line(error)})") from None
+        raise UserError(f"model.name: {kind} cannot be made of its config ({one_line(error, 150)})") from None
     lm_head: Any = model.get_output_embeddings()
     if not isinstance(lm_head, nn.Linear):
         raise problem
@@ -189,12 +189,8 @@ def build_twin(asked: Asked) -> PreTrainedModel:
                 hidden_states(twin, *tokens_of_documents(3))
                 return twin
             except Exception as error:  # whatever a model may raise whose sizes do not fit together
-                problem = problem or _one_line(error)
+                problem = problem or one_line(error, 150)
     raise UserError(f"model.name: no small {asked.config.model_type} can be made of its config to be asked ({problem})")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:150]
 
 
 def _head_size(text: Any) -> int:

@@ -80,7 +80,7 @@ def run(settings: Settings) -> Report:
         "speed": _speed(run, answers, plain, medusa, settings.max_new_tokens),
     }
     if settings.acceptance.rule == "greedy":
-        report["texts"] = _differences(run, answers)
+        report["texts"] = _differences(run, answers, [a.medusa.tokens if a.medusa else None for a in answers])
     print(_table(report))
     settings.write_report(report)
     if settings.picture:
@@ -107,7 +107,7 @@ def _served(settings: Settings, prompts: list[Prompt], run: Run, plain: Decoder,
         },
         "heads": _accuracies([head_ranks(run.backbone, run.heads, a.prompt, a.plain.tokens) for a in answers]),
         "speed": {"server_tokens_per_s": found.tokens / found.seconds, "tokens": found.tokens},
-        "texts": _differences_of_texts(run, answers, found.replies),
+        "texts": _differences(run, answers, [_tokens(run, *each) for each in zip(answers, found.replies, strict=True)]),
     }
     if found.drafts:
         reached = [found.drafts, *found.accepted, 0]
@@ -136,25 +136,13 @@ def _served(settings: Settings, prompts: list[Prompt], run: Run, plain: Decoder,
     return report
 
 
-def _differences_of_texts(run: Run, answers: list[Answer], replies: list[Reply]) -> Report:
-    """As `_differences`, by the server's tokens, or by its texts where it tells no tokens."""
-    differences, compared = [], 0
-    for answer, reply in zip(answers, replies, strict=True):
-        if reply.problem:
-            continue
-        compared += 1
-        tokens = reply.ids
-        if tokens is None:
-            same = reply.text == run.decode(answer.plain.tokens)
-            tokens = run.tokenizer(reply.text, add_special_tokens=False)["input_ids"]
-        else:
-            same = tokens == answer.plain.tokens
-        if not same:
-            found = first_difference(run.backbone, answer.prompt, answer.plain.tokens, tokens)
-            found = found or Difference(min(len(tokens), len(answer.plain.tokens)), float("inf"), 0.0)  # one goes on
-            differences.append({**found._asdict(), "tie": found.is_tie})
-    ties = sum(row["tie"] for row in differences)
-    return {"compared": compared, "differ": len(differences), "differ_by_a_tie": ties, "differences": differences}
+def _tokens(run: Run, answer: Answer, reply: Reply) -> list[int] | None:
+    """A server's answer; where it tells no tokens, those of its text, which need not be what it decoded."""
+    plain = answer.plain.tokens
+    if reply.problem or reply.ids is not None:
+        return reply.ids
+    same = reply.text == run.decode(plain)
+    return plain if same else run.tokenizer(reply.text, add_special_tokens=False)["input_ids"]
 
 
 def _accuracies(per_answer: list[torch.Tensor]) -> Report:
@@ -260,16 +248,23 @@ def _transformers_rate(run: Run, answers: list[Answer], max_new_tokens: int) -> 
     return tokens / seconds
 
 
-def _differences(run: Run, answers: list[Answer]) -> Report:
-    """Greedy texts that differ from plain decoding, each with the margin by which the base model told the two apart."""
+def _differences(run: Run, answers: list[Answer], others: list[list[int] | None]) -> Report:
+    """Greedy texts that differ from plain decoding, each with the margin by which the base model told the two apart.
+
+    Args:
+        run: with the base model.
+        answers: the prompts and their plain texts.
+        others: tokens of each other text; None for one that is missing.
+    """
     differences = []
-    for answer in answers:
-        assert answer.medusa is not None
-        found = first_difference(run.backbone, answer.prompt, answer.plain.tokens, answer.medusa.tokens)
-        if found is not None:
+    for answer, tokens in zip(answers, others, strict=True):
+        plain = answer.plain.tokens
+        if tokens is not None and tokens != plain:
+            found = first_difference(run.backbone, answer.prompt, plain, tokens)
+            found = found or Difference(min(len(tokens), len(plain)), float("inf"), 0.0)  # one goes on
             differences.append({**found._asdict(), "tie": found.is_tie})
-    ties = sum(row["tie"] for row in differences)
-    return {"compared": len(answers), "differ": len(differences), "differ_by_a_tie": ties, "differences": differences}
+    compared, ties = len(others) - others.count(None), sum(row["tie"] for row in differences)
+    return {"compared": compared, "differ": len(differences), "differ_by_a_tie": ties, "differences": differences}
 
 
 def _accuracy_lines(heads: Report) -> list[str]:

@@ -23,7 +23,7 @@ from medusa_ds.config.settings import Commas, Positional, ProgramSettings
 from medusa_ds.config.types import Count
 from medusa_ds.data.packing import load_data
 from medusa_ds.data.vocabulary import token_map
-from medusa_ds.errors import UserError
+from medusa_ds.errors import UserError, one_line
 from medusa_ds.exporting import fasterdecoding
 from medusa_ds.exporting.card import card, read_figures
 from medusa_ds.exporting.source import Source
@@ -158,7 +158,7 @@ def _recipe(text: str) -> Recipe:
     try:
         return Recipe.model_validate(parse_yaml(text, "heads.json: recipe")[0])
     except ValidationError as error:
-        raise UserError(f"heads.json: not a resolved recipe ({' '.join(str(error).split())[:200]})") from None
+        raise UserError(f"heads.json: not a resolved recipe ({one_line(error)})") from None
 
 
 def _check_free(target: Path, force: bool) -> None:
@@ -187,6 +187,5 @@ def _push(out: Path, repository: str, source: Source, targets: list[str]) -> Non
         for file, content in replaced.items():
             api.upload_file(path_or_fileobj=content.encode(), path_in_repo=file, repo_id=name)
     except (hub_errors.HfHubHTTPError, hub_errors.HFValidationError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--push-to-hub {repository}: {reason}; {out} is complete: upload it later") from None
+        raise UserError(f"--push-to-hub {repository}: {one_line(error)}; {out} is complete: upload it later") from None
     print(f"uploaded to https://huggingface.co/{name}")

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from medusa_ds.config.parsing import read_object
 from medusa_ds.config.settings import Positional, ProgramSettings
-from medusa_ds.errors import UserError
+from medusa_ds.errors import UserError, one_line
 from medusa_ds.exporting.layouts import from_other
 from medusa_ds.files import check_writable, replacing
 from medusa_ds.heads.files import save_heads
@@ -98,4 +98,4 @@ def _read(path: Path) -> dict[str, Tensor]:
             return torch.load(files[0], map_location="cpu", weights_only=True)
         return {name: tensor for file in files[: len(shards) or 1] for name, tensor in load_file(file).items()}
     except Exception as error:  # a damaged or foreign pickle fails in many ways
-        raise UserError(f"{files[0]}: cannot be read ({' '.join(str(error).split())[:200]})") from None
+        raise UserError(f"{files[0]}: cannot be read ({one_line(error)})") from None

@@ -19,7 +19,7 @@ from pydantic import Field
 from medusa_ds.config.parsing import read_object
 from medusa_ds.config.settings import REST, Positional, ProgramSettings
 from medusa_ds.config.types import Count
-from medusa_ds.errors import UserError
+from medusa_ds.errors import UserError, one_line
 from medusa_ds.runs import open_run
 
 RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
@@ -81,7 +81,7 @@ def _check_environment(python: str) -> None:
     try:
         found = subprocess.run([python, "-c", _PROBE], capture_output=True, text=True, check=True).stdout.split()
     except (OSError, subprocess.CalledProcessError) as error:
-        raise UserError(f"--python: {python}: does not run ({' '.join(str(error).split())[:200]})") from None
+        raise UserError(f"--python: {python}: does not run ({one_line(error)})") from None
     if "vllm" not in found:
         raise UserError(f"{python}: found no vLLM; pip install 'vllm>=0.28,<0.34' there, or name another with --python")
     if "named" not in found:

@@ -121,12 +121,12 @@ def _run(recipe: Recipe, recipe_file: Path, ranks: Ranks, output: Path, supervis
     from medusa_ds.data.vocabulary import token_map
     from medusa_ds.model.backbone import load_config, load_tokenizer
     from medusa_ds.training.build import build_model
-    from medusa_ds.training.engine import MedusaEngine, NonFiniteError
+    from medusa_ds.training.engine import MedusaEngine
     from medusa_ds.training.hidden_cache import open_hidden_cache
     from medusa_ds.training.launch import start_process_group
     from medusa_ds.training.loop import Loop
     from medusa_ds.training.report import Report, quiet_libraries
-    from medusa_ds.training.step import memory_hint
+    from medusa_ds.training.step import NonFiniteError, memory_hint
 
     quiet_libraries(ranks.rank)
     tokenizer = load_tokenizer(recipe.model, recipe.data.template_args.get("chat_template"))

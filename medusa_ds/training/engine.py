@@ -42,21 +42,10 @@ from medusa_ds.training.build import Gathered, Partitioned, build_model, complet
 from medusa_ds.training.launch import announce, share_cores, start_process_group
 from medusa_ds.training.memory import settle
 from medusa_ds.training.state import LogicalTensors
-from medusa_ds.training.step import (
-    NonFiniteError,
-    StepLeftError,
-    StepResult,
-    Sums,
-    clip,
-    memory_hint,
-    non_finite,
-    norm_of,
-)
+from medusa_ds.training.step import StepLeftError, StepResult, Sums, clip, memory_hint, non_finite, norm_of
 
 if TYPE_CHECKING:
     from medusa_ds.data.packing import MicroBatch
-
-__all__ = ["MedusaEngine", "NonFiniteError", "StepResult"]
 
 BuildModel = Callable[[Recipe, torch.dtype, torch.device, Partitioned | None, Gathered], JointModel]
 

@@ -13,6 +13,7 @@ the checksums, each rank its share.
 
 from __future__ import annotations
 
+import functools
 import json
 import mmap
 import os
@@ -20,7 +21,6 @@ import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
 from ctypes import CDLL, c_size_t, c_void_p
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,7 @@ class HiddenCache:
         shards = min(max(MIN_SHARDS, -(-self.bytes // SHARD_BYTES)), max(len(counts), 1))
         cuts = np.searchsorted(self.starts, np.linspace(0, self.starts[-1], shards + 1)[1:-1])
         self.borders = np.unique(np.concatenate([[0], cuts, [len(counts)]]))  # first conversation of each shard
-        self.open = lru_cache(maxsize=None)(self._open)
+        self._open = functools.cache(lambda shard: load_file(self._file(shard)))  # memory-mapped
 
     def __len__(self) -> int:
         """Shards."""
@@ -149,10 +149,6 @@ class HiddenCache:
         with files.replacing(file) as work:
             entry = write_tensors(work, tensors)
         files.write(file.with_suffix(".json"), json.dumps(entry))
-
-    def reader(self, split: int) -> CacheReader:
-        """Reads the conversations of a split (0 training, 1 held out)."""
-        return CacheReader(self, split * len(self.splits[0].rows))
 
     def fill(self, shard: int, backbone: Any, micro_batch_size: int) -> tuple[Tensor, Tensor | None]:
         """Compute a shard: one pass over its conversations, packed as the recipe packs them."""
@@ -190,35 +186,25 @@ class HiddenCache:
     def _file(self, shard: int) -> Path:
         return self.directory / f"shard-{shard:05d}.safetensors"
 
-    def _open(self, shard: int) -> dict[str, Tensor]:
-        return load_file(self._file(shard))  # memory-mapped
-
-
-class CacheReader:
-    """Gives micro-batches their hidden states."""
-
-    def __init__(self, cache: HiddenCache, base: int) -> None:
-        self.cache, self.base, self.pin = cache, base, torch.cuda.is_available()
-
-    def __call__(self, numbers: np.ndarray, labels_BS: Tensor, position_ids_BS: Tensor) -> CachedRows:
-        """Rows of conversations `numbers`, which fill the micro-batch in this order."""
-        cache, conversations = self.cache, numbers + self.base
-        shards = np.searchsorted(cache.borders, conversations, side="right") - 1
-        begins, ends = cache.starts[conversations], cache.starts[conversations + 1]
-        total, dtype = int((ends - begins).sum()), STORED[cache.stored]
-        states_MH = torch.empty(total, cache.hidden_size, dtype=dtype, pin_memory=self.pin)
-        scales_M = torch.empty(total, pin_memory=self.pin) if cache.stored == "fp8" else None
+    def read(self, split: int, numbers: np.ndarray, labels_BS: Tensor, position_ids_BS: Tensor) -> CachedRows:
+        """Rows of conversations `numbers` of a split (0: training, 1: held out), which fill a micro-batch in order."""
+        conversations, pin = numbers + split * len(self.splits[0].rows), torch.cuda.is_available()
+        shards = np.searchsorted(self.borders, conversations, side="right") - 1
+        begins, ends = self.starts[conversations], self.starts[conversations + 1]
+        total, dtype = int((ends - begins).sum()), STORED[self.stored]
+        states_MH = torch.empty(total, self.hidden_size, dtype=dtype, pin_memory=pin)
+        scales_M = torch.empty(total, pin_memory=pin) if self.stored == "fp8" else None
         parts, at = [], 0
         for shard, begin, end in zip(shards.tolist(), begins.tolist(), ends.tolist(), strict=True):
-            first = int(cache.starts[cache.borders[shard]])
-            parts.append({name: tensor[begin - first : end - first] for name, tensor in cache.open(shard).items()})
+            first = int(self.starts[self.borders[shard]])
+            parts.append({name: tensor[begin - first : end - first] for name, tensor in self._open(shard).items()})
             _expect(parts[-1]["states"])
         for part in parts:
             rows = slice(at, at := at + len(part["states"]))
             states_MH[rows] = part["states"]
             if scales_M is not None:
                 scales_M[rows] = part["scales"]
-        mask_R = any_head_rows(labels_BS, position_ids_BS, cache.num).flatten()
+        mask_R = any_head_rows(labels_BS, position_ids_BS, self.num).flatten()
         assert int(mask_R.sum()) == total, "the cache and the micro-batch disagree about rows"
         return CachedRows(states_MH, mask_R.cumsum(0) - 1, scales_M)
 
@@ -261,7 +247,7 @@ def open_hidden_cache(recipe: Recipe, data: Data, device: torch.device) -> Ends:
         elif ranks.rank == 0:
             print(f"hidden cache: {directory}, {cache.bytes / 2**30:.2f} GiB, complete", flush=True)
     ranks.together(lambda: _see_all(cache, ranks.rank))
-    data.train.hidden, data.validation.hidden = cache.reader(0), cache.reader(1)
+    data.train.hidden, data.validation.hidden = (functools.partial(cache.read, split) for split in (0, 1))
     of = (recipe.model, STORED[computed], device)
     embeddings = read_embeddings(*of).cpu() if KINDS[recipe.heads.kind].sees_tokens else None
     ends = Ends(read_lm_head(*of).cpu(), embeddings)

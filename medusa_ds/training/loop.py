@@ -11,7 +11,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 
 from medusa_ds.config.recipe import Recipe
-from medusa_ds.data.packing import Data, MicroBatch
+from medusa_ds.data.packing import Data
 from medusa_ds.heads.joint import Counters, metrics
 from medusa_ds.training.engine import MedusaEngine
 from medusa_ds.training.report import Meter, Report, clock, heads_table
@@ -60,10 +60,12 @@ class Loop:
         """
         train, engine, supervisor = self.recipe.train, self.engine, self.supervisor
         self.before = state.get("before", {})
-        supervisor.start()
+        supervisor.beat()
         if engine.steps_taken == 0:
             self.before = self.after = self.validate(0)
-        batches, first = self._batches(), engine.steps_taken
+        first = engine.steps_taken
+        size = (train.global_batch_size, train.micro_batch_size, engine.rank, engine.world_size)
+        batches = ahead(lambda step: self.data.train.micro_batches(step, *size), range(first, self.steps))
         for step in range(first, self.steps):
             started = time.perf_counter()
             micro_batches = next(batches)
@@ -122,13 +124,6 @@ class Loop:
                 f"{self.recipe.train.save_every})"
             )
         self.report.say(text)
-
-    def _batches(self) -> Iterator[list[MicroBatch]]:
-        """This rank's micro-batches of the steps to take."""
-        train, engine = self.recipe.train, self.engine
-        size = (train.global_batch_size, train.micro_batch_size, engine.rank, engine.world_size)
-        make = lambda step: self.data.train.micro_batches(step, *size)  # noqa: E731
-        return ahead(make, range(engine.steps_taken, self.steps))
 
     def validate(self, step: int) -> dict[str, float]:
         """Metrics of the held-out conversations, recorded; empty when there are none."""

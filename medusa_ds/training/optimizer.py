@@ -84,11 +84,4 @@ def parameter_groups(model: nn.Module, train: TrainSpec) -> list[dict[str, Any]]
         new = {"params": [], "name": key, "lr": 0.0, "lr_scale": scale, "weight_decay": decay}
         alone = part == "heads" and math.prod(shape) >= ALONE
         groups.setdefault(name if alone else key, new)["params"].append(param)
-    check_groups(model, list(groups.values()))
     return list(groups.values())
-
-
-def check_groups(model: nn.Module, groups: list[dict[str, Any]]) -> None:
-    """Assert that the groups hold every trainable parameter exactly once and nothing else."""
-    held = sorted(id(param) for group in groups for param in group["params"])
-    assert held == sorted(id(param) for param in model.parameters() if param.requires_grad), "groups != trainable"

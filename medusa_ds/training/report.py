@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -18,8 +19,8 @@ from medusa_ds import files
 from medusa_ds.config.recipe import Recipe
 from medusa_ds.data.packing import MicroBatch
 from medusa_ds.heads.joint import Counters, JointModel, metrics
-from medusa_ds.training.engine import StepResult
 from medusa_ds.training.flops import peak_tflops, step_flops
+from medusa_ds.training.step import StepResult
 
 PLAIN_INTERVAL_S = 15.0
 """Seconds between progress lines when the output is not a terminal."""
@@ -101,7 +102,8 @@ class Report:
     def record(self, values: dict[str, Any]) -> None:
         """Append a JSON line; NaN and infinities become null, so that every line is JSON."""
         if self.active:
-            clean = {key: None if value != value or value in _INFINITE else value for key, value in values.items()}
+            infinite = [key for key, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
+            clean = values | dict.fromkeys(infinite)
             self._stream.write(json.dumps(clean) + "\n")
             self._stream.flush()
 
@@ -132,9 +134,6 @@ class Report:
         if self.active:
             self._bar.close()
             self._stream.close()
-
-
-_INFINITE = (float("inf"), float("-inf"))
 
 
 def _step_of(line: str) -> int:

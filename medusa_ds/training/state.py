@@ -17,11 +17,6 @@ from torch import nn
 KEYS = ("master", "exp_avg", "exp_avg_sq")
 
 
-def shape_of(param: Any) -> tuple[int, ...]:
-    """Shape of a whole parameter; ZeRO-3 leaves an empty tensor behind."""
-    return tuple(getattr(param, "ds_shape", param.shape))
-
-
 class LogicalTensors:
     """Reads and writes the state of a DeepSpeed engine.
 
@@ -32,7 +27,8 @@ class LogicalTensors:
 
     def __init__(self, engine: Any, gathered: Callable[[list[nn.Parameter]], AbstractContextManager[Any]]) -> None:
         self.params = {name: param for name, param in engine.module.named_parameters() if param.requires_grad}
-        self.shapes = {f"{name}/{key}": shape_of(param) for name, param in self.params.items() for key in KEYS}
+        whole = {name: tuple(getattr(param, "ds_shape", param.shape)) for name, param in self.params.items()}
+        self.shapes = {f"{name}/{key}": shape for name, shape in whole.items() for key in KEYS}
         self._engine, self._gathered = engine, gathered
         self._stage: int = engine.zero_optimization_stage()
         self._masters = self._unpartitioned_masters() if self._stage == 0 else {}

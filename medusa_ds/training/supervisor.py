@@ -4,8 +4,8 @@ A thread does the watching (`faulthandler.dump_traceback_later` could end a hung
 without the name of a stopped one), because the main thread may be inside a collective call that never returns, where
 Python's signal handlers do not run; signals reach the thread through `signal.set_wakeup_fd`. The stock launcher leaves
 much to its ranks: SIGTERM to `deepspeed` leaves them orphaned, and Ctrl-C reaches each of them twice (from the terminal
-and from the launcher), which counts as one signal here. Before `start` there is nothing to save, so a signal ends the
-rank at once.
+and from the launcher), which counts as one signal here. Before the first `beat` there is nothing to save, so a signal
+ends the rank at once.
 """
 
 import contextlib
@@ -39,13 +39,13 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Supervisor:
-    """Watches from construction to `close`; finished steps count from `start` on.
+    """Watches from construction to `close`.
 
     Args:
         rank: this process's rank, for messages.
         local_world_size: ranks that the launcher started on this host; 0 when it was not the stock launcher.
         hang_timeout: seconds without `beat` after which this rank dumps its stacks and ends.
-        before_start: what to say of a signal that ends the rank before `start`.
+        before_start: what to say of a signal that ends the rank before the first `beat`.
     """
 
     def __init__(
@@ -81,12 +81,11 @@ class Supervisor:
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
         self._thread.start()
 
-    def start(self) -> None:
-        """Steps begin: from here on a signal waits for a checkpoint, and a rank without a `beat` counts as hung."""
-        self.beat()
-
     def beat(self) -> None:
-        """Say that work goes on: after a step, a validation, a checkpoint."""
+        """Say that work goes on: before the first step, and after a step, a validation, a checkpoint.
+
+        From the first one on a signal waits for a checkpoint, and a rank without a further one counts as hung.
+        """
         self._beat_at = time.monotonic()
 
     def asked_to_stop(self) -> bool:

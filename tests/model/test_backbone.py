@@ -15,7 +15,8 @@ import torch
 from huggingface_hub import errors as hub_errors
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from medusa_ds.config.recipe import DataSpec, ModelPackage, ModelSpec, Recipe, TrainSpec
+from medusa_ds.config.recipe import DataSpec, ModelSpec, Recipe, TrainSpec
+from medusa_ds.config.sections import ModelPackage
 from medusa_ds.errors import UserError
 from medusa_ds.model import backbone as module
 from medusa_ds.model.backbone import (

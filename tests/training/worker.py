@@ -21,8 +21,8 @@ from medusa_ds.heads.files import load_heads
 from medusa_ds.training import build as builder
 from medusa_ds.training import engine as engines
 from medusa_ds.training import optimizer as optim
-from medusa_ds.training.engine import MedusaEngine, NonFiniteError
-from medusa_ds.training.step import StepLeftError
+from medusa_ds.training.engine import MedusaEngine
+from medusa_ds.training.step import NonFiniteError, StepLeftError
 
 VOCAB, LENGTH, GLOBAL_BATCH, STEPS = 97, 24, 4, 4
 POISON = 96  # a token that no batch holds unless a test puts it there
