@@ -172,9 +172,12 @@ class RunSettings(ProgramSettings):
     """`cuda` or `cpu`; without it, a GPU if there is one."""
     dtype: Literal["bf16", "fp32"] | None = None
     """Without it, bf16 on a GPU and fp32 on a CPU."""
+    compile_step: bool = Field(False, alias="compile")
+    """Fuse the decoding step with torch.compile: about a minute once, seconds from the second start on."""
 
-    def load_run(self, saved: Saved | None = None, liger: bool | None = None) -> Run:
-        """The run on its device, already opened or not; `liger` as for `load_backbone`."""
+    def load_run(self, saved: Saved | None = None) -> Run:
+        """The run on its device, already opened or not."""
+        liger = False if self.compile_step else None  # what Liger fuses, Inductor fuses with more
         return load_run(saved or self.name, *place(self.device, self.dtype), liger)
 
 
@@ -187,8 +190,6 @@ class PromptSettings(RunSettings):
     """Take the first N conversations."""
     max_new_tokens: Count = 256
     """Of an answer."""
-    compile_step: bool = Field(False, alias="compile")
-    """Fuse the decoding step with torch.compile; a minute once."""
     json_file: str | None = Field(None, alias="json", title="FILE")
     """Write the report."""
     picture: str | None = Field(None, title="FILE")
@@ -200,7 +201,7 @@ class PromptSettings(RunSettings):
             check_writable(Path(self.json_file), "--json")
         if self.picture:
             check_picture(Path(self.picture))
-        return self.load_run(saved, False if self.compile_step else None)  # what Liger fuses, Inductor fuses with more
+        return self.load_run(saved)
 
     def write_report(self, report: dict[str, Any]) -> None:
         """Write a report as JSON, if asked.

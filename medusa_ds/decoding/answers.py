@@ -33,14 +33,14 @@ class Warm:
     """A decoder that has done everything once before its clock runs."""
 
     def __init__(self, decoder: Decoder) -> None:
-        self.decoder, self._met = decoder, set[int]()
+        self.decoder, self._met = decoder, set[tuple[int, int]]()
 
     def answer(self, prompt: list[int], max_new_tokens: int) -> Generation:
         """The answer to a prompt of a length that it has met."""
         session = self.decoder.prepare(1, len(prompt) + max_new_tokens)
-        if not {len(prompt), -session.slots} <= self._met:
+        if (len(prompt), session.slots) not in self._met:
             self.decoder.generate([prompt], 3)
-            self._met |= {len(prompt), -session.slots}
+            self._met.add((len(prompt), session.slots))
         return self.decoder.generate([prompt], max_new_tokens)[0]
 
 

@@ -6,7 +6,9 @@ autoregressive decoding is the tree of one node through the same code, so a spee
 where every node costs time, a step may verify a part of the tree alone (`pace`).
 
 On a GPU the step, acceptance and guesses included, is one CUDA graph, and the host reads one small tensor a step.
-Prefill runs eagerly. Prompts come as lists of tokens, so there is no side of padding to agree about.
+So is the prefill of up to `CAPTURED_TOKENS` tokens, padded to one of a few lengths: launched kernel by kernel, a small
+model's prefill takes as long as fifty steps. Prompts come as lists of tokens, so there is no side of padding to agree
+about.
 
 Shape suffixes: B rows, P longest prompt, N tree nodes, D tree depth + 1, H hidden size, V vocabulary, K heads.
 """
@@ -35,6 +37,7 @@ from medusa_ds.model.backbone import vocabulary_projection
 from medusa_ds.model.projection import VocabularyProjection
 
 SLOTS_MULTIPLE = 256  # sessions of about the same length share a CUDA graph
+CAPTURED_TOKENS = 4096  # of a prefill, padding included; with more of them the GPU is the one that takes the time
 
 
 @dataclass
@@ -220,7 +223,7 @@ class Decoder:
 
     def _capture(self, session: Session) -> None:
         with self._installed(session):
-            session.graph = capture(lambda: self._step(session))
+            session.graph = capture(lambda: self._step(session), session.pool)
 
     @contextmanager
     def _installed(self, session: Session) -> Iterator[None]:
@@ -239,12 +242,28 @@ class Decoder:
                 self._step(session)
 
     def _prefill(self, session: Session, prompts: Sequence[Sequence[int]], generator: torch.Generator) -> None:
-        with static_attention(self.backbone):
-            hidden_BH = prefill(self.backbone, session, prompts)
         session.uniform_BN.uniform_(generator=generator)
+        longest = max(map(len, prompts))
+        if self.use_graph and longest * len(prompts) <= CAPTURED_TOKENS:
+            width = min(padded_length(longest), session.slots - session.reserved, self.limit)
+            tokens_BP = begin(session, prompts, width)
+            if width not in session.prefills:
+                with static_attention(self.backbone):
+                    graph = capture(lambda: self._read(session, tokens_BP), session.pool, warm_ups=1)
+                session.prefills[width] = tokens_BP, graph
+            static_BP, graph = session.prefills[width]
+            static_BP.copy_(tokens_BP)
+            graph.replay()
+        else:
+            with static_attention(self.backbone):
+                self._read(session, begin(session, prompts, longest))
+        session.tree = self.next_tree
+
+    def _read(self, session: Session, tokens_BP: Tensor) -> None:
+        """Read prompts, choose the token after each and guess on from there."""
+        hidden_BH = prefill(self.backbone, session, tokens_BP)
         root_B = self.acceptance.choose(self.lm_head(hidden_BH), session.uniform_BN[:, 0])
         self._put(session, self._propose(hidden_BH, root_B))
-        session.tree = self.next_tree
 
     def _step(self, session: Session) -> None:
         hidden_BNH = base_model(self.backbone)(**self._begin(session), **session.cache_arguments).last_hidden_state
@@ -342,31 +361,48 @@ def end_at(backbone: PreTrainedModel, ends: Collection[int]) -> None:
         print(f"answers end at token {more[0]} too, as by the chat template; generation_config.json ends none there")
 
 
-def prefill(backbone: PreTrainedModel, session: Session, prompts: Sequence[Sequence[int]]) -> Tensor:
-    """Begin a session's texts, under `static_attention`; the hidden states [B, H] after their last tokens."""
-    longest, device = max(map(len, prompts)), backbone.device
-    tokens_BP = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=device)
+def padded_length(tokens: int) -> int:
+    """The next of the lengths to which prompts are padded: multiples of 16, at most a fourth apart from 64 on."""
+    apart = max(16, 1 << (tokens - 1).bit_length() >> 3)
+    return -(-tokens // apart) * apart
+
+
+def begin(session: Session, prompts: Sequence[Sequence[int]], width: int) -> Tensor:
+    """Set a session's lengths to those of prompts; their tokens [B, width], padded on the right."""
+    session.length_B.copy_(torch.tensor([len(prompt) for prompt in prompts]))
+    padded = [[*prompt, *[0] * (width - len(prompt))] for prompt in prompts]
+    return torch.tensor(padded, device=session.length_B.device)
+
+
+def prefill(backbone: PreTrainedModel, session: Session, tokens_BP: Tensor) -> Tensor:
+    """Read what `begin` gave, under `static_attention`; the hidden states [B, H] after the prompts' last tokens."""
+    batch, width = tokens_BP.shape
     with session.prefilling():
         hidden_BPH = base_model(backbone)(
             input_ids=tokens_BP,
-            position_ids=torch.arange(longest, device=device).expand(len(prompts), -1),
-            **session.prompt_mask(longest),
+            position_ids=torch.arange(width, device=tokens_BP.device).expand(batch, -1),
+            **session.prompt_mask(width),
             **session.cache_arguments,
         ).last_hidden_state
-    session.length_B.copy_(torch.tensor([len(prompt) for prompt in prompts]))
-    return hidden_BPH[torch.arange(len(prompts), device=device), session.length_B - 1]
+    return hidden_BPH[torch.arange(batch, device=tokens_BP.device), session.length_B - 1]
 
 
-def capture(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """The CUDA graph of a step, which runs three times before."""
+def capture(step: Callable[[], None], pool: Any = None, warm_ups: int = 3) -> torch.cuda.CUDAGraph:
+    """The CUDA graph of a step, which runs a few times before.
+
+    Args:
+        step: what to capture.
+        pool: of memory that graphs share which never run at the same time.
+        warm_ups: runs before; compiled code needs three.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(3):
+        for _ in range(warm_ups):
             step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         step()
     return graph
 

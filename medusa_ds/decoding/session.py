@@ -223,7 +223,7 @@ class _StaticCache(Cache):
 
 
 class Session:
-    """The buffers of a batch size and a number of slots, and the CUDA graph over them.
+    """The buffers of a batch size and a number of slots, and the CUDA graphs over them.
 
     Attributes:
         kv: for each shape [tensors, B, heads, L, size]; where all are of one shape, keys and values by turns.
@@ -236,6 +236,9 @@ class Session:
         uniform_BN: draws for exact sampling.
         path_BD: nodes of the last step's path, as in `Verdict`.
         out_BD: what the host reads after a step: count of emitted tokens, then the tokens.
+        graph: the step's, where it is captured.
+        prefills: by length, the prompts' padded tokens [B, length] and the graph that reads them.
+        pool: memory of all of these graphs, of which one runs at a time.
     """
 
     def __init__(self, backbone: PreTrainedModel, tree: Tree, batch: int, slots: int) -> None:
@@ -264,6 +267,8 @@ class Session:
         self.out_BD = torch.zeros(batch, 2 + tree.depth, dtype=torch.long, device=device)
         self.path_BD = torch.zeros(batch, 1 + tree.depth, dtype=torch.long, device=device)
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.prefills: dict[int, tuple[Tensor, torch.cuda.CUDAGraph]] = {}
+        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         blocks = torch.arange(-(-slots // _BLOCK), dtype=torch.int32, device=device)
         self._block_indices = blocks.repeat(batch, 1, -(-self.group * tree.nodes // _BLOCK), 1)
 

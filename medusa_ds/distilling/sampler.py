@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from medusa_ds.data.dialogues import Chat
 from medusa_ds.data.layouts import UnusableRow
 from medusa_ds.decoding.acceptance import Acceptance
-from medusa_ds.decoding.decoder import capture, end_tokens, prefill
+from medusa_ds.decoding.decoder import begin, capture, end_tokens, prefill
 from medusa_ds.decoding.session import Session, static_attention
 from medusa_ds.decoding.trees import chain
 from medusa_ds.distilling.requests import Handle, Reply, Request, Sampling
@@ -153,7 +153,7 @@ class Sampler:
     def _prefill(self, part: list[tuple[int, Request, list[int]]], longest: int) -> None:
         session, device = self.session, self.backbone.device
         own = Session(self.backbone, self.tree, len(part), longest + 1)
-        hidden_BH = prefill(self.backbone, own, [ids for _, _, ids in part])
+        hidden_BH = prefill(self.backbone, own, begin(own, [ids for _, _, ids in part], longest))
         place_B, length_B = torch.tensor([place for place, _, _ in part], device=device), own.length_B
         for kept, prefilled in zip(session.kv, own.kv, strict=True):
             kept[:, place_B, :, : longest + 1] = prefilled

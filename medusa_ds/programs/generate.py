@@ -38,7 +38,8 @@ def run(settings: Settings) -> None:
     if settings.prompt is not None:  # refused before the model is loaded
         _fitting(saved, first, position_limit(load_config(saved.model))[0])
     run = settings.load_run(saved)
-    decoder = Decoder(run.backbone, run.heads, run.tree, settings.acceptance, adapt=True)
+    options = {"compile_step": settings.compile_step, "adapt": True}
+    decoder = Decoder(run.backbone, run.heads, run.tree, settings.acceptance, **options)
     if settings.prompt is not None:
         _answer(settings, run, decoder, first)
         return

@@ -5,7 +5,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from medusa_ds.decoding import session as cache
 from medusa_ds.decoding.acceptance import Acceptance
-from medusa_ds.decoding.decoder import Decoder, StopStrings, end_at, end_tokens
+from medusa_ds.decoding.decoder import Decoder, StopStrings, begin, end_at, end_tokens, padded_length
 from medusa_ds.decoding.trees import Tree, chain, default_tree
 from medusa_ds.errors import UserError
 from medusa_ds.heads.medusa import MedusaHeads
@@ -212,6 +212,28 @@ def test_batches_of_unequal_prompts_equal_single_rows(case):
         assert [row.tokens for row in rows] == case.texts[1:13]
         for prompt, row in zip(prompts, rows, strict=True):
             assert decoder.generate([prompt], 20)[0].accepted == row.accepted
+
+
+def test_prompts_padded_to_a_captured_length_begin_texts_as_they_are(case):
+    """Mutation: the hidden state of the last column in `prefill`."""
+    decoder = Decoder(case.model, random_heads(), TREES["bushy"])
+    for prompt in case.prompts[::5]:
+        started = []
+        for width in {len(prompt), min(padded_length(len(prompt)), LIMIT)}:
+            session = decoder.prepare(1, LIMIT + 1)
+            with torch.no_grad(), cache.static_attention(case.model):
+                decoder._read(session, begin(session, [prompt], width))
+            started.append((session.tokens_BN.tolist(), session.length_B.tolist()))
+            decoder.step(session)
+            started[-1] += (session.out_BD.tolist(),)
+        assert started[0] == started[-1]
+
+
+def test_lengths_of_captured_prefills_are_few_and_near():
+    lengths = [padded_length(tokens) for tokens in range(1, 4097)]
+    assert all(tokens <= length <= max(16, 1.25 * tokens + 12) for tokens, length in enumerate(lengths, 1))
+    assert sorted(lengths) == lengths
+    assert len(set(lengths)) < 32
 
 
 def test_blocks_of_slots_are_skipped_only_where_no_node_looks(llama, monkeypatch):

@@ -1,6 +1,7 @@
 """Decoding on a GPU. The figures are printed: pytest -m gpu tests/gpu/test_decoding_gpu.py -s"""
 
 import os
+import time
 
 import pytest
 import torch
@@ -116,6 +117,19 @@ def test_greedy_text_equals_transformers_in_float32():
             assert decoder.generate([prompt], 80)[0].tokens == wanted[0, len(prompt) :].tolist()
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon"])  # the last reads under a mask
+def test_captured_prefills_of_all_lengths_read_what_eager_ones_do(family):
+    """Around the lengths to which prompts are padded, one row and several, and each length twice."""
+    model = _model(family, **SMALL)
+    heads, tree = _heads(model), default_tree(3, 24)
+    captured, eager = (Decoder(model, heads, tree, graph=graph) for graph in (True, False))
+    for length in (1, 15, 16, 17, 129, 16, 160, 161, 7):
+        prompts = [[(5 + 7 * i + length) % 400 + 10 for i in range(length)]]
+        for batch in (prompts, [*prompts, [9, 30, 12], prompts[0][:5]]):
+            found, wanted = (decoder.generate(batch, 12) for decoder in (captured, eager))
+            assert [row.tokens for row in found] == [row.tokens for row in wanted], length
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiled_step_gives_the_same_text(kind):
     model = _model(**SMALL)
@@ -223,3 +237,42 @@ def test_step_times(shape, compiled):
             print(f"  {nodes:3} nodes, {label}: {tree:.3f} ms = {tree / plain:.3f} x")
         del heads
     assert plain > 0
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("shape", os.environ.get("MEDUSA_DS_SHAPES", ",".join(SHAPES)).split(","))
+def test_prefill_step_times(shape, compiled):
+    """Prints milliseconds to a text's first token, captured and launched kernel by kernel, bf16, each length warm."""
+    family, config = SHAPES[shape]
+    model = _model(family, torch.bfloat16, liger=not compiled, **config)
+    heads, tree = _heads(model, own=False), default_tree(3, 64)
+    side = 8192
+    ceiling = torch.randn(side, side, dtype=torch.bfloat16, device="cuda")
+    product_s = _seconds(lambda: ceiling @ ceiling)
+    flops = 2 * sum(p.numel() for name, p in model.named_parameters() if "layers" in name)
+    print(
+        f"\n{shape}, {'as compiled steps load it' if compiled else 'Liger'}: {2 * side**3 / product_s / 1e12:.0f} TFLOP/s"
+    )
+    for length in (16, 64, 256, 1024, 4096):
+        prompt = [list(range(10, 10 + length))]
+        found = {}
+        for graph in (True, False):
+            decoder = Decoder(model, heads, tree, graph=graph)
+            first = decoder.generate(prompt, 1)[0].prefill_s
+            times = sorted(decoder.generate(prompt, 1)[0].prefill_s for _ in range(9))
+            found[graph] = times[4], first
+        share = flops * length / found[True][0] / (2 * side**3 / product_s)
+        texts = ", ".join(f"{1000 * warm:.2f} ms ({1000 * first:.0f} first)" for warm, first in found.values())
+        print(f"  {length:5} tokens: captured and eager {texts}; {share:.0%} of the product's rate")
+    assert found[True][0] > 0
+
+
+def _seconds(work):
+    times = []
+    for _ in range(12):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        work()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return sorted(times)[6]

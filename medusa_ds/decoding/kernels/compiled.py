@@ -5,8 +5,9 @@ depends on. The layers' cache would differ, as each asks for its own by number; 
 is told before each layer whose turn it is.
 """
 
+import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -15,15 +16,19 @@ from transformers import PreTrainedModel
 
 from medusa_ds.decoding.session import Session
 from medusa_ds.model.attention import base_model
+from medusa_ds.model.backbone import cache_directory
 
 
 def compile_part(part: Callable[..., Any], one_row: bool) -> Callable[..., Any]:
-    """A part of the step, compiled for the shapes that it is called with.
+    """A part of the step, compiled for the shapes that it is called with, kept for the next start in our cache.
 
     Args:
         part: what to compile.
         one_row: whether its products multiply one row of each text, as those of a plain step do.
     """
+    with suppress(OSError):  # in a place that outlives the machine's temporary files, if it can be written
+        (kept := cache_directory() / "compiled").mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kept))
     torch._dynamo.config.recompile_limit = 256  # one compilation a tree and session, over all decoders
     options: dict[str, Any] = {
         "coordinate_descent_tuning": one_row,  # then products are reductions, which read weights faster than cuBLAS
