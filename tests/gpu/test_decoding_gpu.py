@@ -250,9 +250,8 @@ def test_prefill_step_times(shape, compiled):
     ceiling = torch.randn(side, side, dtype=torch.bfloat16, device="cuda")
     product_s = _seconds(lambda: ceiling @ ceiling)
     flops = 2 * sum(p.numel() for name, p in model.named_parameters() if "layers" in name)
-    print(
-        f"\n{shape}, {'as compiled steps load it' if compiled else 'Liger'}: {2 * side**3 / product_s / 1e12:.0f} TFLOP/s"
-    )
+    how = "as compiled steps load it" if compiled else "Liger"
+    print(f"\n{shape}, {how}; matrix product {2 * side**3 / product_s / 1e12:.0f} TFLOP/s")
     for length in (16, 64, 256, 1024, 4096):
         prompt = [list(range(10, 10 + length))]
         found = {}
