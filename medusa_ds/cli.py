@@ -17,23 +17,8 @@ from medusa_ds.config.settings import parse
 from medusa_ds.errors import UserError
 from medusa_ds.ranks import exit_on_user_error
 
-COMMANDS = {
-    "list": "list_recipes",
-    "validate": "validate",
-    "show": "show",
-    "init": "init",
-    "prepare": "prepare",
-    "estimate": "estimate",
-    "distill": "distill",
-    "bench": "bench",
-    "generate": "generate",
-    "evaluate": "evaluate",
-    "tree": "tree",
-    "report": "report",
-    "export": "export",
-    "serve": "serve",
-    "import": "import_heads",
-}
+_NAMED_ALIKE = "validate show init prepare estimate distill bench generate evaluate tree report export serve".split()
+COMMANDS = {"list": "list_recipes", **{name: name for name in _NAMED_ALIKE}, "import": "import_heads"}
 """Modules of `programs` by subcommand."""
 
 

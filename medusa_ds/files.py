@@ -45,6 +45,19 @@ def system_errors() -> Iterator[None]:
 
 
 @contextmanager
+def explained(what: str, mend: str, who: str = "", one_rank: bool = False) -> Iterator[None]:
+    """Raise what the system refuses as a user's mistake: `WHAT (what the system says WHO); MEND`.
+
+    Raises:
+        UserError: in place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what} ({error.strerror or error}{who}); {mend}", one_rank=one_rank) from None
+
+
+@contextmanager
 def replacing(target: Path) -> Iterator[Path]:
     """A path beside `target`; the file, link or directory that the caller makes there takes the target's place at last.
 
@@ -180,14 +193,10 @@ def digest(*parts: Any, algorithm: str = "sha256") -> str:
 
 @contextmanager
 def lock(file: Path, wait: bool = False) -> Iterator[None]:
-    """Hold a file that says who holds it; the lock ends with the body or with the process.
-
-    Args:
-        file: made if missing, and left there.
-        wait: for another process to let it go.
+    """Hold a file, made if missing, that says who holds it; the lock ends with the body or with the process.
 
     Raises:
-        InUseError: another process holds it.
+        InUseError: another process holds it, and is not to be waited for.
         OSError: the file cannot be opened.
     """
     with open(file, "a+", encoding="utf-8", errors="replace") as stream:

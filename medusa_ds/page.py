@@ -10,7 +10,7 @@ from typing import Any
 from medusa_ds.config.parsing import read_text
 from medusa_ds.decoding.pictures import new_figure
 from medusa_ds.errors import UserError
-from medusa_ds.files import write
+from medusa_ds.files import explained, write
 
 NAME = "report.html"
 """Of the page in a run's directory."""
@@ -23,12 +23,7 @@ pre { background: #f6f6f6; padding: 1rem; overflow: auto; font-size: 13px }"""
 
 
 def write_page(output: Path, file: Path, evaluation: Mapping[str, Any] | None = None) -> None:
-    """Write the page.
-
-    Args:
-        output: directory of the run.
-        file: the page.
-        evaluation: report of `medusa-ds evaluate`.
+    """Write the page about the run in `output`; `evaluation` is a report of `medusa-ds evaluate`.
 
     Raises:
         UserError: the run's files cannot be read, or the page cannot be written.
@@ -40,10 +35,8 @@ def write_page(output: Path, file: Path, evaluation: Mapping[str, Any] | None = 
             f"{output}: metrics.jsonl, launches.jsonl or recipe.yaml are missing or not what a run of this version "
             f"writes ({type(error).__name__}: {str(error)[:80]}); name the output of a run that has taken a step"
         ) from None
-    try:
+    with explained(f"{file}: cannot be written", "name another file in --out"):
         write(file, page)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be written ({error.strerror}); name another file in --out") from None
 
 
 def _page(output: Path, evaluation: Mapping[str, Any] | None) -> str:

@@ -9,16 +9,11 @@ from tqdm import tqdm
 
 T = TypeVar("T")
 LINE_EVERY_S = 15.0
+"""Seconds between lines where the output is no terminal."""
 
 
 class Progress(tqdm):
-    """Items that are done, tokens and the time left, on standard error.
-
-    Args:
-        total: items.
-        unit: what they are.
-        silent: prints nothing.
-    """
+    """How many of `total` items are done, their tokens and the time left, on standard error; nothing where `silent`."""
 
     def __init__(self, total: int, unit: str, silent: bool = False) -> None:
         plain = not sys.stderr.isatty()

@@ -25,7 +25,7 @@ from medusa_ds.decoding.pictures import check_picture
 from medusa_ds.decoding.trees import Path as TreePath
 from medusa_ds.decoding.trees import Tree, default_tree
 from medusa_ds.errors import UserError, one_line
-from medusa_ds.files import check_writable, write_json
+from medusa_ds.files import check_writable, explained, write_json
 from medusa_ds.heads.base import Heads
 from medusa_ds.heads.files import META, load_heads
 from medusa_ds.heads.kinds import make_heads
@@ -210,18 +210,14 @@ class PromptSettings(RunSettings):
             UserError: it cannot be written.
         """
         if self.json_file:
-            try:
+            with explained(f"{self.json_file}: cannot be written", "name another file"):
                 write_json(Path(self.json_file), report)
-            except OSError as error:
-                text = f"{self.json_file}: cannot be written ({error.strerror}); name another file"
-                raise UserError(text) from None
 
 
 def open_run(name: str | Path) -> Saved:
     """Find and check the files of a run.
 
-    Args:
-        name: an output directory, a heads folder, a checkpoint, an export, or a folder's name in `PRETRAINED`.
+    It is an output directory, a heads folder, a checkpoint, an export, or a folder's name in `PRETRAINED`.
 
     Raises:
         UserError: none of these, not finished, or damaged.
@@ -267,13 +263,7 @@ def _open_checkpoint(folder: Path) -> Saved:
 
 
 def load_run(run: str | Path | Saved, device: torch.device, dtype: torch.dtype, liger: bool | None = None) -> Run:
-    """Load a run.
-
-    Args:
-        run: its name, see `open_run`, or what that gave.
-        device: of all weights.
-        dtype: of all weights.
-        liger: see `load_backbone`.
+    """Load a run, given by its name or opened (see `open_run`), with all weights in a dtype on a device.
 
     Raises:
         UserError: see `open_run`; its base model cannot be loaded or is another one.
@@ -312,10 +302,8 @@ def save_tree(config_file: Path, paths: list[TreePath]) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    try:
+    with explained(f"{config_file}: cannot be written", "make it writable"):
         write_json(config_file, read_json(config_file) | {"tree": paths})
-    except OSError as error:
-        raise UserError(f"{config_file}: cannot be written ({error.strerror}); make it writable") from None
 
 
 def _from_recipe(text: str, where: Path) -> tuple[ModelSpec, HeadsSpec, int, dict[str, Any]]:

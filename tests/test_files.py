@@ -167,3 +167,11 @@ def test_a_full_disk_is_an_os_error_whatever_language_met_it(tmp_path: Path, wri
     with files_of_at_most(2000), pytest.raises(OSError) as caught, files.replacing(tmp_path / "new") as work:
         write(work)
     assert caught.value.errno == errno.EFBIG and not list(tmp_path.iterdir())
+
+
+def test_what_the_system_refuses_is_a_users_mistake_at_its_place() -> None:
+    """Mutation: fill the reason in by `str.format`, which stumbles over braces in a path."""
+    wanted = r"^/a/\{b\}: cannot be written \(No space left on device, rank 1\); make room$"
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(UserError, match=wanted), files.explained("/a/{b}: cannot be written", "make room", ", rank 1"):
+        raise full

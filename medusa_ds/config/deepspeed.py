@@ -19,28 +19,23 @@ from typing import Any
 from medusa_ds.config.parsing import read_object, redact, secret_keys
 from medusa_ds.errors import UserError
 
-
-def _names(text: str) -> set[str]:
-    return set(text.split())
-
-
 # by hand: DeepSpeed has no model of the top level (runtime/config.py and constants.py of 0.19.8)
-TOP_LEVEL = _names(
+TOP_LEVEL = set(
     "activation_checkpointing aio bf16 bfloat16 checkpoint comet comms_logger communication_data_type compile "
     "csv_monitor data_types dataloader_drop_last disable_allgather disable_python_gc dump_state flops_profiler fp16 "
     "gradient_accumulation_steps gradient_allreduce_op gradient_clipping gradient_predivide_factor graph_harvesting "
     "log_level memory_breakdown nebula optimizer prescale_gradients scheduler seed "
     "sparse_gradients steps_per_print tensorboard timers torch_autocast train_batch_size "
     "train_micro_batch_size_per_gpu wall_clock_breakdown wandb zero_allow_comm_data_type_override "
-    "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization"
+    "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization".split()
 )
 # Change what a step computes, or belong to another way of training; harmless when switched off.
-_REFUSED = _names(
+_REFUSED = set(
     "amp autotuning compression_training curriculum_learning data_efficiency eigenvalue elasticity expert_parallel "
     "hybrid_engine load_universal_checkpoint managed_gradient_accumulation pipeline progressive_layer_drop "
     "quantize_training sequence_parallel_size "
     "seq_parallel_communication_data_type sparse_attention tensor_parallel use_data_before_expert_parallelism "
-    "weight_quantization"
+    "weight_quantization".split()
 )
 _MODELS = {
     "zero_optimization": ("zero/config.py", "DeepSpeedZeroConfig"),

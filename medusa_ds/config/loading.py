@@ -202,9 +202,7 @@ def resolve_paths(raw: dict[str, Any], at: Origin, planning: bool) -> list[str]:
 def config_at_hand(name: str, overrides: dict[str, Any]) -> dict[str, Any]:
     """What is known of a model's config without the hub: a directory's, that of a shipped recipe's model, or nothing.
 
-    Args:
-        name: `model.name`.
-        overrides: `model.config`; with a `model_type` they are all of it.
+    `overrides` are `model.config`; with a `model_type` they are all of it.
     """
     config: Any = {}
     if "model_type" not in overrides:
@@ -219,10 +217,7 @@ def config_at_hand(name: str, overrides: dict[str, Any]) -> dict[str, Any]:
 
 
 def saved_heads(path: Path) -> tuple[Path, dict[str, Any]]:
-    """What a finished run says of its heads, and the file that says it.
-
-    Args:
-        path: output directory of the run, or its `heads` folder.
+    """What a finished run (its output or the `heads` folder in it) says of its heads, and the file that says it.
 
     Raises:
         UserError: no such file, or not a JSON object.

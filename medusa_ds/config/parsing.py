@@ -79,14 +79,7 @@ def read_text(path: Path) -> str:
 
 
 def parse_yaml(text: str, where: str) -> tuple[Any, dict[KeyPath, int]]:
-    """Parse YAML text.
-
-    Args:
-        text: one YAML document.
-        where: name of its origin for messages.
-
-    Returns:
-        The data, and the line (from 1) of every key path in it.
+    """The data of a YAML document, and the line (from 1) of every key path in it; messages say `where` it is from.
 
     Raises:
         UserError: all duplicate keys and non-text keys, or the first alias, tag or syntax error.

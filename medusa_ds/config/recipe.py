@@ -23,16 +23,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from medusa_ds.config import deepspeed as ds_config
-from medusa_ds.config.loading import (
-    Origin,
-    apply_overrides,
-    config_at_hand,
-    find_recipe,
-    read_recipe,
-    resolve_paths,
-    saved_heads,
-    shipped,
-)
+from medusa_ds.config.loading import Origin, apply_overrides, find_recipe, read_recipe, resolve_paths, shipped
 from medusa_ds.config.parsing import redact, secret_keys
 from medusa_ds.config.sections import (
     DataSpec,
@@ -103,7 +94,10 @@ class Recipe(Section):
             wrong = {".".join(map(str, _key(item))) for item in error.errors()}
             recipe = cls._without(raw, wrong)
         if recipe is not None:
-            problems += [at.say(key, text) for key, text in recipe._problems() if key not in wrong]
+            for name, part in recipe:
+                found = part._contradictions(recipe) if isinstance(part, Section) else ()
+                keys = ((f"{name}.{key}", text) for key, text in found)
+                problems += [at.say(key, text) for key, text in keys if key not in wrong]
         json_file = raw["deepspeed"]
         if isinstance(json_file, str) and os.path.exists(json_file):
             try:
@@ -138,39 +132,6 @@ class Recipe(Section):
             return cls.model_validate(rest)
         except ValidationError:
             return None
-
-    def _problems(self) -> list[tuple[str, str]]:
-        """Keys that do not fit together, each with what is wrong."""
-        parts = {name: part for name, part in self if isinstance(part, Section)}
-        found = [(f"{name}.{key}", text) for name, part in parts.items() for key, text in part._contradictions(self)]
-        return found + self._unlike_saved_heads()
-
-    def _unlike_saved_heads(self) -> list[tuple[str, str]]:
-        heads = self.heads
-        if heads.init_from is None or not os.path.exists(heads.init_from):
-            return []
-        try:
-            file, saved = saved_heads(Path(heads.init_from))
-        except UserError as error:
-            return [("heads.init_from", text) for text in error.problems]
-        saved.setdefault("kind", "medusa")
-        base, name = saved.get("base_model"), self.model.name
-        config = config_at_hand(name, self.model.config)
-        unlike = [
-            f"{key} {saved[key]} and {config[key]}"
-            for key in ("hidden_size", "vocab_size")
-            if key in saved and key in config and saved[key] != config[key]
-        ]
-        if isinstance(base, str) and base != name and not (os.path.isdir(base) or os.path.isdir(name)):
-            unlike.insert(0, "two models")
-        if unlike:
-            text = f"found heads of {base or 'another model'} for model.name {name} ({', '.join(unlike)})"
-            return [("heads.init_from", f"{text}; name a run of the same base model")]
-        return [
-            (f"heads.{key}", f"found {getattr(heads, key)}, but {file} has {saved.get(key)}; make them equal")
-            for key in heads.shape
-            if saved.get(key) != getattr(heads, key)
-        ]
 
     def _with_defaults(self) -> "Recipe":
         """Fill in what follows from the stage."""
@@ -233,9 +194,8 @@ class Recipe(Section):
         out = []
         for key, value in self.model_dump(mode="json").items():
             if isinstance(value, dict):
-                out += [f"{key}:"] + [
-                    f"  {name}: {json.dumps(item, ensure_ascii=False)}" for name, item in value.items()
-                ]
+                out.append(f"{key}:")
+                out += [f"  {name}: {json.dumps(item, ensure_ascii=False)}" for name, item in value.items()]
             else:
                 out.append(f"{key}: {json.dumps(value, ensure_ascii=False)}")
         return "\n".join(out) + "\n"
@@ -282,14 +242,9 @@ def sections(section: type[BaseModel] | None = None, prefix: str = "") -> dict[s
 
 
 def manual(pattern: str = "") -> str:
-    """Every key of a recipe with what it may be, its default and its meaning, as Markdown.
-
-    Args:
-        pattern: keys that hold it, `*` standing for anything; an empty one takes all.
-    """
-    lines = (
-        [] if pattern else ["# Keys of a recipe", "", "Made by `medusa-ds show --keys`; a key in dots is an override."]
-    )
+    """Every key that holds a pattern (`*` is anything), what it may be, its default and meaning, as Markdown."""
+    head = ["# Keys of a recipe", "", "Made by `medusa-ds show --keys`; a key in dots is an override."]
+    lines = [] if pattern else head
     for prefix, section in sections().items():
         entries = []
         for name, field in section.model_fields.items():
@@ -301,14 +256,8 @@ def manual(pattern: str = "") -> str:
                 text = f"- `{key}` ({allowed(field.annotation, field.metadata)}; {default}): {field.description}"
                 entries.append(textwrap.fill(text, 120, subsequent_indent="  ", break_on_hyphens=False))
         if entries:
-            lines += [
-                "",
-                f"## {prefix or 'top level'}",
-                "",
-                textwrap.fill(inspect.getdoc(section) or "", 120),
-                "",
-                *entries,
-            ]
+            meaning = textwrap.fill(inspect.getdoc(section) or "", 120)
+            lines += ["", f"## {prefix or 'top level'}", "", meaning, "", *entries]
     return "\n".join(lines).strip()
 
 

@@ -5,12 +5,14 @@ The docstring under a key is its manual: `medusa-ds show --keys` prints it, and 
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from medusa_ds.config.loading import config_at_hand
+from medusa_ds.config.loading import config_at_hand, saved_heads
 from medusa_ds.config.types import Count, Fraction, Positive, Seed, Split
+from medusa_ds.errors import UserError
 
 
 class Section(BaseModel):
@@ -75,10 +77,8 @@ class ModelSpec(Section):
             if precision == "fp32":
                 yield "frozen_precision", "found fp8 with train.precision: fp32; use precision: bf16"
             if self.liger_kernels:
-                yield (
-                    "liger_kernels",
-                    "found true with frozen_precision: fp8, whose layers are compiled instead; remove it",
-                )
+                text = "found true with frozen_precision: fp8, whose layers are compiled instead; remove it"
+                yield "liger_kernels", text
         if self.config and self.init != "random":
             yield "config", "is for init: random; a pretrained model keeps its own config"
         if self.trust_remote_code and self.revision is None and not os.path.isdir(self.name):
@@ -117,24 +117,44 @@ class HeadsSpec(Section):
         if stage == 2 and self.init_from is None:
             yield "init_from", "missing; stage 2 starts from the heads of a stage-1 run: name its output directory"
         if self.init_from == recipe.output:
-            yield (
-                "init_from",
-                "found the recipe's own output, which would overwrite it; name another run's output directory",
-            )
+            text = "found the recipe's own output, which would overwrite it; name another run's output directory"
+            yield "init_from", text
         if stage == 2 and shared:
             yield "lm_head", "found shared with stage 2; there the LM head moves under the heads: use own"
         if shared and self.layers == 0:
-            yield (
-                "layers",
-                "found 0 with lm_head: shared, which leaves nothing to learn; use layers >= 1 or lm_head: own",
-            )
+            text = "found 0 with lm_head: shared, which leaves nothing to learn; use layers >= 1 or lm_head: own"
+            yield "layers", text
         if self.kind == "hydra" and self.layers == 0:
             yield "layers", "found 0 with kind: hydra, whose first layer is the step from token to token; use 1 or more"
         if self.vocab != "full" and shared:
-            yield (
-                "vocab",
-                f"found {self.vocab} with lm_head: shared, which projects onto all tokens; use own, or vocab: full",
-            )
+            text = f"found {self.vocab} with lm_head: shared, which projects onto all tokens; use own, or vocab: full"
+            yield "vocab", text
+        if self.init_from is not None and os.path.exists(self.init_from):
+            yield from self._unlike_saved(Path(self.init_from), recipe.model)
+
+    def _unlike_saved(self, path: Path, model: ModelSpec) -> Iterator[tuple[str, str]]:
+        """In what the heads of `init_from` are others than the recipe's."""
+        try:
+            file, saved = saved_heads(path)
+        except UserError as error:
+            yield from (("init_from", text) for text in error.problems)
+            return
+        saved.setdefault("kind", "medusa")
+        base, name, config = saved.get("base_model"), model.name, config_at_hand(model.name, model.config)
+        unlike = [
+            f"{key} {saved[key]} and {config[key]}"
+            for key in ("hidden_size", "vocab_size")
+            if key in saved and key in config and saved[key] != config[key]
+        ]
+        if isinstance(base, str) and base != name and not (os.path.isdir(base) or os.path.isdir(name)):
+            unlike.insert(0, "two models")
+        if unlike:
+            text = f"found heads of {base or 'another model'} for model.name {name} ({', '.join(unlike)})"
+            yield "init_from", f"{text}; name a run of the same base model"
+            return
+        for key, wanted in self.shape.items():
+            if saved.get(key) != wanted:
+                yield key, f"found {wanted}, but {file} has {saved.get(key)}; make them equal"
 
 
 class LossSpec(Section):
@@ -167,24 +187,14 @@ class LossSpec(Section):
         if recipe.heads.vocab != "full" and self.target != "label":
             yield "target", f"found {self.target} with heads.vocab, which has no row for some predictions; use label"
         if recipe.data.hidden_cache != "off" and self.target != "label":
-            yield (
-                "target",
-                f"found {self.target} with data.hidden_cache, which keeps no LM head's predictions; use label",
-            )
+            text = f"found {self.target} with data.hidden_cache, which keeps no LM head's predictions; use label"
+            yield "target", text
         if self.temperature != 1 and self.target != "distribution":
             yield "temperature", f"has no meaning with loss.target {self.target}; remove it, or use distribution"
         if recipe.stage == 1 and self.coefficient is not None:
             yield "coefficient", "has no meaning in stage 1, where only the heads' loss is there; remove it"
         if recipe.stage == 1 and self.coefficient_schedule != "constant":
             yield "coefficient_schedule", "has no meaning in stage 1; remove it"
-
-
-def beyond_positions(max_length: int, config: dict[str, Any]) -> str | None:
-    """What is wrong with `data.max_length` for a model's config, or None."""
-    positions = config.get("max_position_embeddings")
-    if positions is None or max_length <= positions:
-        return None
-    return f"found {max_length}; the model has {positions} positions: use at most that many"
 
 
 class SourceSpec(Section):
@@ -228,32 +238,24 @@ class DataSpec(Section):
     def _contradictions(self, recipe: Any) -> Iterator[tuple[str, str]]:
         heads = recipe.heads.num
         if self.max_length <= heads + 1:
-            yield (
-                "max_length",
-                f"found {self.max_length} with {heads} heads; the last head needs more than {heads + 1} tokens",
-            )
-        if problem := beyond_positions(self.max_length, config_at_hand(recipe.model.name, recipe.model.config)):
-            yield "max_length", problem
+            text = f"found {self.max_length} with {heads} heads; the last head needs more than {heads + 1} tokens"
+            yield "max_length", text
+        positions = config_at_hand(recipe.model.name, recipe.model.config).get("max_position_embeddings")
+        if positions is not None and self.max_length > positions:
+            yield "max_length", f"found {self.max_length}; the model has {positions} positions: use at most that many"
         if self.path == []:
             yield "path", "found an empty list; name at least one source"
         if isinstance(self.path, list) and self.split != "train":
             yield "split", f"found {self.split} beside a list of sources; give each source its own split"
-        if (
-            isinstance(self.path, str)
-            and self.split != "train"
-            and (self.path == "sample" or os.path.exists(self.path))
-        ):
+        local = isinstance(self.path, str) and (self.path == "sample" or os.path.exists(self.path))
+        if local and self.split != "train":
             yield "split", f"found {self.split}, but only data sets of the hub have splits; remove it"
         if recipe.stage == 2 and self.hidden_cache != "off":
-            yield (
-                "hidden_cache",
-                f"found {self.hidden_cache} with stage 2, where the backbone changes with every step; use off",
-            )
+            text = f"found {self.hidden_cache} with stage 2, where the backbone changes with every step; use off"
+            yield "hidden_cache", text
         if self.hidden_cache == "off" and self.hidden_cache_dtype != "auto":
-            yield (
-                "hidden_cache_dtype",
-                "found a value with hidden_cache: off; set data.hidden_cache to auto or a directory, or remove it",
-            )
+            text = "found a value with hidden_cache: off; set data.hidden_cache to auto or a directory, or remove it"
+            yield "hidden_cache_dtype", text
 
 
 class WandbSpec(Section):
@@ -316,6 +318,11 @@ class TrainSpec(Section):
     wandb: bool | WandbSpec = False
     """Log to Weights & Biases through DeepSpeed's monitor; a section says under which names."""
 
+    @property
+    def weight_bytes(self) -> int:
+        """Of a working weight on a GPU."""
+        return 4 if self.precision == "fp32" else 2
+
     def _contradictions(self, recipe: Any) -> Iterator[tuple[str, str]]:
         if recipe.stage == 1 and self.lr_multiplier is not None:
             yield "lr_multiplier", "has no meaning in stage 1, where only heads learn; set train.lr"
@@ -323,11 +330,9 @@ class TrainSpec(Section):
             found = str(self.activation_checkpointing).lower()
             yield "activation_checkpointing", f"found {found} with stage 1, which has no backward pass there; remove it"
         if self.global_batch_size % self.micro_batch_size:
-            yield (
-                "global_batch_size",
-                f"found {self.global_batch_size}, not a multiple of train.micro_batch_size {self.micro_batch_size}",
-            )
+            text = f"found {self.global_batch_size}, not a multiple of train.micro_batch_size {self.micro_batch_size}"
+            yield "global_batch_size", text
         if self.steps is None and self.epochs > 1000:
             yield "epochs", f"found {self.epochs}; at most 1000"
         if self.eval_every is not None and recipe.data.validation == 0:
-            yield ("eval_every", "found a value with data.validation: 0, which holds nothing out; remove it or that")
+            yield "eval_every", "found a value with data.validation: 0, which holds nothing out; remove it or that"

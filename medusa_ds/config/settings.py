@@ -65,13 +65,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(settings: type[_S], argv: Sequence[str], prog: str, description: str | None = None) -> _S:
-    """Settings from a command line.
-
-    Args:
-        settings: a program's.
-        argv: without the program's name.
-        prog: its name, for messages.
-        description: printed above the options by `--help`.
+    """Settings from the arguments of a program; `description` stands above the options that `--help` prints.
 
     Raises:
         UserError: every value that is not allowed, or an option that does not exist.

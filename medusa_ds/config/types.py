@@ -20,9 +20,7 @@ _BOUNDS = {"ge": "of at least {}", "gt": "above {}", "le": "at most {}", "lt": "
 def allowed(kind: Any, metadata: Iterable[Any] = ()) -> str:
     """What a value of a type may be: `a whole number of at least 1`, `bf16 or fp32`, `a list of text`.
 
-    Args:
-        kind: an annotation.
-        metadata: bounds beside it, as pydantic keeps those of a field.
+    `metadata` are bounds beside an annotation, as pydantic keeps those of a field.
     """
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Annotated:

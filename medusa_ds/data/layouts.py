@@ -66,10 +66,10 @@ class Row(NamedTuple):
         Raises:
             ValueError: something in it, as a lone surrogate, is no UTF-8.
         """
-        content = {"messages": self.messages, "tools": self.tools}
-        text = json.dumps(
-            content | ({"template_args": self.template_args} if self.template_args else {}), ensure_ascii=False
-        )
+        content: dict[str, Any] = {"messages": self.messages, "tools": self.tools}
+        if self.template_args:
+            content["template_args"] = self.template_args
+        text = json.dumps(content, ensure_ascii=False)
         text.encode()
         return text
 
@@ -118,8 +118,7 @@ def _find_turns(row: dict[str, Any]) -> tuple[str, list[Any]]:
             return key, turns
     texts = row.get("data")
     if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
-        roles = cycle(("user", "assistant"))
-        return "data", [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
+        return "data", _in_turn(texts)
     for key in ("completion", "chosen"):
         answer = _as_turns(row.get(key), "assistant")
         if answer and (answer[0].get("role") or answer[0].get("from")) in (*ROLES["user"], *ROLES["system"]):
@@ -130,13 +129,13 @@ def _find_turns(row: dict[str, Any]) -> tuple[str, list[Any]]:
     if isinstance(instruction, str) and isinstance(output, str):
         said = [instruction, row["input"]] if row.get("input") else [instruction]
         earlier = [text for pair in row.get("history") or [] for text in pair]
-        texts = [*earlier, "\n".join(said), output]
-        roles = cycle(("user", "assistant"))
-        return "instruction + output", [
-            {"role": role, "content": text} for role, text in zip(roles, texts, strict=False)
-        ]
+        return "instruction + output", _in_turn([*earlier, "\n".join(said), output])
     keys = ", ".join(sorted(_named(key) for key in row)[:8]) or "none"
     raise UnusableRow(f"no known layout in its keys: {keys}; known are {LAYOUTS}")
+
+
+def _in_turn(texts: list[Any]) -> list[Any]:
+    return [{"role": role, "content": text} for role, text in zip(cycle(("user", "assistant")), texts, strict=False)]
 
 
 def _as_turns(value: Any, role: str) -> list[Any]:
@@ -146,11 +145,7 @@ def _as_turns(value: Any, role: str) -> list[Any]:
 
 
 def _read_turn(turn: Any, notes: list[str]) -> Message:
-    """One turn as a message; notes are added to.
-
-    Raises:
-        UnusableRow: see `read_row`.
-    """
+    """One turn as a message, or an `UnusableRow` as of `read_row`; notes are added to."""
     turn = _given(turn)
     name = turn.get("from", turn.get("role"))
     name = name.strip().lower() if isinstance(name, str) else ""

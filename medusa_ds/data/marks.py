@@ -58,13 +58,10 @@ class _Text(NamedTuple):
 
 
 class Coder:
-    """Tokenises marked texts.
-
-    Args:
-        tokenizer: a fast one.
+    """Tokenises marked texts with a fast tokenizer.
 
     Raises:
-        UserError: it is not.
+        UserError: it is not one.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -25,7 +25,7 @@ from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from medusa_ds import files
-from medusa_ds.config.recipe import Recipe
+from medusa_ds.config.recipe import Recipe, TrainSpec
 from medusa_ds.data.dialogues import Chat
 from medusa_ds.data.layouts import UnusableRow
 from medusa_ds.data.marks import IGNORED, Encoded
@@ -122,12 +122,14 @@ class Sequences:
     ) -> list[MicroBatch]:
         """What one rank processes in a step: every `world_size`-th run of `micro_batch_size` sequences."""
         assert global_batch_size % (micro_batch_size * world_size) == 0
-        batch = self.global_batch(step, global_batch_size)
-        starts = range(rank * micro_batch_size, global_batch_size, micro_batch_size * world_size)
-        groups = [batch[start : start + micro_batch_size] for start in starts]
-        if self.hidden is None:
-            return [self.collate(group) for group in groups]
-        return [self._with_hidden(self.collate(group), np.concatenate(group)) for group in groups]
+        sequences, batches = self.global_batch(step, global_batch_size), []
+        for start in range(rank * micro_batch_size, global_batch_size, micro_batch_size * world_size):
+            group = sequences[start : start + micro_batch_size]
+            batch = self.collate(group)
+            if self.hidden is not None:
+                batch = batch._replace(hidden=self.hidden(np.concatenate(group), batch.labels, batch.position_ids))
+            batches.append(batch)
+        return batches
 
     def _size(self, epoch: int) -> int:
         if not self.packing:
@@ -141,10 +143,6 @@ class Sequences:
         if not self.packing:
             return list(order[:, None])
         return best_fit(order, self.lengths, self.max_length)
-
-    def _with_hidden(self, batch: MicroBatch, numbers: np.ndarray) -> MicroBatch:
-        assert self.hidden is not None
-        return batch._replace(hidden=self.hidden(numbers, batch.labels, batch.position_ids))
 
     def collate(self, batch: list[np.ndarray], size: int | None = None) -> MicroBatch:
         """Sequences of conversations, given by their numbers, padded to one size: by default the split's."""
@@ -219,6 +217,10 @@ class Data:
     def fingerprint(self) -> str:
         """Sha256 over the tokenised training rows."""
         return self.report["fingerprint"]
+
+    def steps(self, train: TrainSpec) -> int:
+        """Optimizer steps of a run."""
+        return train.steps or max(1, round(train.epochs * self.train.steps_per_epoch(train.global_batch_size)))
 
     def summary(self, global_batch_size: int) -> str:
         """What became of the rows, for people."""

@@ -33,8 +33,9 @@ def load_prompts(where: str, path: str, split: str = "train") -> Iterator[tuple[
         Where a row stands, and its prompt, or why it cannot be used.
 
     Raises:
-        UserError: the source cannot be found or read.
+        UserError: the source cannot be found or read, or has no row.
     """
+    at = None
     for at, row in open_source(where, SourceSpec(path=path, split=split))[0]():
         try:
             turns, category = (row.get("turns"), row.get("category", "")) if isinstance(row, dict) else (None, "")
@@ -51,6 +52,8 @@ def load_prompts(where: str, path: str, split: str = "train") -> Iterator[tuple[
             yield at, str(error)
         except (TypeError, ValueError, RecursionError):
             yield at, "not text that UTF-8 and JSON can hold"
+    if at is None:
+        raise UserError(f"{where}: {path}: found no prompt; {A_ROW}")
 
 
 def read_prompts(where: str, path: str, limit: int | None = None) -> list[Prompt]:
@@ -68,7 +71,7 @@ def read_prompts(where: str, path: str, limit: int | None = None) -> list[Prompt
         else:
             prompts.append(row)
     if not prompts:
-        raise UserError(*(problems or [f"{where}: {path}: found no prompt; {A_ROW}"]))
+        raise UserError(*problems)
     for problem in islice(problems, 20):
         print(f"left out: {problem}", file=sys.stderr)
     if problems:

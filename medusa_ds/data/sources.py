@@ -220,9 +220,8 @@ def _convert(rows: _Rows, key: str) -> Dataset:
             except UnusableRow as error:
                 yield left_out | {"reason": str(error)}
             except (TypeError, ValueError, RecursionError):
-                yield left_out | {
-                    "reason": "not text that UTF-8 and JSON can hold (a lone surrogate, a date, too deep)"
-                }
+                reason = "not text that UTF-8 and JSON can hold (a lone surrogate, a date, too deep)"
+                yield left_out | {"reason": reason}
 
     try:
         return Dataset.from_generator(generate, features=_FEATURES, fingerprint=key)

@@ -61,12 +61,6 @@ def always_in(tokenizer: PreTrainedTokenizerBase, config: Any) -> set[int]:
 def token_map(number: int | str, data: Data, tokenizer: PreTrainedTokenizerBase, config: Any) -> torch.Tensor | None:
     """The tokens of the heads' projections, LongTensor [N], from the training labels; None for all of them.
 
-    Args:
-        number: `heads.vocab`.
-        data: of the run.
-        tokenizer: names the special tokens.
-        config: the model's text config.
-
     Raises:
         UserError: see `most_frequent`.
     """

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from medusa_ds.errors import UserError
-from medusa_ds.files import InUseError, take
+from medusa_ds.files import InUseError, explained, take
 from medusa_ds.ranks import Ranks
 
 _BEGINNINGS = (b'{"row"', b'{"model"')
@@ -32,12 +32,9 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
+        with explained(f"{path}: cannot be written", "name another file in --out", one_rank=True):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 - open for the whole run
-        except OSError as error:
-            text = f"{path}: cannot be written ({error.strerror}); name another file in --out"
-            raise UserError(text, one_rank=True) from None
         try:
             take(self._file)
             self._file.seek(0)
@@ -71,13 +68,10 @@ class Journal:
         Raises:
             UserError: the disk is full, or the file cannot be written any more.
         """
-        try:
-            line = json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+        line = json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+        with explained(f"{self.path}: cannot be written", "make room: the same command goes on", one_rank=True):
             while line:
                 line = line[self._file.write(line) :]
-        except OSError as error:
-            text = f"{self.path}: cannot be written ({error.strerror}); make room: the same command goes on"
-            raise UserError(text, one_rank=True) from None
 
     def clear(self) -> None:
         """Forget what the file holds."""

@@ -48,14 +48,7 @@ class _Row:
 
 
 class Sampler:
-    """Answers requests with a model.
-
-    Args:
-        backbone: a causal language model of transformers, on its device.
-        chat: its tokenizer and chat template.
-        sampling: how to draw, and the room of a row.
-        batch: rows at once.
-    """
+    """Answers requests with a model on its device, `batch` rows at once, each with room for what `sampling` asks."""
 
     def __init__(self, backbone: PreTrainedModel, chat: Chat, sampling: Sampling, batch: int) -> None:
         self.backbone, self.chat, self.sampling = backbone.eval(), chat, sampling

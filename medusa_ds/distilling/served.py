@@ -81,12 +81,7 @@ class HeadServer:
             raise UserError(f"--server: {url}: {_reason(error)}; start it, or name another") from None
 
     def measure(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, in_flight: int) -> Measured:
-        """Greedy answers to prompts, after one that is not counted.
-
-        Args:
-            prompts: token ids.
-            max_new_tokens: of an answer.
-            in_flight: requests at once.
+        """Greedy answers to prompts of token ids, `in_flight` at once, after one answer that is not counted.
 
         Raises:
             UserError: it answers nothing.

@@ -42,15 +42,9 @@ def check_url(url: str) -> None:
 
 
 class Server:
-    """Answers requests by way of a server.
+    """Answers requests by way of a server at a URL (see `check_url`), `in_flight` at once.
 
-    Args:
-        url: see `check_url`.
-        model: the name under which the server knows the model.
-        sampling: how to draw.
-        in_flight: requests at once.
-        timeout_s: seconds that one request may take.
-        retries: how often the client tries again.
+    It knows the model by name; a request may take `timeout_s` seconds, and the client tries it again `retries` times.
     """
 
     def __init__(

@@ -38,11 +38,7 @@ def grams(text: str, size: int = GRAM) -> set[tuple[str, ...]]:
 
 
 class Excluded:
-    """Texts that must not be trained on.
-
-    Args:
-        texts: such as the user's turns of a benchmark.
-    """
+    """Texts that must not be trained on, such as the user's turns of a benchmark."""
 
     def __init__(self, texts: Iterable[str]) -> None:
         self.grams = {gram for text in texts for gram in grams(text)} - {()}

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from medusa_ds.config.parsing import parse_yaml
 from medusa_ds.exporting.layouts import expand_rows
@@ -32,7 +31,7 @@ class Source:
 
     heads: dict[str, Tensor]
     meta: dict[str, Any]
-    model: PreTrainedModel | None
+    model: Any
     tokenizer: Any
     tree: list[Any] | None = None
     figures: dict[str, float] = field(default_factory=dict)
@@ -59,16 +58,10 @@ class Source:
         """Of the weights."""
         return next(tensor.dtype for tensor in self.heads.values() if tensor.is_floating_point())
 
-    @property
-    def base(self) -> PreTrainedModel:
-        """`model` where it is needed."""
-        assert self.model is not None
-        return self.model
-
     def projections(self) -> list[Tensor]:
         """Every head's projection onto all tokens; of heads that share the LM head, that one each time."""
         if self.shared:
-            return [lm_head_weight(self.base).detach()] * self.meta["num"]
+            return [lm_head_weight(self.model).detach()] * self.meta["num"]
         own = [self.heads[f"{head}.projection.weight"] for head in range(self.meta["num"])]
         tokens = self.heads.get("token_map")
         return own if tokens is None else [expand_rows(weight, tokens, self.meta["vocab_size"]) for weight in own]

@@ -11,11 +11,7 @@ from medusa_ds.heads.files import save_heads
 
 
 class Target(Protocol):
-    """A program that reads an export.
-
-    Attributes:
-        KINDS: of heads that it runs.
-    """
+    """A program that reads an export; `KINDS` of heads are those that it runs."""
 
     KINDS: tuple[str, ...]
 
@@ -52,7 +48,7 @@ def write_export(directory: Path, source: Source, targets: list[str], base: str)
         file = directory / "heads" / "heads.json"
         write_json(file, read_json(file) | {"tree": source.tree})
     if source.tuned:
-        source.base.save_pretrained(directory / "backbone", max_shard_size=vllm.MAX_SHARD_SIZE)
+        source.model.save_pretrained(directory / "backbone", max_shard_size=vllm.MAX_SHARD_SIZE)
     if source.tokenizer is not None:
         for folder in (directory, directory / "heads", *([directory / "backbone"] if source.tuned else [])):
             source.tokenizer.save_pretrained(folder)

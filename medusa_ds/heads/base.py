@@ -32,11 +32,9 @@ RowsLoss = Callable[[VocabularyProjection, Tensor], tuple[Tensor, Tensor]]
 
 
 class Head(nn.Module):
-    """What reads a state: blocks, then a projection, its own or the LM head that is handed to it with every call.
+    """What reads a state: blocks from states [..., H] to rows [..., H], then a projection.
 
-    Args:
-        blocks: from states [..., H] to rows [..., H].
-        projection: its own; None for heads that share the LM head.
+    That is its own, or where it has none the LM head that is handed to it with every call.
     """
 
     def __init__(self, blocks: nn.Module, projection: VocabularyProjection | None) -> None:
@@ -104,7 +102,11 @@ class Heads(nn.ModuleList):
         self.token_map: Tensor | None
         self.row_V: Tensor | None
         self.register_buffer("token_map", token_map)
-        self.register_buffer("row_V", _rows_of_tokens(token_map, vocab_size), persistent=False)
+        row_V = None
+        if token_map is not None:  # -1 for tokens without a row
+            row_V = torch.full((vocab_size,), -1, dtype=torch.long, device=token_map.device)
+            row_V[token_map] = torch.arange(len(token_map), device=token_map.device)
+        self.register_buffer("row_V", row_V, persistent=False)
 
     @staticmethod
     def make_head(
@@ -165,12 +167,3 @@ class Heads(nn.ModuleList):
                 module.weight.copy_(lm_head_weight[rows])
                 if lm_head_bias is not None:
                     module.bias.copy_(lm_head_bias[rows])
-
-
-def _rows_of_tokens(token_map: Tensor | None, vocab_size: int) -> Tensor | None:
-    """Row of each of V tokens, -1 for those without one."""
-    if token_map is None:
-        return None
-    row_V = torch.full((vocab_size,), -1, dtype=torch.long, device=token_map.device)
-    row_V[token_map] = torch.arange(len(token_map), device=token_map.device)
-    return row_V

@@ -97,10 +97,7 @@ def save_heads(directory: str | Path, state_dict: dict[str, Tensor], meta: dict[
 
 
 def load_heads(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read what `save_heads` wrote.
-
-    Args:
-        directory: the heads' folder, or the output directory that has them in `heads/`.
+    """Read what `save_heads` wrote, from the heads' folder or the output directory that has them in `heads/`.
 
     Returns:
         The config with its `kind`, and the state dict of the matching `Heads` on the CPU.

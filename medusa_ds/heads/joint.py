@@ -89,10 +89,7 @@ class JointOutput(NamedTuple):
 
 
 def metrics(counters: Tensor) -> dict[str, float]:
-    """Losses and accuracies of summed counters.
-
-    Args:
-        counters: sums over any number of micro-batches and ranks, see `Counters`.
+    """Losses and accuracies of `Counters`, summed over any number of micro-batches and ranks.
 
     Returns:
         `head{k}_loss` (nats per row), `head{k}_acc`, `full_acc_{k}` (heads 1..k right), `cond_acc_{k}` (head k right

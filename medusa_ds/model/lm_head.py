@@ -19,20 +19,15 @@ from medusa_ds.model.projection import VocabularyProjection
 class LmHeadAlone(nn.Module):
     """Stands in for a backbone whose hidden states are read from a cache: its config, and its ends where needed.
 
-    Args:
-        config: the backbone's.
-        lm_head: the LM head, where heads share it.
-        embeddings: the input embeddings, where heads see tokens.
+    These are the LM head, where heads share it, and the input embeddings, where heads see tokens.
     """
-
-    hidden_size: int
 
     def __init__(
         self, config: PretrainedConfig, lm_head: VocabularyProjection | None, embeddings: nn.Embedding | None = None
     ) -> None:
         super().__init__()
-        self.config, self.hidden_size = config, int(config.get_text_config().hidden_size)
-        self.lm_head, self.embeddings, self.base_model = lm_head, embeddings, nn.Module()
+        self.config, self.base_model = config, nn.Module()
+        self.lm_head, self.embeddings = lm_head, embeddings
 
     def get_output_embeddings(self) -> VocabularyProjection | None:
         """The LM head, as of a model of transformers."""

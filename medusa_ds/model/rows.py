@@ -50,11 +50,7 @@ def any_head_rows(labels_BS: Tensor, position_ids_BS: Tensor, num: int) -> Tenso
 def count_targets(labels_BS: Tensor, position_ids_BS: Tensor, num: int, known_V: Tensor | None = None) -> Tensor:
     """How many rows the losses of the LM head (index 0) and of each head k = 1..num have: LongTensor of num+1 counts.
 
-    Args:
-        labels_BS: see `head_rows`.
-        position_ids_BS: see `head_rows`.
-        num: heads.
-        known_V: which tokens the heads have rows for; None: all.
+    `known_V` says which tokens the heads have rows for; None: all. For the rest see `head_rows`.
     """
     masks = [_learnable(labels_BS, position_ids_BS, offset) for offset in range(num + 1)]
     if known_V is not None:

@@ -26,7 +26,7 @@ from medusa_ds.config.recipe import Recipe
 from medusa_ds.config.settings import Commas, Positional, ProgramSettings
 from medusa_ds.config.types import Count, Stage
 from medusa_ds.errors import UserError
-from medusa_ds.files import write
+from medusa_ds.files import explained, write
 
 
 class Settings(ProgramSettings):
@@ -202,10 +202,8 @@ def _trace_file(directory: str | None, case: Case) -> Path | None:
 
 
 def _write(file: str, report: dict[str, Any]) -> None:
-    try:
+    with explained(f"--json: {file}: cannot be written", "name another file"):
         with open(file, "a"):
             pass  # a directory that is missing is a mistake, which `write` would make
         if report:
             write(Path(file), json.dumps(report, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"--json: {file}: cannot be written ({error.strerror}); name another file") from None

@@ -26,7 +26,7 @@ from medusa_ds.config.recipe import Recipe
 from medusa_ds.config.settings import Bare, RecipeSettings
 from medusa_ds.config.types import Count, Positive
 from medusa_ds.data.dialogues import Chat
-from medusa_ds.data.prompts import A_ROW, Prompt, load_prompts
+from medusa_ds.data.prompts import Prompt, load_prompts
 from medusa_ds.decoding.decoder import end_at
 from medusa_ds.decoding.kernels.packed import pack_projections
 from medusa_ds.decoding.session import position_limit
@@ -96,10 +96,7 @@ class Settings(RecipeSettings):
     """Without it, bf16 on a GPU and fp32 on a CPU."""
 
     def sampling(self, limit: int | None) -> Sampling:
-        """How answers are drawn.
-
-        Args:
-            limit: tokens of prompt and answer together that the model has positions for.
+        """How answers are drawn, of a model with positions for `limit` tokens of prompt and answer together.
 
         Raises:
             UserError: more is asked for.
@@ -196,9 +193,7 @@ class _Engines:
 
 def _read(where: str, source: str, split: str = "train") -> list[tuple[str, Any]]:
     """Where every prompt stands, and its messages, or why it cannot be used."""
-    found = list(load_prompts(where, source, split))
-    if not found:
-        raise UserError(f"{where}: {source}: found no prompt; {A_ROW}")
+    found = load_prompts(where, source, split)
     return [(place, row.messages if isinstance(row, Prompt) else f"unusable row: {row}") for place, row in found]
 
 

@@ -91,14 +91,14 @@ def run(settings: Settings) -> None:
     data = load_data(recipe, tokenizer) if tokenizer else None
     config = load_config(recipe.model).get_text_config()
     parts = count_parameters(recipe, config)
-    width = 4 if recipe.train.precision == "fp32" else 2
+    width = recipe.train.weight_bytes
     _print_parameters(recipe, parts)
     if recipe.data.hidden_cache != "off":
         print(
             f"\n{_hidden_cache(recipe, config, data)}; filling it takes {width * parts.backbone / GIB:.1f} GiB of "
             "backbone on each GPU, before what follows"
         )
-    _print_memory(recipe, parts, config, width, settings.world_size)
+    _print_memory(recipe, parts, config, settings.world_size)
     step = None
     if gpu:
         auto = {"deepspeed": "auto"}
@@ -139,11 +139,11 @@ def _print_parameters(recipe: Recipe, parts: Parameters) -> None:
     print(f"  {'trained':24}{parts.trainable(recipe.stage) / 1e6:12,.2f}")
 
 
-def _print_memory(recipe: Recipe, parts: Parameters, config: Any, width: int, world_sizes: list[int]) -> None:
+def _print_memory(recipe: Recipe, parts: Parameters, config: Any, world_sizes: list[int]) -> None:
     """A line for each number of GPUs, a column for each ZeRO config."""
     train, resident = recipe.train, parts_in_memory(recipe, parts, config)
-    activations = activations_bytes(recipe, config, width, recomputed_layers(train.activation_checkpointing))
-    loss = loss_bytes(recipe, config, width)
+    activations = activations_bytes(recipe, config, recomputed_layers(train.activation_checkpointing))
+    loss, width = loss_bytes(recipe, config), train.weight_bytes
     work = activations + loss + CONTEXT_BYTES
     print(
         f"\nmemory per GPU in {'fp32' if width == 4 else 'bf16'}, GiB: activations {activations / GIB:.1f}, loss "
@@ -251,7 +251,7 @@ def _total_steps(recipe: Recipe, data: Any, rows: int | None) -> int | None:
     if train.steps is not None:
         return train.steps
     if data:
-        return max(1, round(data.train.steps_per_epoch(train.global_batch_size) * train.epochs))
+        return data.steps(train)
     sliced = re.fullmatch(r"\w+\[(\d*):(\d+)\]", recipe.data.split)
     if rows is None and sliced:
         rows = int(sliced[2]) - int(sliced[1] or 0)

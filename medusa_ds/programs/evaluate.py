@@ -89,11 +89,7 @@ def run(settings: Settings) -> Report:
 
 
 def _served(settings: Settings, prompts: list[Prompt], run: Run, plain: Decoder, server: HeadServer) -> Report:
-    """The report of a server; what it lost is named at the end.
-
-    Raises:
-        UserError: after the report, answers are missing.
-    """
+    """The report of a server; answers that are missing are a `UserError` after it."""
     answers, left_out = answer_prompts(prompts, partial(encode, run), run.decode, plain, None, settings.max_new_tokens)
     found = server.measure([a.prompt for a in answers], settings.max_new_tokens, settings.in_flight)
     report: Report = {
@@ -251,10 +247,7 @@ def _transformers_rate(run: Run, answers: list[Answer], max_new_tokens: int) -> 
 def _differences(run: Run, answers: list[Answer], others: list[list[int] | None]) -> Report:
     """Greedy texts that differ from plain decoding, each with the margin by which the base model told the two apart.
 
-    Args:
-        run: with the base model.
-        answers: the prompts and their plain texts.
-        others: tokens of each other text; None for one that is missing.
+    `others` are the tokens of the other texts, None for one that is missing.
     """
     differences = []
     for answer, tokens in zip(answers, others, strict=True):

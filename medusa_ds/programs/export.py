@@ -28,7 +28,7 @@ from medusa_ds.exporting import fasterdecoding
 from medusa_ds.exporting.card import card, read_figures
 from medusa_ds.exporting.source import Source
 from medusa_ds.exporting.targets import TARGETS, write_export
-from medusa_ds.files import check_writable, replacing
+from medusa_ds.files import check_writable, explained, replacing
 from medusa_ds.heads.kinds import make_heads
 from medusa_ds.model.backbone import lm_head_weight, load_backbone, load_config, load_tokenizer, logits_of
 from medusa_ds.runs import open_run
@@ -93,15 +93,12 @@ def run(settings: Settings) -> None:
         chosen.remove("fasterdecoding")
         print(f"warning: left out FasterDecoding/Medusa: {loss}")
     base = str(target / "backbone") if source.tuned else source.meta["base_model"]
-    try:
-        with replacing(target) as work:
-            work.mkdir()
-            write_export(work, source, chosen, base)
-            card(source, chosen).save(work / "README.md")
-            for file in work.rglob("*.safetensors"):  # safetensors lets only its owner read a file
-                shutil.copymode(work / "config.json", file)
-    except OSError as error:
-        raise UserError(f"{target}: cannot be written ({error.strerror or error}); name a writable directory") from None
+    with explained(f"{target}: cannot be written", "name a writable directory"), replacing(target) as work:
+        work.mkdir()
+        write_export(work, source, chosen, base)
+        card(source, chosen).save(work / "README.md")
+        for file in work.rglob("*.safetensors"):  # safetensors lets only its owner read a file
+            shutil.copymode(work / "config.json", file)
     print(f"exported {source.meta['num']} heads to {settings.out}; README.md there says how to use them")
     if "fasterdecoding" in chosen and source.meta["num"] != 5:
         print(f"warning: FasterDecoding/Medusa builds 5 heads whatever the files say; these are {source.meta['num']}")
@@ -137,11 +134,9 @@ def _truncate(source: Source, recipe: Recipe, number: int) -> Source:
     """Keep the rows of the most frequent tokens of the recipe's training labels."""
     if "token_map" in source.heads:
         raise UserError(f"--vocab: found {number}, but the heads have {len(source.heads['token_map'])} tokens already")
-    tokenizer, config = (
-        load_tokenizer(recipe.model, recipe.data.template_args.get("chat_template")),
-        load_config(recipe.model).get_text_config(),
-    )
-    tokens = token_map(number, load_data(recipe, tokenizer), tokenizer, config)
+    tokenizer = load_tokenizer(recipe.model, recipe.data.template_args.get("chat_template"))
+    data, config = load_data(recipe, tokenizer), load_config(recipe.model).get_text_config()
+    tokens = token_map(number, data, tokenizer, config)
     assert tokens is not None
     source.heads = {name: weight[tokens] if "projection" in name else weight for name, weight in source.heads.items()}
     source.heads["token_map"] = tokens

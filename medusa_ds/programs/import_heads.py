@@ -18,7 +18,7 @@ from medusa_ds.config.parsing import read_object
 from medusa_ds.config.settings import Positional, ProgramSettings
 from medusa_ds.errors import UserError, one_line
 from medusa_ds.exporting.layouts import from_other
-from medusa_ds.files import check_writable, replacing
+from medusa_ds.files import check_writable, explained, replacing
 from medusa_ds.heads.files import save_heads
 
 _FILES = ("model.safetensors", "medusa_lm_head.safetensors", "medusa_lm_head.pt")
@@ -60,22 +60,15 @@ def run(settings: Settings) -> None:
     _check_shape(shape, config, path)
     kept = {key: shape[key] for key in ("num", "layers", "lm_head")}
     recipe = json.dumps({"model": {"name": base}, "heads": kept, "stage": 1, "data": {}})
-    try:
-        with replacing(target) as work:
-            save_heads(work / "heads", heads, {"base_model": base, "revision": None, "recipe": recipe, **shape})
-            if (path / "tokenizer_config.json").is_file():
-                AutoTokenizer.from_pretrained(path).save_pretrained(work / "heads")
-    except OSError as error:
-        raise UserError(f"{target}: cannot be written ({error.strerror or error}); name a writable directory") from None
+    with explained(f"{target}: cannot be written", "name a writable directory"), replacing(target) as work:
+        save_heads(work / "heads", heads, {"base_model": base, "revision": None, "recipe": recipe, **shape})
+        if (path / "tokenizer_config.json").is_file():
+            AutoTokenizer.from_pretrained(path).save_pretrained(work / "heads")
     print(f"imported {shape['num']} heads of {base}; next: medusa-ds generate {settings.out} --prompt 'Hello'")
 
 
 def _check_shape(shape: dict[str, Any], config: dict[str, Any], path: Path) -> None:
-    """Refuse other sizes or fewer heads than the config names; published configs name fewer heads than there are.
-
-    Raises:
-        UserError: which they are.
-    """
+    """Refuse other sizes or fewer heads than the config names; published configs name fewer heads than there are."""
     hidden_size, num = config.get("hidden_size"), config.get("medusa_num_heads") or 0
     if (hidden_size or shape["hidden_size"]) != shape["hidden_size"] or shape["num"] < num:
         found = f"{shape['num']} heads of hidden size {shape['hidden_size']}"

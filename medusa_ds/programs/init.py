@@ -18,7 +18,7 @@ from medusa_ds.config.recipe import Recipe
 from medusa_ds.config.settings import Positional, ProgramSettings
 from medusa_ds.data.dialogues import Chat
 from medusa_ds.errors import UserError
-from medusa_ds.files import check_writable
+from medusa_ds.files import check_writable, explained
 from medusa_ds.model.backbone import load_config, load_tokenizer
 from medusa_ds.training.memory import GIB, GPUS_GIB, choose, count_parameters
 
@@ -89,11 +89,10 @@ def run(settings: Settings) -> None:
         output=json.dumps(values["output"], ensure_ascii=False),
         last=STUB_LAST,
     )
-    try:
+    with explained(f"{out}: cannot be written", "name another file with --out"):
         out.write_text(text, encoding="utf-8")
+    try:
         Recipe.load(out)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror}); name another file with --out") from None
     except UserError as error:
         out.unlink()
         raise UserError(*(text.removeprefix(f"{out.absolute()}:") for text in error.problems)) from None

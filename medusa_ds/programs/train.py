@@ -39,45 +39,24 @@ NON_FINITE_STATUS = 3
 _STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
 
 FREE_TO_CHANGE = (
-    "model.package.stands_for",
-    "output",
-    "deepspeed",
-    "data.hidden_cache",
-    "loss.impl",
-    "loss.chunk_mib",
-    "model.attention",
-    "model.liger_kernels",
-    "train.micro_batch_size",
-    "train.eval_every",
-    "train.save_every",
-    "train.keep_last",
-    "train.hang_timeout",
-    "train.activation_checkpointing",
-    "train.tensorboard",
-    "train.wandb",
-)
+    "model.package.stands_for model.attention model.liger_kernels data.hidden_cache loss.impl loss.chunk_mib "
+    "train.micro_batch_size train.eval_every train.save_every train.keep_last train.hang_timeout "
+    "train.activation_checkpointing train.tensorboard train.wandb deepspeed output"
+).split()
 """Recipe keys that a resumed run may change: none of them changes what is computed."""
 
 
-class Settings(RecipeSettings):
-    """What the command line says."""
-
-
 def main(recipe_file: str | None = None) -> None:
-    """Train the recipe of the command line.
-
-    Args:
-        recipe_file: the recipe when it is itself the program; None takes it from the first argument.
-    """
+    """Train the recipe of the command line: `recipe_file` when it is itself the program, else the first argument."""
     arguments = [text for text in sys.argv[1:] if not text.startswith("--local_rank=")]
     if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
         _adopt_slurm()
     given = arguments if recipe_file is None else [recipe_file, *arguments]
     with exit_on_user_error():
-        run(parse(Settings, given, "deepspeed --module medusa_ds", __doc__))
+        run(parse(RecipeSettings, given, "deepspeed --module medusa_ds", __doc__))
 
 
-def run(settings: Settings) -> None:
+def run(settings: RecipeSettings) -> None:
     """Train a recipe, on every rank.
 
     Raises:
@@ -131,9 +110,7 @@ def _run(recipe: Recipe, recipe_file: Path, ranks: Ranks, output: Path, supervis
     quiet_libraries(ranks.rank)
     tokenizer = load_tokenizer(recipe.model, recipe.data.template_args.get("chat_template"))
     data = load_data(recipe, tokenizer)  # before any process group exists, whose timeout it could outlast
-    steps = recipe.train.steps or max(
-        1, round(recipe.train.epochs * data.train.steps_per_epoch(recipe.train.global_batch_size))
-    )
+    steps = data.steps(recipe.train)
     say(_describe_data(data.report, steps), flush=True)
     uses_cache = recipe.data.hidden_cache != "off"
     tokens = token_map(recipe.heads.vocab, data, tokenizer, load_config(recipe.model).get_text_config())
@@ -194,22 +171,13 @@ def _adopt_slurm() -> None:
 
 
 def _claim(output: Path, recipe: Recipe, stack: ExitStack) -> None:
-    """Keep other runs out of the output directory and refuse one whose checkpoints or heads are another recipe's.
-
-    Args:
-        output: made if missing.
-        recipe: of this run.
-        stack: holds the lock.
-    """
+    """Keep other runs out of the output while the stack lasts, and refuse another recipe's checkpoints or heads."""
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(files.lock(output / "lock"))
+        with files.explained(f"{output}: cannot be written", "name a writable directory in output"):
+            output.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(files.lock(output / "lock"))
     except files.InUseError as holder:
         raise UserError(f"{output}: in use by {holder}; wait for that run or name another output") from None
-    except OSError as error:
-        raise UserError(
-            f"{output}: cannot be written ({error.strerror}); name a writable directory in output"
-        ) from None
     kept, finished = output / "recipe.yaml", (output / "heads" / "heads.json").exists()
     if not finished and not list((output / "checkpoints").glob("step-*")):
         return  # nothing is lost

@@ -16,7 +16,6 @@ import re
 import shutil
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +66,13 @@ def save(
             finite (on all ranks, in one line); what was begun is removed, older checkpoints are untouched.
     """
     ranks, final, work = Ranks(), root / name_of(step), root / (files.TEMPORARY + name_of(step))
-    what = f"{root}: the checkpoint cannot be written ({{}}, rank {ranks.rank}); it needs {bytes_needed} bytes in a "
-    one_line = _one_line(what + "writable directory; older checkpoints are whole")
+    explained = files.explained(
+        f"{root}: the checkpoint cannot be written",
+        f"it needs {bytes_needed} bytes in a writable directory; older checkpoints are whole",
+        f", rank {ranks.rank}",
+    )
 
-    @one_line
+    @explained
     def begin() -> bool:
         root.mkdir(parents=True, exist_ok=True)
         if final.exists() and not check(final):
@@ -82,7 +84,7 @@ def save(
         work.mkdir()
         return False
 
-    @one_line
+    @explained
     def write_share() -> dict[str, Any]:
         entries: dict[str, Any] = {}
         batch: dict[str, torch.Tensor] = {}
@@ -107,7 +109,7 @@ def save(
             deque(tensors, maxlen=0)  # after a failure too: the others wait for this rank in collective calls
         return entries
 
-    @one_line
+    @explained
     def finish() -> None:
         entries = {name: entry for share in shares for name, entry in share.items()}
         entries["state.json"] = write_file(work / "state.json", json.dumps(state).encode())
@@ -128,15 +130,6 @@ def save(
             files.remove(work)
         raise
     return final
-
-
-@contextmanager
-def _one_line(text: str) -> Iterator[None]:
-    """Say in one line what the system has said when it failed."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(text.format(error.strerror or error)) from None
 
 
 def newest(root: Path) -> "Reader | None":
@@ -193,17 +186,16 @@ class Reader:
 def keep(root: Path, step: int, best: int | None, keep_last: int | None = None) -> None:
     """Let `best` name the best checkpoint, and remove those that are no longer kept; every rank calls it.
 
-    Args:
-        root: `OUTPUT/checkpoints`.
-        step: of the checkpoint that has just been written or read.
-        best: step of the best one so far; the link of an interrupted run is put right.
-        keep_last: checkpoints to keep beside the best; None removes nothing.
+    `step` is of the checkpoint that has just been written or read, and `best` of the best one so far: the link of an
+    interrupted run is put right. `keep_last` are kept beside it; None removes nothing.
 
     Raises:
         UserError: on all ranks, when a file operation has failed.
     """
 
-    @_one_line(f"{root}: older checkpoints cannot be removed ({{}}, rank 0); make it writable; step {step} is whole")
+    @files.explained(
+        f"{root}: older checkpoints cannot be removed", f"make it writable; step {step} is whole", ", rank 0"
+    )
     def tidy() -> None:
         mark_best(root, best)
         if keep_last is not None:
@@ -236,15 +228,9 @@ def prune(root: Path, step: int, keep_last: int) -> None:
 
 
 def check(path: Path, part: int = 0, parts: int = 1) -> list[str]:
-    """What is wrong with a checkpoint, empty when it is whole.
+    """What is wrong with a checkpoint: a line a problem, with file and reason; empty when it is whole.
 
-    Args:
-        path: a checkpoint directory.
-        part: which files to read through: those whose index is `part` modulo `parts`; the manifest always.
-        parts: number of callers that share the work.
-
-    Returns:
-        A line a problem, each with file and reason.
+    The manifest is read always, and of the files those whose index is `part` modulo `parts`, as callers share the work.
     """
     if path.is_symlink():
         return [f"{path}: is a link; a checkpoint is a directory"]

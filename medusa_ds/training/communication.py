@@ -45,15 +45,10 @@ class Sent(NamedTuple):
 def sent_bytes(
     parts: Parameters, stage: int, deepspeed: dict[str, Any], ranks: int, width: int, micro_batches: int
 ) -> Sent:
-    """Bytes of weights and gradients; offloading changes none.
+    """Bytes of the weights and gradients of a model in memory; offloading changes none.
 
-    Args:
-        parts: of the model in memory.
-        stage: of the recipe. In stage 1 all gradients exist before the backward pass, so none is sent beside it.
-        deepspeed: a DeepSpeed config.
-        ranks: GPUs.
-        width: bytes of a working weight, and of its gradient on the way.
-        micro_batches: of a step on each GPU.
+    In stage 1 all gradients exist before the backward pass, so none is sent beside it. `ranks` are GPUs,
+    `micro_batches` of a step on each of them; `width` is bytes of a working weight, and of its gradient on the way.
     """
     zero, _ = zero_settings(deepspeed)
     section = {key: value for key, value in (deepspeed.get("zero_optimization") or {}).items() if value != "auto"}
@@ -100,16 +95,8 @@ def estimate_step(
 ) -> Step:
     """A step on `nodes` hosts of `gpus` each, every GPU with the sequences that it has on one host.
 
-    Args:
-        recipe: batch sizes, length, heads and target.
-        parts: of `count_parameters`.
-        config: the backbone's.
-        deepspeed: a DeepSpeed JSON.
-        recomputed: decoder layers; None: all.
-        gpu: a name that `peak_tflops` knows.
-        gpus: of a host.
-        nodes: hosts.
-        network_gbps: of a host's network cards together; None: as in `LINKS`.
+    `parts` are of `count_parameters`, `recomputed` are decoder layers (None: all), `gpu` is a name that `peak_tflops`
+    knows, and `network_gbps` the rate of a host's network cards together (None: as in `LINKS`).
     """
     train, length, settings = recipe.train, recipe.data.max_length, load(deepspeed)
     micro_batches = max(1, train.global_batch_size // (train.micro_batch_size * gpus))
@@ -131,9 +118,8 @@ def estimate_step(
     gb_per_s = _LINK_SHARE * link
     if nodes > 1:  # every ring of NCCL's passes each host's cards once
         gb_per_s = min(gb_per_s, _NETWORK_SHARE * (network_gbps or network) / 8)
-    width = 4 if train.precision == "fp32" else 2
     held = parts_in_memory(recipe, parts, config)
-    sent = sent_bytes(held, recipe.stage, settings, gpus * nodes, width, micro_batches)
+    sent = sent_bytes(held, recipe.stage, settings, gpus * nodes, train.weight_bytes, micro_batches)
     beside_s, alone_s = (part / gb_per_s / 1e9 for part in sent)
     waiting_s = max(0.0, beside_s - compute_s) + alone_s
     seconds = compute_s + shared_s + waiting_s

@@ -85,7 +85,6 @@ class MedusaEngine:
 
     def __init__(self, recipe: Recipe, total_steps: int, build: BuildModel = build_model) -> None:
         self.total_steps, on_gpu = total_steps, torch.cuda.is_available()
-        recipe.ds_values(Ranks().size)  # refused before anything is loaded
         self.device = start_process_group(recipe)
         self.recipe = recipe = settle(recipe, self.device)
         config = recipe.ds_config(Ranks().size, on_gpu)
@@ -157,8 +156,11 @@ class MedusaEngine:
             scales = shares * (self.world_size if self._zero_stage == 3 else 1)  # which averages over ranks
             loss, counters, finite = torch.zeros((), dtype=torch.float64, device=self.device), [], []
             for batch in micro_batches:
-                if self._interruptible and self._any_rank(stop()):
-                    raise StepLeftError
+                if self._interruptible:
+                    flag = torch.tensor(float(stop()), device=self.device)
+                    dist.all_reduce(flag)
+                    if flag:
+                        raise StepLeftError
                 output = self._engine(*self._on_device(batch), scales=scales)
                 losses = [(k, head.loss_sum) for k, head in enumerate(output.losses) if head is not None]
                 self._engine.backward(torch.stack([loss_sum for _, loss_sum in losses]).sum(), scale_wrt_gas=False)
@@ -170,9 +172,8 @@ class MedusaEngine:
             bad = (~torch.stack(finite)).sum()
             asked, short = moved(torch.tensor([stop(), short_of_time()]), self.device)
             sums = Sums(bad=bad, asked=asked, short=short, loss=loss, counters=torch.stack(counters).sum(0))
-            measured, grad_norm = self._step(
-                sums.over_ranks(), finite, [batch.sources for batch in micro_batches], step
-            )
+            sources = [batch.sources for batch in micro_batches]
+            measured, grad_norm = self._step(sums.over_ranks(), finite, sources, step)
         rates = {group["name"]: group["lr"] for group in self._engine.optimizer.param_groups}
         now = optim.coefficient(step, self.total_steps, recipe.loss)
         self._interruptible = bool(measured["short"])
@@ -269,7 +270,7 @@ class MedusaEngine:
         Raises:
             UserError: `output` cannot be written.
         """
-        try:
+        with files.explained(f"{output}: the heads cannot be written", "checkpoints are whole"):
             if self.recipe.stage == 2:
                 weights = self.whole_state_dict(self.model.backbone)
                 if self.rank == 0:
@@ -280,9 +281,6 @@ class MedusaEngine:
             weights = self.whole_state_dict(self.model.heads)
             if self.rank == 0:
                 save_heads(output / "heads", weights, heads_meta(self.recipe))
-        except OSError as error:
-            text = f"{output}: the heads cannot be written ({error.strerror or error}); checkpoints are whole"
-            raise UserError(text) from None
 
     def close(self) -> None:
         """Wait for all ranks and end the process group."""
@@ -323,9 +321,8 @@ class MedusaEngine:
 
         def check() -> None:
             if sums["bad"]:
-                raise non_finite(
-                    "the loss", step, [rows for rows, fine in zip(sources, finite, strict=True) if not fine]
-                )
+                wrong = [rows for rows, fine in zip(sources, finite, strict=True) if not fine]
+                raise non_finite("the loss", step, wrong)
 
         bad = sums["bad"]
         sums.to_host()
@@ -350,11 +347,6 @@ class MedusaEngine:
         self._has_states = True
         self.steps_taken = step + 1
         return sums, norm
-
-    def _any_rank(self, flag: bool) -> bool:
-        flags = torch.tensor(float(flag), device=self.device)
-        dist.all_reduce(flags)
-        return bool(flags)
 
     def _on_device(self, batch: MicroBatch) -> list[torch.Tensor | None]:
         parts = (batch.input_ids, *(batch.hidden or ()))  # labels and positions: the model finds its rows on the CPU
@@ -384,7 +376,8 @@ class MedusaEngine:
         empty = torch.zeros(self.recipe.train.micro_batch_size, length, dtype=torch.int64, device=self.device)
         inputs = [empty, torch.full_like(empty, -100), torch.arange(length, device=self.device).expand_as(empty)]
         if isinstance(self.model.backbone, LmHeadAlone):
-            inputs += [torch.zeros(0, self.model.backbone.hidden_size, device=self.device), empty.flatten()]
+            hidden_size = self.model.backbone.config.get_text_config().hidden_size
+            inputs += [torch.zeros(0, hidden_size, device=self.device), empty.flatten()]
         self._engine.train()
         for _ in range(self.accumulation):
             output = self._engine(*inputs)

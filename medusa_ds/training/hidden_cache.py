@@ -19,7 +19,7 @@ import mmap
 import os
 import shutil
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from ctypes import CDLL, c_size_t, c_void_p
 from pathlib import Path
 from typing import Any
@@ -102,14 +102,9 @@ def key_of(recipe: Recipe, data: Data, computed: str, stored: str) -> dict[str, 
 
 
 class HiddenCache:
-    """A directory of hidden states.
+    """A directory, which need not exist, with hidden states of all conversations, first the training ones.
 
-    Args:
-        directory: of the cache; need not exist.
-        data: whose conversations, first the training ones, then those held out.
-        num: heads.
-        hidden_size: H.
-        stored: one of `STORED`.
+    `num` heads learn from rows of `hidden_size` numbers, `stored` as one of `STORED`.
     """
 
     def __init__(self, directory: Path, data: Data, num: int, hidden_size: int, stored: str) -> None:
@@ -259,19 +254,18 @@ def _claim(directory: Path, key: dict[str, Any]) -> None:
     """Write the manifest of a new cache, or compare that of an old one."""
     file = directory / "manifest.json"
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        if not file.exists():
-            if any(directory.iterdir()):
-                raise UserError(f"{directory}: holds other files and no manifest.json; name another directory")
-            files.write(file, json.dumps(key, indent=2))
-        found = json.loads(file.read_bytes())
+        with _explained(directory, 0):
+            directory.mkdir(parents=True, exist_ok=True)
+            if not file.exists():
+                if any(directory.iterdir()):
+                    raise UserError(f"{directory}: holds other files and no manifest.json; name another directory")
+                files.write(file, json.dumps(key, indent=2))
+            found = json.loads(file.read_bytes())
         differ = [
             f"{name}: made with {found.get(name)!r}, the recipe has {value!r}"
             for name, value in key.items()
             if found.get(name) != value
         ]
-    except OSError as error:
-        raise UserError(_no_room(directory, error, 0)) from None
     except (ValueError, AttributeError):
         raise UserError(f"{file}: damaged; remove the directory") from None
     if differ:
@@ -282,14 +276,13 @@ def _begin(cache: HiddenCache, missing: dict[int, str], stack: ExitStack) -> Non
     """One run fills at a time, and only onto a disk with room; the lock is the stack's."""
     directory, size = cache.directory, cache.bytes * len(missing) // len(cache)
     try:
-        stack.enter_context(files.lock(directory / "lock"))
-        free = shutil.disk_usage(directory).free
-        if free < size:
-            raise OSError(f"{free} bytes are free")
+        with _explained(directory, size):
+            stack.enter_context(files.lock(directory / "lock"))
+            free = shutil.disk_usage(directory).free
+            if free < size:
+                raise OSError(f"{free} bytes are free")
     except files.InUseError:
         raise UserError(f"{directory}: another run is filling this hidden cache; wait for it") from None
-    except OSError as error:
-        raise UserError(_no_room(directory, error, size)) from None
     for text in filter(None, missing.values()):
         print(f"warning: {text}; computed again")
     print(
@@ -306,10 +299,8 @@ def _fill(cache: HiddenCache, shards: Sequence[int], recipe: Recipe, device: tor
     backbone = load_frozen(recipe, dtype, device).eval()
     for shard in progress(shards, "shards of the hidden cache") if Ranks().rank == 0 else shards:
         content = cache.fill(shard, backbone, recipe.train.micro_batch_size)
-        try:
+        with _explained(cache.directory, cache.bytes, one_rank=True):
             cache.write(shard, *content)
-        except OSError as error:
-            raise UserError(_no_room(cache.directory, error, cache.bytes), one_rank=True) from None
     del backbone
     free_models(device)
 
@@ -321,8 +312,6 @@ def _see_all(cache: HiddenCache, rank: int) -> None:
         )
 
 
-def _no_room(directory: Path, error: OSError, size: int) -> str:
-    return (
-        f"{directory}: the hidden cache cannot be written ({error.strerror or error}); it needs {size} bytes in a "
-        "writable directory; what is finished stays, the same command goes on"
-    )
+def _explained(directory: Path, size: int, one_rank: bool = False) -> AbstractContextManager[None]:
+    mend = f"it needs {size} bytes in a writable directory; what is finished stays, the same command goes on"
+    return files.explained(f"{directory}: the hidden cache cannot be written", mend, one_rank=one_rank)

@@ -50,10 +50,7 @@ class Loop:
         self._save_s = engine.checkpoint_bytes / SAVED_BYTES_PER_S
 
     def run(self, state: dict[str, Any]) -> None:
-        """Train from the engine's step to the end.
-
-        Args:
-            state: what `run` saved in the checkpoint that the engine has resumed; empty at the start.
+        """Train from the engine's step to the end; `state` is what `run` saved in the checkpoint that it has resumed.
 
         Raises:
             SystemExit: a signal asked to stop; a checkpoint has been written.

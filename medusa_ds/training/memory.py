@@ -87,15 +87,10 @@ def count_parameters(recipe: Recipe, config: Any) -> Parameters:
 def states_bytes(
     parts: Parameters, stage: int, zero: int, offload: tuple[bool, bool], ranks: int, width: int
 ) -> tuple[int, int]:
-    """Bytes of weights, gradients and optimizer states.
+    """Bytes of weights, gradients and optimizer states on each of `ranks` GPUs of a node.
 
-    Args:
-        parts: parameters.
-        stage: of the recipe; 1 freezes the backbone.
-        zero: ZeRO stage.
-        offload: whether the optimizer, and the parameters, live in CPU memory.
-        ranks: GPUs, taken to be on one node.
-        width: bytes of a working weight: 2 for bf16, 4 for fp32.
+    `zero` is the ZeRO stage, `offload` whether the optimizer, and the parameters, live in CPU memory, and `width` bytes
+    of a working weight: 2 for bf16, 4 for fp32.
 
     Returns:
         On each GPU; and in the node's CPU memory where something is offloaded (else 0).
@@ -121,17 +116,13 @@ def states_bytes(
     return int(gpu), int(cpu)
 
 
-def activations_bytes(recipe: Recipe, config: Any, width: int, recomputed: int | None) -> int:
+def activations_bytes(recipe: Recipe, config: Any, recomputed: int | None) -> int:
     """Bytes kept for the backward pass of a micro-batch, when every position is supervised.
 
-    Args:
-        recipe: sizes of a micro-batch and of the heads.
-        config: the backbone's.
-        width: bytes of a working weight.
-        recomputed: decoder layers, the first ones, of which only the input is kept; None: all. The backward pass
-            reaches them when it has freed what later layers kept: the one at work then adds nothing if there are any.
+    Of the first `recomputed` decoder layers (None: all) only the input is kept. The backward pass reaches them when it
+    has freed what later layers kept: the one at work then adds nothing if there are any.
     """
-    tokens = recipe.train.micro_batch_size * recipe.data.max_length
+    tokens, width = recipe.train.micro_batch_size * recipe.data.max_length, recipe.train.weight_bytes
     hidden = config.hidden_size
     queries = config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or hidden // queries
@@ -151,9 +142,9 @@ def activations_bytes(recipe: Recipe, config: Any, width: int, recomputed: int |
     return backbone + heads
 
 
-def loss_bytes(recipe: Recipe, config: Any, width: int) -> int:
+def loss_bytes(recipe: Recipe, config: Any) -> int:
     """Bytes of the loss: the chunk of logits, and the projections' gradients, which the forward pass computes."""
-    trained = (recipe.heads.num if recipe.heads.lm_head == "own" else 0) + (recipe.stage == 2)
+    width, trained = recipe.train.weight_bytes, recipe.heads.num * (recipe.heads.lm_head == "own") + (recipe.stage == 2)
     if recipe.loss.impl == "eager":
         rows = recipe.train.micro_batch_size * recipe.data.max_length
         logits = recipe.heads.num * recipe.heads.rows(config.vocab_size) + (recipe.stage == 2) * config.vocab_size
@@ -200,19 +191,12 @@ class Choice(NamedTuple):
 def choose(recipe: Recipe, parts: Parameters, config: Any, ranks: int, gpu_bytes: float, cpu_bytes: float) -> Choice:
     """The least ZeRO stage and offload, and with it the least recomputation, whose estimate fits.
 
-    ZeRO 2 comes first, since ZeRO 0 and 1 save no time here: its step alone clips inside Adam. Then ZeRO 3, which
-    fetches weights over the network all the time, and then what waits for the CPU. Recomputing costs less than the
-    next of these (measured in stage 2: 1.18 times the step against 1.25 times).
-
-    Args:
-        recipe: what it names itself stays as it is.
-        parts: of `count_parameters`.
-        config: the backbone's.
-        ranks: GPUs, on one node.
-        gpu_bytes: of each GPU.
-        cpu_bytes: of the node.
+    It has to fit `ranks` GPUs of `gpu_bytes` each on one node with `cpu_bytes`; what the recipe names itself stays as
+    it is. ZeRO 2 comes first, since ZeRO 0 and 1 save no time here: its step alone clips inside Adam. Then ZeRO 3,
+    which fetches weights over the network all the time, and then what waits for the CPU. Recomputing costs less than
+    the next of these (measured in stage 2: 1.18 times the step against 1.25 times).
     """
-    width, layers = 4 if recipe.train.precision == "fp32" else 2, config.num_hidden_layers
+    width, layers = recipe.train.weight_bytes, config.num_hidden_layers
     parts, setting = parts_in_memory(recipe, parts, config), recipe.train.activation_checkpointing
     counts: Sequence[int | None] = [recomputed_layers(setting)]
     if setting == "auto" and recipe.stage == 2:
@@ -226,7 +210,7 @@ def choose(recipe: Recipe, parts: Parameters, config: Any, ranks: int, gpu_bytes
     for file in files:
         gpu, cpu = states_bytes(parts, recipe.stage, *zero_settings(load(file)), ranks, width)
         for recomputed in counts:
-            work = activations_bytes(recipe, config, width, recomputed) + loss_bytes(recipe, config, width)
+            work = activations_bytes(recipe, config, recomputed) + loss_bytes(recipe, config)
             need = int((gpu + work + CONTEXT_BYTES) * MARGIN)
             fits = need <= gpu_bytes and cpu <= cpu_bytes
             why = f"{need / GIB:.1f} of {gpu_bytes / GIB:.1f} GiB on each of {ranks} GPUs"

@@ -16,12 +16,7 @@ ALONE = 2**26
 
 
 def lr_factor(step: int, total_steps: int, train: TrainSpec) -> float:
-    """The learning rate of a step over its peak.
-
-    Args:
-        step: optimizer step about to be taken, from 0.
-        total_steps: steps of the whole run.
-        train: its `schedule`, `warmup_ratio` and `min_lr_ratio`.
+    """The learning rate of a step, from 0, over its peak.
 
     Returns:
         `(step + 1) / warmup` while it rises, then 1 falling to `min_lr_ratio` on a line or half a cosine.

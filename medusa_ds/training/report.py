@@ -19,11 +19,9 @@ from medusa_ds import files
 from medusa_ds.config.recipe import Recipe
 from medusa_ds.data.packing import MicroBatch
 from medusa_ds.heads.joint import Counters, JointModel, metrics
+from medusa_ds.progress import LINE_EVERY_S
 from medusa_ds.training.flops import peak_tflops, step_flops
 from medusa_ds.training.step import StepResult
-
-PLAIN_INTERVAL_S = 15.0
-"""Seconds between progress lines when the output is not a terminal."""
 
 
 def quiet_libraries(rank: int) -> None:
@@ -64,13 +62,10 @@ def tell(text: str) -> None:
 
 
 class Report:
-    """Progress and metrics of a run; every method does nothing on ranks other than 0.
+    """Progress and metrics of a run in its `output`; every method does nothing on ranks other than 0.
 
-    Args:
-        output: the run's directory.
-        rank: this process's rank.
-        total_steps: optimizer steps of the whole run.
-        first_step: steps done before; lines of later steps in `metrics.jsonl` belong to lost work and are removed.
+    Lines of later steps than `first_step`, the steps done before, belong to lost work and are removed from
+    `metrics.jsonl`.
     """
 
     def __init__(self, output: Path, rank: int, total_steps: int, first_step: int) -> None:
@@ -108,12 +103,7 @@ class Report:
             self._stream.flush()
 
     def step(self, step: int, values: dict[str, Any]) -> None:
-        """Record a finished step and show progress.
-
-        Args:
-            step: steps done, from 1.
-            values: `loss`, `acceptance_length` and `tokens_per_s` are shown.
-        """
+        """Record that a step, counted from 1, is done, and show its loss, acceptance length and speed."""
         if not self.active:
             return
         self.record({"kind": "train", "step": step, **values})
@@ -124,7 +114,7 @@ class Report:
         self._bar.set_postfix_str(shown, refresh=False)
         self._bar.update(step - self._bar.n)
         now = time.monotonic()
-        if self._bar.disable and (now - self._printed > PLAIN_INTERVAL_S or step in (self._first + 1, self._total)):
+        if self._bar.disable and (now - self._printed > LINE_EVERY_S or step in (self._first + 1, self._total)):
             self._printed = now
             left_s = (now - self._started) / (step - self._first) * (self._total - step)
             tell(f"step {step}/{self._total}: {shown}, {clock(left_s)} left")
@@ -151,13 +141,7 @@ def clock(seconds: float) -> str:
 
 
 def heads_table(before: dict[str, float], after: dict[str, float], num: int) -> str:
-    """Held-out losses and accuracies at the start and at the end, a row a head.
-
-    Args:
-        before: metrics of the first validation.
-        after: metrics of the last one.
-        num: heads.
-    """
+    """Held-out losses and accuracies by the first validation and the last one, a row a head."""
     lines = ["held-out        loss             accuracy         heads 1..k right"]
     rows = [("LM head", "lm_loss", "lm_acc", "")] if "lm_loss" in after else []
     rows += [("LM, labels", "lm_label_loss", "", "")] if "lm_label_loss" in after else []
@@ -177,9 +161,7 @@ class Meter:
     """Turns a step's result and time into its line of `metrics.jsonl`.
 
     Args:
-        recipe: the recipe in training.
-        model: the model in training.
-        device: this rank's device.
+        recipe, model, device: of this rank's training.
         world_size: ranks.
         mean_context: tokens that a position sees on average, half a conversation.
     """
@@ -197,12 +179,9 @@ class Meter:
         self.peak = peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
     def values(self, result: StepResult, micro_batches: Sequence[MicroBatch], seconds: float) -> dict[str, Any]:
-        """Losses and accuracies, learning rates, gradient norm, speeds, MFU and memory of one step.
+        """Losses and accuracies, rates, gradient norm, speeds, MFU and memory of a step of so many seconds.
 
-        Args:
-            result: what the engine measured over all ranks.
-            micro_batches: this rank's; every rank has as many tokens.
-            seconds: time of the step.
+        `micro_batches` are this rank's; every rank has as many tokens.
         """
         rows = Counters(*result.counters.T).count.tolist()
         tokens = sum(batch.input_ids.numel() for batch in micro_batches) * self.world_size

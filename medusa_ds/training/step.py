@@ -50,12 +50,8 @@ class Sums:
         self._event: torch.cuda.Event | None = None
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        start = 0
-        for other, shape in self.shapes.items():
-            if other == name:
-                return self.flat[start : start + shape.numel()].view(shape)
-            start += shape.numel()
-        raise KeyError(name)
+        parts = self.flat.split([shape.numel() for shape in self.shapes.values()])
+        return dict(zip(self.shapes, parts, strict=True))[name].view(self.shapes[name])
 
     def over_ranks(self) -> Sums:
         """Add up what all ranks have, without waiting for it."""

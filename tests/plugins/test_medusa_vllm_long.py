@@ -34,7 +34,7 @@ from medusa_ds.decoding.trees import chain
 from medusa_ds.heads.base import Heads
 from medusa_ds.heads.files import META, load_heads, save_heads
 from medusa_ds.heads.kinds import make_heads
-from medusa_ds.runs import load_run
+from medusa_ds.runs import encode, load_run
 
 PYTHON, ROOT = os.environ.get("MEDUSA_DS_VLLM_PYTHON"), Path(__file__).parents[2]
 pytestmark = [
@@ -426,7 +426,7 @@ def test_serve_starts_a_server_that_evaluate_measures(
     found = json.loads(report.read_text())
     assert found["texts"] == {"compared": 3, "differ": 0, "differ_by_a_tie": 0, "differences": []}
     loaded = load_run(path, torch.device("cpu"), torch.float32)
-    encoded = [loaded.encode([{"role": "user", "content": f"from {word}"}]) for word in ("red", "sun", "river")]
+    encoded = [encode(loaded, [{"role": "user", "content": f"from {word}"}]) for word in ("red", "sun", "river")]
     _, (drafts, accepted) = decode(model, heads, encoded, loaded.tokenizer.eos_token_id)
     assert (found["accepted"]["steps"], found["accepted"]["by_position"]) == (drafts, accepted)
     assert found["speed"]["server_tokens_per_s"] > 0
