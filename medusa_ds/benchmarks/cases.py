@@ -71,10 +71,11 @@ class Case:
             values["loss.impl"] = "eager"
         if self.impl in ("ours_fp8", "cached_fp8"):
             values["model.frozen_precision"] = "fp8"
+        defaults = []
         if self.stage == 2:
-            recomputed = "auto" if self.zero == "auto" else "true"
-            values |= {"heads.init_from": "runs/stage1", "train.activation_checkpointing": recomputed}
-        overrides = [*self.overrides, *(f"{key}={value}" for key, value in values.items())]
+            values["heads.init_from"] = "runs/stage1"
+            defaults = [f"train.activation_checkpointing={'auto' if self.zero == 'auto' else 'true'}"]
+        overrides = [*defaults, *self.overrides, *(f"{key}={value}" for key, value in values.items())]
         recipe = Recipe.load(self.recipe, overrides, planning=True)
         fewer = _VOCAB if recipe.heads.vocab == "full" else recipe.heads.vocab
         vocab = fewer if self.impl in CACHED[1:] else "full"

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,8 @@ def test_stage_2_is_measured_with_several_zero_configs():
     }
     recipe = next(one for one in cases if one.stage == 2 and one.zero == "auto").load_recipe()
     assert (recipe.deepspeed, recipe.train.activation_checkpointing) == ("auto", "auto")
+    asked = replace(cases[0], stage=2, overrides=("train.activation_checkpointing=false",))
+    assert asked.load_recipe().train.activation_checkpointing is False
 
 
 class FakeWorkers:
