@@ -48,27 +48,22 @@ class Ends(NamedTuple):
     embeddings: torch.Tensor | None = None
 
 
-def read_lm_head(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The LM head's weight [V, H] without the rest of the model, where that lies in safetensors files.
+def read_ends(spec: ModelSpec, dtype: torch.dtype, device: torch.device, sees_tokens: bool) -> Ends:
+    """The ends of a model, on the CPU, without the rest of it where they lie in safetensors files.
+
+    Input embeddings are read for heads that see tokens: their weight, where they are nothing more than that.
 
     Raises:
         UserError: see `load_backbone`.
     """
-    weight = _read_weight(spec, dtype, lm_head_weight)
-    return lm_head_weight(load_backbone(spec, dtype, device=device, liger=False)).detach() if weight is None else weight
-
-
-def read_embeddings(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """What the input embeddings give for every token [V, H], their weight where they are nothing more than that.
-
-    Raises:
-        UserError: see `load_backbone`.
-    """
-    weight = _read_weight(spec, dtype, _plain_embeddings)
-    if weight is None:
-        embed: Any = load_backbone(spec, dtype, device=device, liger=False).get_input_embeddings()
-        weight = embed(torch.arange(embed.num_embeddings, device=device)).detach()
-    return weight
+    lm_head = _read_weight(spec, dtype, lm_head_weight)
+    embeddings = _read_weight(spec, dtype, _plain_embeddings) if sees_tokens else None
+    if lm_head is None or (sees_tokens and embeddings is None):
+        model: Any = load_backbone(spec, dtype, device=device, liger=False)
+        lm_head, embed = lm_head_weight(model).detach(), model.get_input_embeddings()
+        if sees_tokens:
+            embeddings = embed(torch.arange(embed.num_embeddings, device=device)).detach()
+    return Ends(lm_head.cpu(), None if embeddings is None else embeddings.cpu())
 
 
 def _plain_embeddings(model: Any) -> torch.Tensor | None:

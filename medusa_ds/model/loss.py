@@ -15,6 +15,7 @@ ones (a single chunk has nothing to add). `liger` is Liger's Triton kernel, `tor
 Shapes: N rows, H hidden size, V vocabulary.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -69,7 +70,7 @@ def linear_cross_entropy(
         `predicted_N`, the argmax of the logits.
     """
     num_rows, vocab = rows_NH.shape[0], weight_VH.shape[0]
-    accumulate = torch.float64 if rows_NH.dtype == torch.float64 else torch.float32
+    accumulate = _sum_dtype(rows_NH)
     if impl == "eager":
         logits_NV = _capped(_product(rows_NH, weight_VH, bias).to(accumulate), cap)
         loss_sum = nn.functional.cross_entropy(logits_NV, targets_N, reduction="sum")
@@ -81,9 +82,14 @@ def linear_cross_entropy(
     # less memory than chunks do
     if kernel and learns and num_rows * row_bytes <= (chunk_mib << 20) + 2 * weight_VH.numel():
         chunk_rows = max(1, num_rows)
-    return _ChunkedLinearCrossEntropy.apply(
-        rows_NH, weight_VH, bias, targets_N, cap, chunk_rows, kernel, scale, torch.is_grad_enabled()
-    )
+    parts = _liger_cross_entropy if kernel else _cross_entropy
+
+    def part(chunk: slice, logits_CV: Tensor, gradients: bool) -> tuple[Tensor, Tensor, Tensor]:
+        loss_C, predicted_C = rows_NH.new_empty(len(logits_CV), dtype=accumulate), torch.empty_like(targets_N[chunk])
+        return loss_C, predicted_C, parts(logits_CV, targets_N[chunk], loss_C, predicted_C, gradients, cap)
+
+    single = kernel and 0 < num_rows <= chunk_rows
+    return _Chunked.apply(rows_NH, weight_VH, bias, part, chunk_rows, single, scale, torch.is_grad_enabled())
 
 
 def linear_kl(
@@ -122,19 +128,13 @@ def linear_kl(
     """
     itemsize = rows_NH.element_size() if rows_NH.is_cuda else max(4, rows_NH.element_size())
     chunk_rows = max(1, (chunk_mib << 20) // (2 * weight_VH.shape[0] * itemsize))
-    return _ChunkedLinearKL.apply(
-        rows_NH,
-        weight_VH,
-        bias,
-        teacher_NH.detach(),
-        teacher_VH.detach(),
-        None if teacher_bias is None else teacher_bias.detach(),
-        temperature,
-        cap,
-        chunk_rows,
-        scale,
-        torch.is_grad_enabled(),
-    )
+    parts, accumulate = _compiled_kl_parts if rows_NH.is_cuda else _kl_parts, _sum_dtype(rows_NH)
+
+    def part(chunk: slice, logits_CV: Tensor, _: bool) -> tuple[Tensor, Tensor, Tensor]:
+        teacher_CV = _product(teacher_NH[chunk], teacher_VH, teacher_bias)
+        return parts(logits_CV, teacher_CV, temperature, accumulate, cap)
+
+    return _Chunked.apply(rows_NH, weight_VH, bias, part, chunk_rows, False, scale, torch.is_grad_enabled())
 
 
 def linear_argmax(
@@ -145,6 +145,10 @@ def linear_argmax(
     with torch.no_grad():
         chunks = [_product(part_CH, weight_VH, bias).argmax(-1) for part_CH in rows_NH.split(chunk_rows)]
     return torch.cat(chunks)
+
+
+def _sum_dtype(rows_NH: Tensor) -> torch.dtype:
+    return torch.float64 if rows_NH.dtype == torch.float64 else torch.float32
 
 
 def _product(rows_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
@@ -230,7 +234,7 @@ class _Gradients:
         # needs_input_grad says nothing of no_grad, under which the gradients would be computed for nothing
         rows_need, weight_needs, bias_needs = (grad_enabled and needs for needs in ctx.needs_input_grad[:3])
         self.rows_NH, self.weight_VH, self.scale, self.keep = rows_NH, weight_VH, scale, 0 if single else 1
-        self.accumulate = torch.float64 if rows_NH.dtype == torch.float64 else torch.float32
+        self.accumulate = _sum_dtype(rows_NH)
         self.grad_rows_NH = torch.empty_like(rows_NH) if rows_need else None
         self.grad_weight_VH: Tensor | None = None
         if weight_needs:
@@ -283,7 +287,39 @@ class _Scaled(torch.autograd.Function):
 
 
 class _Chunked(torch.autograd.Function):
-    """Rows, weight and bias come first, and their gradients are saved by the forward pass."""
+    """The sum of losses, and predictions, of rows whose logits are made in chunks.
+
+    `part` makes of a chunk's logits its losses, each row's or their sum, its predictions, and the gradient of the
+    product where that is wanted. Gradients of rows, weight and bias are saved by the forward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows_NH: Tensor,
+        weight_VH: Tensor,
+        bias_V: Tensor | None,
+        part: Callable[[slice, Tensor, bool], tuple[Tensor, Tensor, Tensor]],
+        chunk_rows: int,
+        single: bool,
+        scale: Tensor | None,
+        grad_enabled: bool,
+    ) -> tuple[Tensor, Tensor]:
+        gradients = _Gradients(ctx, rows_NH, weight_VH, scale, grad_enabled, single)
+        losses, predicted = [], [torch.empty(0, dtype=torch.long, device=rows_NH.device)]
+        for start in range(0, len(rows_NH), chunk_rows):
+            chunk = slice(start, start + chunk_rows)
+            logits_CV = _product(rows_NH[chunk], weight_VH, bias_V)
+            loss, predicted_C, logits_CV = part(chunk, logits_CV, gradients.wanted)
+            losses.append(loss)
+            predicted.append(predicted_C)
+            if gradients.wanted:
+                gradients.add(chunk, logits_CV)
+            del logits_CV  # before the next chunk is there
+        gradients.save(ctx)
+        predicted_N, zero = torch.cat(predicted), rows_NH.new_zeros((), dtype=gradients.accumulate)
+        ctx.mark_non_differentiable(predicted_N)
+        return torch.cat(losses).sum() if losses and losses[0].dim() else sum(losses, zero), predicted_N
 
     @staticmethod
     @once_differentiable
@@ -294,76 +330,10 @@ class _Chunked(torch.autograd.Function):
         return (*scaled, *[None] * (len(ctx.needs_input_grad) - 3))
 
 
-class _ChunkedLinearCrossEntropy(_Chunked):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        rows_NH: Tensor,
-        weight_VH: Tensor,
-        bias_V: Tensor | None,
-        targets_N: Tensor,
-        cap: float | None,
-        chunk_rows: int,
-        kernel: bool,
-        scale: Tensor | None,
-        grad_enabled: bool,
-    ) -> tuple[Tensor, Tensor]:
-        num_rows = rows_NH.shape[0]
-        single = kernel and 0 < num_rows <= chunk_rows
-        gradients = _Gradients(ctx, rows_NH, weight_VH, scale, grad_enabled, single)
-        loss_N = rows_NH.new_empty(num_rows, dtype=gradients.accumulate)
-        predicted_N, cross_entropy = torch.empty_like(targets_N), _liger_cross_entropy if kernel else _cross_entropy
-        for start in range(0, num_rows, chunk_rows):
-            chunk = slice(start, start + chunk_rows)
-            logits_CV = _product(rows_NH[chunk], weight_VH, bias_V)
-            parts = (targets_N[chunk], loss_N[chunk], predicted_N[chunk])
-            logits_CV = cross_entropy(logits_CV, *parts, gradients.wanted, cap)
-            if gradients.wanted:
-                gradients.add(chunk, logits_CV)
-            del logits_CV  # before the next chunk is there
-        gradients.save(ctx)
-        ctx.mark_non_differentiable(predicted_N)
-        return loss_N.sum(), predicted_N
-
-
-class _ChunkedLinearKL(_Chunked):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        rows_NH: Tensor,
-        weight_VH: Tensor,
-        bias_V: Tensor | None,
-        teacher_NH: Tensor,
-        teacher_VH: Tensor,
-        teacher_bias_V: Tensor | None,
-        temperature: float,
-        cap: float | None,
-        chunk_rows: int,
-        scale: Tensor | None,
-        grad_enabled: bool,
-    ) -> tuple[Tensor, Tensor]:
-        gradients = _Gradients(ctx, rows_NH, weight_VH, scale, grad_enabled, single=False)
-        accumulate = gradients.accumulate
-        loss_sum = rows_NH.new_zeros((), dtype=accumulate)
-        predicted_N = torch.empty(rows_NH.shape[0], dtype=torch.long, device=rows_NH.device)
-        parts = _compiled_kl_parts if rows_NH.is_cuda else _kl_parts
-        for start in range(0, rows_NH.shape[0], chunk_rows):
-            chunk = slice(start, start + chunk_rows)
-            logits_CV = _product(rows_NH[chunk], weight_VH, bias_V)
-            teacher_CV = _product(teacher_NH[chunk], teacher_VH, teacher_bias_V)
-            loss, grad_logits_CV, predicted_N[chunk] = parts(logits_CV, teacher_CV, temperature, accumulate, cap)
-            loss_sum += loss
-            if gradients.wanted:
-                gradients.add(chunk, grad_logits_CV)
-        gradients.save(ctx)
-        ctx.mark_non_differentiable(predicted_N)
-        return loss_sum, predicted_N
-
-
 def _kl_parts(
     logits_CV: Tensor, teacher_CV: Tensor, temperature: float, accumulate: torch.dtype, cap: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, gradient of the product in its dtype, and argmax of a chunk."""
+    """Loss, argmax, and gradient of the product in its dtype, of a chunk."""
     capped_CV = _capped(logits_CV.to(accumulate), cap)
     log_q_CV = (capped_CV / temperature).log_softmax(-1)
     log_p_CV = (_capped(teacher_CV.to(accumulate), cap) / temperature).log_softmax(-1)
@@ -372,7 +342,7 @@ def _kl_parts(
     grad_CV = temperature * (log_q_CV.exp() - p_CV)
     if cap is not None:
         grad_CV = grad_CV * (1 - (capped_CV / cap) ** 2)
-    return loss, grad_CV.to(logits_CV.dtype), logits_CV.argmax(-1)
+    return loss, logits_CV.argmax(-1), grad_CV.to(logits_CV.dtype)
 
 
 _compiled_kl_parts = torch.compile(_kl_parts, dynamic=True)  # made when first called: a few passes instead of a dozen

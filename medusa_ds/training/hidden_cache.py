@@ -37,7 +37,7 @@ from medusa_ds.errors import UserError
 from medusa_ds.heads.kinds import KINDS
 from medusa_ds.model.attention import hidden_states
 from medusa_ds.model.backbone import cache_directory, facts_of, load_config, model_path
-from medusa_ds.model.lm_head import Ends, read_embeddings, read_lm_head
+from medusa_ds.model.lm_head import Ends, read_ends
 from medusa_ds.model.rows import any_head_rows
 from medusa_ds.progress import progress
 from medusa_ds.ranks import Ranks
@@ -243,9 +243,7 @@ def open_hidden_cache(recipe: Recipe, data: Data, device: torch.device) -> Ends:
             print(f"hidden cache: {directory}, {cache.bytes / 2**30:.2f} GiB, complete", flush=True)
     ranks.together(lambda: _see_all(cache, ranks.rank))
     data.train.hidden, data.validation.hidden = (functools.partial(cache.read, split) for split in (0, 1))
-    of = (recipe.model, STORED[computed], device)
-    embeddings = read_embeddings(*of).cpu() if KINDS[recipe.heads.kind].sees_tokens else None
-    ends = Ends(read_lm_head(*of).cpu(), embeddings)
+    ends = read_ends(recipe.model, STORED[computed], device, KINDS[recipe.heads.kind].sees_tokens)
     free_models(device)
     return ends
 

@@ -20,7 +20,7 @@ from medusa_ds.errors import UserError
 from medusa_ds.model import backbone as backbones
 from medusa_ds.model import lm_head as lm_heads
 from medusa_ds.model.backbone import load_tokenizer
-from medusa_ds.model.lm_head import read_lm_head
+from medusa_ds.model.lm_head import read_ends
 from medusa_ds.model.rows import any_head_rows, head_rows
 from medusa_ds.training import hidden_cache as hidden
 
@@ -257,7 +257,7 @@ def test_lm_head_is_read_without_the_model(tied, size, tmp_path, monkeypatch):
     model = LlamaForCausalLM(config)
     model.save_pretrained(tmp_path, max_shard_size=size)
     monkeypatch.setattr(lm_heads, "load_backbone", None)
-    found = read_lm_head(ModelSpec(name=str(tmp_path)), torch.bfloat16, CPU)
+    found = read_ends(ModelSpec(name=str(tmp_path)), torch.bfloat16, CPU, False).lm_head
     assert found.equal(model.lm_head.weight.to(torch.bfloat16))
 
 
@@ -272,7 +272,7 @@ def test_lm_head_of_a_random_model_is_that_of_the_run():
     }
     spec = ModelSpec(name="tiny", init="random", config=config)
     wanted = backbones.load_backbone(spec, torch.float32, device="cpu").lm_head.weight
-    assert read_lm_head(spec, torch.float32, CPU).equal(wanted)
+    assert read_ends(spec, torch.float32, CPU, False).lm_head.equal(wanted)
 
 
 def test_manifest_names_everything_that_states_follow_from(load, tmp_path, tiny_model):
