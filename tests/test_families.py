@@ -16,8 +16,11 @@ KINDS = {
     "opt": [RIGHT, ALONE, RIGHT],  # positions counted from a mask
     "falcon": [RIGHT, (RIGHT, ALONE), RIGHT],  # attends by itself; packed or not by the version of transformers
     "mimo_v2_flash": [RIGHT, RIGHT, RIGHT],  # keys and values of several shapes
+    "deepseek_v32": [RIGHT, RIGHT, RIGHT],  # selects what it attends to by keys of its own
+    "llama4_text": [RIGHT, (RIGHT, ALONE), RIGHT],  # chunks; packed or not by the version of transformers
     "lfm2": [RIGHT, ALONE, STATE],  # convolutions
     "qwen3_next": [RIGHT, ALONE, STATE],  # a recurrence
+    "bart": [RIGHT, ALONE, "model.name: not decoded: {} counts positions itself, so that no two guesses can stand"],
     "llama/dynamic": [RIGHT, RIGHT, RIGHT],  # positions that turn when a text grows
     "modernbert-decoder": ["model.name: logits of {} are not its hidden states times a matrix; heads need that"] * 3,
 }

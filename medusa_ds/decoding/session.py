@@ -17,7 +17,8 @@ Shape suffixes: B rows, N tree nodes, D tree depth + 1, L slots.
 
 import functools
 import inspect
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -27,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicIndexedLayer
 
 from medusa_ds.config.recipe import ModelSpec
 from medusa_ds.decoding.kernels.packed import pack_projections
@@ -127,15 +128,17 @@ def static_attention(model: PreTrainedModel, name: str | None = None) -> Iterato
 class Layout(NamedTuple):
     """What a model keeps of a token, found by letting it read one.
 
-    `kept`: keys and values of each layer by their shapes (heads, size); None for a layer that keeps nothing. `group`:
-    most query heads that share a key. `windows`: the sliding windows of its layers. `masked`: layers attend by
-    themselves or change the mask that they are given, so that they read prompts under one too.
+    `kept`: of each layer the shapes of its keys, its values and, where it has them, the keys by which it selects among
+    them: heads, size, dtype if that is not the model's. Nothing of a layer that keeps nothing. `group`: most query
+    heads that share a key. `masked`: layers attend by themselves or change the mask that they are given, so that they
+    read prompts under one too. `near`: which positions a query sees where that is a part of the text, by sliding
+    windows or, of masked layers, by the types that the config gives them.
     """
 
-    kept: list[tuple[tuple[int, int], tuple[int, int]] | None]
+    kept: list[list[tuple[int, int, torch.dtype | None]]]
     group: int
-    windows: set[int]
     masked: bool
+    near: dict[Any, Callable[[Tensor, Tensor], Tensor]]
 
 
 _layouts: Any = WeakKeyDictionary()  # by model
@@ -146,7 +149,7 @@ def layout_of(backbone: PreTrainedModel) -> Layout:
     """Ask a model, once; what its layers keep beside keys and values raises an error."""
     if backbone in _layouts:
         return _layouts[backbone]
-    groups, windows, cache, own_masks = {1}, {0}, DynamicCache(), []
+    groups, windows, cache, own_masks = {1}, {0}, Cache(layer_class_to_replicate=DynamicIndexedLayer), []
     token = torch.zeros(1, 1, dtype=torch.long, device=backbone.device)
     zero = torch.zeros(1, 1, 1, 1, dtype=backbone.dtype, device=backbone.device)
 
@@ -162,13 +165,32 @@ def layout_of(backbone: PreTrainedModel) -> Layout:
     with static_attention(backbone, "medusa_note"):
         inputs = {"input_ids": token, "position_ids": token, "attention_mask": zero}
         base_model(backbone)(**inputs, **cache_arguments(backbone, cache))
-    if masked := not own_masks or any(own_masks):
-        groups, windows = {1}, {0}
     layers: list[Any] = cache.layers
-    shapes = [(layer.keys.shape, layer.values.shape) if layer.is_initialized else None for layer in layers]
-    kept = [pair and ((pair[0][1], pair[0][3]), (pair[1][1], pair[1][3])) for pair in shapes]
-    found = _layouts[backbone] = Layout(kept, max(groups), windows - {0}, masked)
+    selects = any(layer.is_indexer_initialized for layer in layers)
+    text: Any = backbone.config.get_text_config(decoder=True)
+    types = set(getattr(text, "layer_types", None) or ())
+    near: dict[Any, Any] = {window: _within(window) for window in windows - {0}}
+    if masked := not own_masks or any(own_masks) or selects or "chunked_attention" in types:
+        groups, partly = {1}, types & {"sliding_attention", "chunked_attention"}
+        near = {kind: _near(text, kind) for kind in types} if partly else {}
+    kept = []
+    for layer in layers:
+        parts = [layer.keys, layer.values] if layer.is_initialized else []
+        parts += [layer.indexer_keys[:, None]] if layer.is_indexer_initialized else []
+        own = [None if part.dtype == backbone.dtype else part.dtype for part in parts]
+        kept.append([(part.shape[1], part.shape[3], dtype) for part, dtype in zip(parts, own, strict=True)])
+    found = _layouts[backbone] = Layout(kept, max(groups), masked, near)
     return found
+
+
+def _within(window: int) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda query, key: query - key < window
+
+
+def _near(text: Any, kind: str) -> Callable[[Tensor, Tensor], Tensor]:
+    if kind == "chunked_attention":
+        return lambda query, key: query // text.attention_chunk_size == key // text.attention_chunk_size
+    return _within(text.sliding_window if kind == "sliding_attention" else sys.maxsize)
 
 
 def cache_arguments(backbone: PreTrainedModel, cache: Cache) -> dict[str, Any]:
@@ -178,20 +200,25 @@ def cache_arguments(backbone: PreTrainedModel, cache: Cache) -> dict[str, Any]:
 
 
 class _Slots(CacheLayerMixin):
-    """One layer's view of a session's keys and values, [B, key/value heads, L, head size]."""
+    """One layer's view of a session's keys, values, and keys that it selects by, [B, key/value heads, L, head size]."""
 
-    def __init__(self, keys: Tensor, values: Tensor, nodes: int) -> None:
+    def __init__(self, nodes: int, keys: Tensor, values: Tensor, indexer_keys: Tensor | None = None) -> None:
         super().__init__()
-        self.keys, self.values, self.nodes = keys, values, nodes
+        self.keys, self.values, self.indexer_keys, self.nodes = keys, values, indexer_keys, nodes
         self.prefilling, self.is_initialized = False, True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        assert self.keys is not None
-        assert self.values is not None
+        return self._put(self.keys, key_states), self._put(self.values, value_states)
+
+    def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
+        return self._put(self.indexer_keys, indexer_key_states[:, None])[:, 0]
+
+    def _put(self, kept: Tensor | None, states: Tensor) -> Tensor:
+        """Write the states of tokens; what the layer reads of them."""
+        assert kept is not None
         start = self.nodes if self.prefilling else 0
-        self.keys[:, :, start : start + key_states.shape[2]] = key_states
-        self.values[:, :, start : start + value_states.shape[2]] = value_states
-        return (key_states, value_states) if self.prefilling else (self.keys, self.values)
+        kept[:, :, start : start + states.shape[2]] = states
+        return states if self.prefilling else kept
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         raise AssertionError("allocated by the session")
@@ -217,9 +244,13 @@ class _StaticCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        slots: Any = self.layers[layer_idx] if self.current is None else self.current
-        keys_values: tuple[Tensor, Tensor] = slots.update(key_states, value_states)
-        return keys_values
+        return self._slots(layer_idx).update(key_states, value_states)
+
+    def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
+        return self._slots(layer_idx).update_indexer(indexer_key_states)
+
+    def _slots(self, layer_idx: int) -> Any:
+        return self.layers[layer_idx] if self.current is None else self.current
 
 
 class Session:
@@ -243,20 +274,20 @@ class Session:
 
     def __init__(self, backbone: PreTrainedModel, tree: Tree, batch: int, slots: int) -> None:
         layout, device = layout_of(backbone), backbone.device
-        options: dict[str, Any] = {"dtype": backbone.dtype, "device": device}
-        self.group, self.windows, self.masked = layout.group, layout.windows, layout.masked
+        self.group, self.masked, self.near = layout.group, layout.masked, layout.near
         self.batch, self.slots, self.tree, self.reserved = batch, slots, tree, tree.nodes
-        shapes = [shape for pair in layout.kept if pair for shape in pair]
-        parts: dict[tuple[int, int], Iterator[Tensor]] = {}
-        self.kv = []
-        for heads, size in dict.fromkeys(shapes):
-            number = shapes.count((heads, size))
-            self.kv.append(torch.zeros(number, batch, heads, slots, size, **options))
-            parts[heads, size] = iter(self.kv[-1])
-        nothing = torch.zeros(batch, 0, slots, 0, **options)
+        shapes = [shape for layer in layout.kept for shape in layer]
+        parts: dict[Any, Iterator[Tensor]] = {}
+        self.kv, self.dtype = [], backbone.dtype
+        for shape in dict.fromkeys(shapes):
+            heads, size, own = shape
+            number, dtype = shapes.count(shape), own or self.dtype
+            self.kv.append(torch.zeros(number, batch, heads, slots, size, dtype=dtype, device=device))
+            parts[shape] = iter(self.kv[-1])
+        nothing = torch.zeros(batch, 0, slots, 0, dtype=self.dtype, device=device)
         self._layers = [
-            _Slots(*((next(parts[pair[0]]), next(parts[pair[1]])) if pair else (nothing, nothing)), tree.nodes)
-            for pair in layout.kept
+            _Slots(tree.nodes, *([next(parts[shape]) for shape in layer] or [nothing, nothing]))
+            for layer in layout.kept
         ]
         self.cache = _StaticCache(layers=list(self._layers))
         self.cache_arguments = cache_arguments(backbone, self.cache)
@@ -283,28 +314,26 @@ class Session:
             for layer in self._layers:
                 layer.prefilling = False
 
-    def prompt_mask(self, tokens: int) -> dict[str, Tensor]:
+    def prompt_mask(self, tokens: int) -> dict[str, Any]:
         """The causal mask under which prompts, padded to so many tokens, are read where the layers need one."""
         if not self.masked:
             return {}
-        mask = torch.full((tokens, tokens), -torch.inf, dtype=self.kv[0].dtype, device=self.kv[0].device).triu(1)
-        return {"attention_mask": mask[None, None]}
+        position_S = torch.arange(tokens, device=self.length_B.device)
+        seen_BSS = (position_S[:, None] >= position_S).expand(self.batch, -1, -1)
+        position_BS = position_S.expand(self.batch, -1)
+        return self._additive(seen_BSS, position_BS, position_BS)
 
     def masks(self, position_BN: Tensor) -> dict[str, Any]:
         """Masks for `_attend`, additive [B, 1, group x N, L] or by blocks: a node sees the text and its ancestors."""
-        tree = self.tree
-        alike = len(self.kv) == 1 and not self.windows and self.kv[0].shape[-1] >= 16  # FlexAttention's least
+        tree, beyond = self.tree, (0, self.reserved - self.tree.nodes)
+        alike = len(self.kv) == 1 and not self.near and self.kv[0].shape[-1] >= 16  # FlexAttention's least
         if alike and not self.masked and position_BN.is_cuda and self.batch > 1:
             return {"attention_mask": self.block_mask()}
         text_L = torch.arange(self.slots - self.reserved, device=position_BN.device)
-        seen_BNL = (text_L < self.length_B[:, None])[:, None].expand(-1, tree.nodes, -1)
-        masks: dict[str, Any] = {"attention_mask": self._additive(tree.mask_NN, seen_BNL)}
-        for window in self.windows:
-            near_NN = tree.depth_N[:, None] - tree.depth_N < window
-            near_BNL = position_BN[..., None] - text_L < window
-            mask = self._additive(tree.mask_NN & near_NN, seen_BNL & near_BNL)
-            masks["window_masks"] = masks.get("window_masks", {}) | {window: mask}
-        return masks
+        text_BNL = (text_L < self.length_B[:, None])[:, None].expand(-1, tree.nodes, -1)
+        tree_BNN = F.pad(tree.mask_NN, beyond).expand(self.batch, -1, -1)
+        position_BL = torch.cat([F.pad(position_BN, beyond), text_L.expand(self.batch, -1)], -1)
+        return self._additive(torch.cat([tree_BNN, text_BNL], -1), position_BN, position_BL)
 
     def block_mask(self) -> BlockMask:
         """The mask that skips blocks of slots which no node sees."""
@@ -324,11 +353,19 @@ class Session:
         ancestor = self.tree.mask_NN[row % nodes, slot.clamp(max=nodes - 1)]
         return torch.where(slot < nodes, ancestor, slot - nodes < self.length_B[batch])
 
-    def _additive(self, tree_NN: Tensor, text_BNL: Tensor) -> Tensor:
-        tree_NN = F.pad(tree_NN, (0, self.reserved - tree_NN.shape[1]))
-        seen_BNL = torch.cat([tree_NN.expand(self.batch, -1, -1), text_BNL], -1)
-        mask = torch.zeros(seen_BNL.shape, dtype=self.kv[0].dtype, device=seen_BNL.device)
-        return mask.masked_fill_(~seen_BNL, -torch.inf).repeat(1, self.group, 1)[:, None]
+    def _additive(self, seen_BQK: Tensor, query_BQ: Tensor, key_BK: Tensor) -> dict[str, Any]:
+        """Masks [B, 1, group x Q, K] of the keys seen, and of the part of them that layers of each kind see."""
+
+        def additive(seen_BQK: Tensor) -> Tensor:
+            mask = torch.zeros(seen_BQK.shape, dtype=self.dtype, device=seen_BQK.device)
+            return mask.masked_fill_(~seen_BQK, -torch.inf).repeat(1, self.group, 1)[:, None]
+
+        parts = {
+            name: additive(seen_BQK & near(query_BQ[..., None], key_BK[:, None])) for name, near in self.near.items()
+        }
+        if self.masked:
+            return {"attention_mask": parts or additive(seen_BQK)}
+        return {"attention_mask": additive(seen_BQK)} | ({"window_masks": parts} if parts else {})
 
     def keep(self, path_BD: Tensor, count_B: Tensor) -> None:
         """Copy a path's keys and values to the end of the text, which becomes `count_B` tokens longer in active rows.
@@ -374,20 +411,34 @@ def why_not_decoded(asked: Asked) -> str | None:
 
     Two rows of unequal texts, five nodes; every node's hidden state against that of its text read as a whole.
     """
-    kind = asked.config.model_type
+    with suppress(Exception):  # whatever a model may raise that keeps or attends otherwise
+        if _steps_agree(build_twin(asked), build_twin(asked)):
+            return None
+    return _obstacle(build_twin(asked))
+
+
+@torch.no_grad()
+def _obstacle(twin: PreTrainedModel) -> str:
+    """What stands in the way of steps of a tree, asked of a twin whose steps are not right."""
+    kind, (ids, positions), kept = twin.config.model_type, tokens_of_documents(9), []
+    with suppress(AttributeError):  # a config without layers
+        kept = DynamicCache(config=twin.config.get_text_config()).layers
+    if twin._is_stateful or any(hasattr(layer, "conv_states") for layer in kept):
+        return f"layers of {kind} carry a state that cannot go back to an earlier token"
     try:
-        return (
-            None
-            if _steps_agree(build_twin(asked), build_twin(asked))
-            else f"{kind} gives other hidden states in steps of a tree"
-        )
-    except Exception:  # whatever a model may raise that keeps or attends otherwise
-        layers: list[Any] = []
-        with suppress(AttributeError):  # a config without layers
-            layers = DynamicCache(config=asked.config.get_text_config()).layers
-        if any(hasattr(layer, "conv_states") for layer in layers):
-            return f"layers of {kind} carry a state that cannot go back to an earlier token"
+        hidden_SH = hidden_states(twin, ids, positions)
+        if not differ(hidden_states(twin, ids, 2 * positions), hidden_SH):
+            return f"{kind} counts positions itself, so that no two guesses can stand at the same one"
+        output = base_model(twin)(input_ids=ids, position_ids=positions, use_cache=True)
+        if not any(isinstance(part, Cache) for part in output.values()):
+            return f"{kind} keeps nothing of what it computed"
+        nothing_hidden = torch.zeros(1, 1, 9, 9)
+        output = base_model(twin)(input_ids=ids, position_ids=positions, attention_mask=nothing_hidden)
+        if not differ(output.last_hidden_state[0], hidden_SH):
+            return f"{kind} hides tokens by their order, whatever mask it is given"
+    except Exception:  # as above
         return f"{kind} does not attend, or keep what it computed, by transformers' interfaces"
+    return f"{kind} gives other hidden states in steps of a tree"
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ import functools
 import itertools
 import json
 import re
+import sys
 from copy import deepcopy
 from typing import Any, NamedTuple
 
@@ -203,10 +204,12 @@ def _head_size(text: Any) -> int:
 def _shrunk(config: PretrainedConfig, divide: int, few: bool) -> PretrainedConfig:
     """The config with every kind of its layers, but few of them, and with widths divided."""
     layers, fields = getattr(config, "num_hidden_layers", 0), config.to_dict()
-    fewest = 2
+    fewest, positions = 2, fields.get("max_position_embeddings") or sys.maxsize
     for name, value in fields.items():
         if isinstance(value, list) and len(value) == layers and value != list(range(layers)):
             fewest = max(fewest, max(map(value.index, value)) + 1)
+        elif type(value) is int and "layers_per_stack" in name:  # which is run layers // value times
+            fewest = max(fewest, layers // value)
         elif type(value) is int and _PERIOD.search(name) and fewest <= value < layers:
             fewest = value + 1
     fewest = min(fewest, layers) if few else layers
@@ -225,10 +228,12 @@ def _shrunk(config: PretrainedConfig, divide: int, few: bool) -> PretrainedConfi
             return value
         if "vocab" in name:
             return _VOCAB if name == "vocab_size" else min(value, _VOCAB)
-        if name == "attention_chunk_size" or ("window" in name and "layer" not in name):
-            return min(value, _WINDOW)
+        if name in ("attention_chunk_size", "index_topk") or ("window" in name and "layer" not in name):
+            return value if value >= positions else min(value, _WINDOW)
         if "expert" in name and not _WIDTH.search(name):
             return _EXPERTS if value > _EXPERTS and value % _EXPERTS == 0 else value
+        if "layers_per_stack" in name:
+            return value * fewest // layers
         if "layer" in name and value > fewest:
             return fewest if value == layers else fewest // 2
         wide = _WIDTH.search(name) and not _NO_WIDTH.search(name) and value > 2 * divide and value % divide == 0
