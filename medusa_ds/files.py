@@ -138,6 +138,16 @@ def write_json(target: Path, value: Any) -> None:
     write(target, json.dumps(value, indent=2) + "\n")
 
 
+def read_json_lines(file: Path) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines, to which a run may still be writing its last one.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or a line is not JSON.
+    """
+    text = file.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
 def remove(path: Path) -> None:
     """Remove a file, a link or a directory, if it is there."""
     if path.is_dir() and not path.is_symlink():

@@ -2,7 +2,6 @@
 
 import html
 import io
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from medusa_ds.config.parsing import read_text
 from medusa_ds.decoding.pictures import new_figure
 from medusa_ds.errors import UserError
-from medusa_ds.files import explained, write
+from medusa_ds.files import explained, read_json_lines, write
 
 NAME = "report.html"
 """Of the page in a run's directory."""
@@ -40,9 +39,9 @@ def write_page(output: Path, file: Path, evaluation: Mapping[str, Any] | None = 
 
 
 def _page(output: Path, evaluation: Mapping[str, Any] | None) -> str:
-    lines = _read_lines(output / "metrics.jsonl")
+    lines = read_json_lines(output / "metrics.jsonl")
     train, held_out = ([line for line in lines if line["kind"] == kind] for kind in ("train", "validation"))
-    launches = _read_lines(output / "launches.jsonl")
+    launches = read_json_lines(output / "launches.jsonl")
     num = sum(key.startswith("head") and key.endswith("_loss") for key in (train or held_out)[-1])
     heads = [f"head{k}" for k in range(1, num + 1)]
     parts = [
@@ -128,9 +127,3 @@ def _plot(train: list[dict[str, Any]], held_out: list[dict[str, Any]], keys: Map
 def _table(rows: Iterable[Iterable[Any]], look: str = "figures") -> str:
     cells = ("".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in rows)
     return f'<table class="{look}">' + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>"
-
-
-def _read_lines(file: Path) -> list[dict[str, Any]]:
-    """The rows of a file of JSON lines, to which a run may still be writing its last one."""
-    text = file.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]

@@ -1,6 +1,5 @@
 """The model card of an export: what the heads are, how every program uses them, what was measured, their recipe."""
 
-import json
 import re
 from importlib import metadata
 from pathlib import Path
@@ -10,9 +9,10 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, model_info
 from huggingface_hub import errors as hub_errors
 
-from medusa_ds.config.parsing import read_json, read_text
+from medusa_ds.config.parsing import read_json
 from medusa_ds.exporting.source import Source
 from medusa_ds.exporting.targets import TARGETS
+from medusa_ds.files import read_json_lines
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _MEANINGS = {
@@ -94,9 +94,8 @@ def read_figures(run: Path, step: int | None) -> tuple[dict[str, float], str]:
         speed = report["speed"].items()
         figures |= {name: value for name, value in speed if name.startswith("speed_up") and isinstance(value, float)}
         return figures, ", ".join(filter(None, on))
-    lines = read_text(run / "metrics.jsonl").splitlines() if (run / "metrics.jsonl").is_file() else []
-    records = [record for record in map(json.loads, lines) if record["kind"] == "validation"]
-    chosen = [record for record in records if step in (None, record["step"])]
+    records = read_json_lines(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else []
+    chosen = [record for record in records if record["kind"] == "validation" and step in (None, record["step"])]
     last = chosen[-1] if chosen else {}
     return {name: value for name, value in last.items() if "acc" in name and value is not None}, ""
 

@@ -1,5 +1,6 @@
 """The ends of a model without its layers: all that training needs of a backbone whose hidden states are cached."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +11,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.utils import cached_file
 
-from medusa_ds.config.parsing import read_json
 from medusa_ds.config.recipe import ModelSpec
 from medusa_ds.model.backbone import lm_head_weight, load_backbone, load_config, model_path
 from medusa_ds.model.projection import VocabularyProjection
@@ -82,7 +82,9 @@ def _read_weight(spec: ModelSpec, dtype: torch.dtype, choose: Callable[[Any], An
         names = [name for name, other in whole.named_parameters(remove_duplicate=False) if other is weight]
         options["_raise_exceptions_for_missing_entries"] = False
         index = cached_file(path, "model.safetensors.index.json", **options)
-        files = read_json(Path(index))["weight_map"] if index else dict.fromkeys(names, "model.safetensors")
+        files = dict.fromkeys(names, "model.safetensors")
+        if index:  # megabytes where there are many experts
+            files = json.loads(Path(index).read_bytes())["weight_map"]
         for name in names:
             file = cached_file(path, files[name], **options) if name in files else None
             if file is not None:

@@ -6,7 +6,6 @@ Example:
 Memory is what DeepSpeed's own estimators say of its states, with activations and the loss beside them.
 """
 
-import json
 import math
 import re
 from pathlib import Path
@@ -21,6 +20,7 @@ from medusa_ds.config.recipe import Recipe, shipped
 from medusa_ds.config.settings import Commas, RecipeSettings
 from medusa_ds.config.types import Count, Positive, either
 from medusa_ds.errors import UserError
+from medusa_ds.files import read_json_lines
 from medusa_ds.training.communication import Step, estimate_step, measured_errors
 from medusa_ds.training.flops import peak_tflops
 from medusa_ds.training.memory import (
@@ -43,8 +43,7 @@ from medusa_ds.training.memory import (
 def measured_speed(output: Path) -> float | None:
     """Median tokens/s of the last steps in a run's `metrics.jsonl`; None where there is no such run."""
     try:
-        lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-200:]
-        records = [json.loads(line) for line in lines]
+        records = read_json_lines(output / "metrics.jsonl")[-200:]
         speeds = sorted(float(r["tokens_per_s"]) for r in records if r.get("kind") == "train")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

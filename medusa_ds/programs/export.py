@@ -17,7 +17,7 @@ from huggingface_hub import HfApi
 from huggingface_hub import errors as hub_errors
 from pydantic import Field, ValidationError
 
-from medusa_ds.config.parsing import parse_yaml, read_json
+from medusa_ds.config.parsing import parse_yaml, read_object
 from medusa_ds.config.recipe import Recipe
 from medusa_ds.config.settings import Commas, Positional, ProgramSettings
 from medusa_ds.config.types import Count
@@ -164,13 +164,13 @@ def _check_free(target: Path, force: bool) -> None:
     if not force:
         raise UserError(f"{target}: exists already; name another directory, or give --force to replace an export")
     config = target / "config.json"
-    if not config.is_file() or read_json(config).get("model_type") != "medusa":
+    if not config.is_file() or read_object(config).get("model_type") != "medusa":
         raise UserError(f"{target}: is no earlier export, so --force does not replace it; name another directory")
 
 
 def _push(out: Path, repository: str, source: Source, targets: list[str]) -> None:
     """Upload; a tuned backbone goes to `REPOSITORY-backbone`, since engines take the base model by its own name."""
-    api, config = HfApi(), read_json(out / "config.json")
+    api, config = HfApi(), read_object(out / "config.json")
     try:
         name = api.create_repo(repository, exist_ok=True).repo_id
         if source.tuned:
