@@ -37,6 +37,8 @@ ROPE = {"rope_theta": 10000.0, "original_max_position_embeddings": 16}
 VARIANTS: dict[str, dict[str, Any]] = {
     "cohere": {"logit_scale": 0.25},
     "deepseek_v2": {"num_experts_per_tok": 6, "topk_method": "greedy", "moe_intermediate_size": 1408},
+    "exaone4": {"max_position_embeddings": 131072},  # of the published ones, which cross their windows
+    "exaone_moe": {"max_position_embeddings": 262144},
     "falcon_h1": {"lm_head_multiplier": 0.25, "mamba_d_head": 64, "mamba_n_heads": 24, "mamba_d_ssm": 1536},
     "granite": {"logits_scaling": 8.0},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2, "num_hidden_layers": 4},
@@ -47,6 +49,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "hidden_size": 256,
         "intermediate_size": 512,
     },
+    "olmo3": {"max_position_embeddings": 65536},
     "qwen3/windows": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
 }
 """Fields that a family's bare config lacks, or in which it shows what families are known for."""
