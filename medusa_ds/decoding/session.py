@@ -332,8 +332,10 @@ class Session:
         text_L = torch.arange(self.slots - self.reserved, device=position_BN.device)
         text_BNL = (text_L < self.length_B[:, None])[:, None].expand(-1, tree.nodes, -1)
         tree_BNN = F.pad(tree.mask_NN, beyond).expand(self.batch, -1, -1)
-        position_BL = torch.cat([F.pad(position_BN, beyond), text_L.expand(self.batch, -1)], -1)
-        return self._additive(torch.cat([tree_BNN, text_BNL], -1), position_BN, position_BL)
+        seen_BNL, position_BL = torch.cat([tree_BNN, text_BNL], -1), text_L.expand(self.batch, -1)
+        if self.near:  # else nobody reads positions
+            position_BL = torch.cat([F.pad(position_BN, beyond), position_BL], -1)
+        return self._additive(seen_BNL, position_BN, position_BL)
 
     def block_mask(self) -> BlockMask:
         """The mask that skips blocks of slots which no node sees."""
