@@ -27,15 +27,11 @@ class Bare(NamedTuple):
     value: str
 
 
-def _split(text: Any) -> Any:
-    return text.split(",") if isinstance(text, str) else text
-
-
 _POSITIONAL = "positional"
 REST = "rest"
 """Marks the list that takes what the program's own options and arguments leave over, as it is."""
 Positional = Annotated[_T, _POSITIONAL]
-Commas = Annotated[list[_T], BeforeValidator(_split)]
+Commas = Annotated[list[_T], BeforeValidator(lambda text: text.split(",") if isinstance(text, str) else text)]
 
 
 class ProgramSettings(BaseModel):

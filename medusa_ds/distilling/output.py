@@ -9,6 +9,7 @@ into the two at the end, or where a run was interrupted by the next one, on howe
 import json
 import os
 import re
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -153,12 +154,11 @@ class Output:
         for journal in self._open:
             known = {_key(row) for row in journal.rows}
             for file in _parts(journal):
-                part = Journal(file)
-                for row in part.rows:
-                    if _key(row) not in known:
-                        journal.append(row)
-                        journal.rows.append(row)
-                part.close()
+                with closing(Journal(file)) as part:
+                    for row in part.rows:
+                        if _key(row) not in known:
+                            journal.append(row)
+                            journal.rows.append(row)
                 file.unlink()
 
 

@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,11 +83,8 @@ def run(settings: Settings) -> None:
     _write(settings.json_file, {})
     report: dict[str, Any] = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv, "results": []}
     with _stopped_by_signals():
-        machine = Workers(None)
-        try:
+        with closing(Workers(None)) as machine:
             report["machine"] = machine.measure(settings.timeout_s)
-        finally:
-            machine.close()
         if failure := report["machine"].get("failed"):
             raise UserError(f"bench: the machine could not be measured: {failure}")
         able = _able(settings, report["machine"])

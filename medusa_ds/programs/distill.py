@@ -15,6 +15,7 @@ becomes depends on none of them.
 
 import json
 from collections import Counter, deque
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -133,13 +134,10 @@ def run(settings: Settings) -> dict[str, Any]:
                 "the deepspeed launcher, with more requests in flight (--batch)"
             )
     kept = "ending at once; finished rows are kept, and the same command goes on"
-    supervisor = Supervisor(ranks.rank, ranks.local_size, recipe.train.hang_timeout, before_start=kept)
-    try:
-        with end_with_others(ranks.rank):
-            ranks.join()
-            return _distill(recipe, settings, ranks)
-    finally:
-        supervisor.close()
+    watch = closing(Supervisor(ranks.rank, ranks.local_size, recipe.train.hang_timeout, before_start=kept))
+    with watch, end_with_others(ranks.rank):
+        ranks.join()
+        return _distill(recipe, settings, ranks)
 
 
 def _distill(recipe: Recipe, settings: Settings, ranks: Ranks) -> dict[str, Any]:
@@ -152,16 +150,13 @@ def _distill(recipe: Recipe, settings: Settings, ranks: Ranks) -> dict[str, Any]
     unwanted = [message["content"] for row in excluded for message in row if message["role"] == "user"]
     openings = read_openings(settings.openings) if settings.openings else [""]
     state = _state(recipe, settings, sampling, [row for _, row in rows], unwanted, openings)
-    output = Output(Path(settings.out), state, ranks)
-    try:
+    with closing(Output(Path(settings.out), state, ranks)) as output:
         engines = _Engines(recipe, settings, chat, sampling, ranks)
         rows += _make_prompts(settings, openings, engines, output, len(rows))
         removed = _removed([row for _, row in rows], Excluded(unwanted), chat.tokenizer.all_special_tokens)
         failed = _answer(settings, engines, rows, removed, output)
         parts = ranks.gather((failed, removed))
         output.merge()
-    finally:
-        output.close()
     everyone = [{number: why for part in parts for number, why in part[kind].items()} for kind in (0, 1)]
     return ranks.first(lambda: _summary(settings.out, [place for place, _ in rows], *everyone))
 
@@ -347,9 +342,8 @@ def _count(text: str, rows: int, ranks: Ranks) -> Progress:
 
 
 def _summary(out: str, places: list[str], failed: dict[int, str], removed: dict[int, str]) -> dict[str, Any]:
-    written = Journal(Path(out))
-    lengths = sorted(tokens for row in written.rows for tokens in row["tokens"])
-    written.close()
+    with closing(Journal(Path(out))) as written:
+        lengths = sorted(tokens for row in written.rows for tokens in row["tokens"])
     shares = {str(share): lengths[int(share / 100 * (len(lengths) - 1))] for share in (0, 50, 90, 100) if lengths}
     report: dict[str, Any] = {
         "asked": len(places),

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,17 +71,14 @@ def run(settings: RecipeSettings) -> None:
     from medusa_ds.training.supervisor import Supervisor, end_with_others
 
     ranks, output = Ranks(), Path(recipe.output)
-    supervisor = Supervisor(ranks.rank, ranks.local_size, recipe.train.hang_timeout)
-    try:
-        with ExitStack() as stack, end_with_others(ranks.rank), _failures(output):
-            resolve_impl(recipe.loss.impl, "cuda" if torch.cuda.is_available() else "cpu")  # refuses it before a load
-            recipe = settled(recipe)
-            if ranks.rank == 0:
-                print(*describe(recipe.model), sep="\n", flush=True)
-                _claim(output, recipe, stack)
-            _run(recipe, recipe_file, ranks, output, supervisor)
-    finally:
-        supervisor.close()
+    watch = closing(Supervisor(ranks.rank, ranks.local_size, recipe.train.hang_timeout))
+    with watch as supervisor, ExitStack() as stack, end_with_others(ranks.rank), _failures(output):
+        resolve_impl(recipe.loss.impl, "cuda" if torch.cuda.is_available() else "cpu")  # refuses it before a load
+        recipe = settled(recipe)
+        if ranks.rank == 0:
+            print(*describe(recipe.model), sep="\n", flush=True)
+            _claim(output, recipe, stack)
+        _run(recipe, recipe_file, ranks, output, supervisor)
 
 
 def _run(recipe: Recipe, recipe_file: Path, ranks: Ranks, output: Path, supervisor: Supervisor) -> None:
