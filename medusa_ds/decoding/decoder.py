@@ -13,6 +13,7 @@ about.
 Shape suffixes: B rows, P longest prompt, N tree nodes, D tree depth + 1, H hidden size, V vocabulary, K heads.
 """
 
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -71,7 +72,7 @@ class Decoder:
         heads: of any kind; more than the tree is deep are not run. None for the tree of one node.
         tree: the candidates; `chain(0)` decodes plainly.
         acceptance: the rule.
-        graph: capture the step as a CUDA graph; None: on a GPU.
+        graph: capture steps as CUDA graphs, where the model lets them; None: on a GPU.
         compile_step: fuse the step with torch.compile first (about a minute once, for a faster step). The backbone must
             be free of Liger's kernels: compiled, they gave wrong text.
         adapt: let a single greedy text verify as much of the tree as pays; not where steps are captured or compiled.
@@ -224,6 +225,8 @@ class Decoder:
     def _capture(self, session: Session) -> None:
         with self._installed(session):
             session.graph = capture(lambda: self._step(session), session.pool)
+        if session.graph is None:
+            print("this model waits for the GPU within a step: it is decoded without CUDA graphs", file=sys.stderr)
 
     @contextmanager
     def _installed(self, session: Session) -> Iterator[None]:
@@ -243,20 +246,23 @@ class Decoder:
 
     def _prefill(self, session: Session, prompts: Sequence[Sequence[int]], generator: torch.Generator) -> None:
         session.uniform_BN.uniform_(generator=generator)
-        longest = max(map(len, prompts))
-        if self.use_graph and longest * len(prompts) <= CAPTURED_TOKENS:
-            width = min(padded_length(longest), session.slots - session.reserved, self.limit)
-            tokens_BP = begin(session, prompts, width)
-            if width not in session.prefills:
-                with static_attention(self.backbone):
-                    graph = capture(lambda: self._read(session, tokens_BP), session.pool, warm_ups=1)
-                session.prefills[width] = tokens_BP, graph
+        width, graph = max(map(len, prompts)), None
+        captured = session.graph is not None and width * len(prompts) <= CAPTURED_TOKENS
+        if captured:
+            width = min(padded_length(width), session.slots - session.reserved, self.limit)
+        tokens_BP = begin(session, prompts, width)
+        if captured and width not in session.prefills:
+            with static_attention(self.backbone):
+                read = capture(lambda: self._read(session, tokens_BP), session.pool, warm_ups=1)
+            session.prefills[width] = tokens_BP, read
+        if captured:
             static_BP, graph = session.prefills[width]
             static_BP.copy_(tokens_BP)
+        if graph is not None:
             graph.replay()
         else:
             with static_attention(self.backbone):
-                self._read(session, begin(session, prompts, longest))
+                self._read(session, tokens_BP)
         session.tree = self.next_tree
 
     def _read(self, session: Session, tokens_BP: Tensor) -> None:
@@ -387,19 +393,28 @@ def prefill(backbone: PreTrainedModel, session: Session, tokens_BP: Tensor) -> T
     return hidden_BPH[torch.arange(batch, device=tokens_BP.device), session.length_B - 1]
 
 
-def capture(step: Callable[[], None], pool: Any = None, warm_ups: int = 3) -> torch.cuda.CUDAGraph:
-    """The CUDA graph of a step, which runs a few times before.
+def capture(step: Callable[[], None], pool: Any = None, warm_ups: int = 3) -> torch.cuda.CUDAGraph | None:
+    """The CUDA graph of a step, which runs a few times before; None: it waits for the GPU, as some models' steps do.
 
     Args:
         step: what to capture.
         pool: of memory that graphs share which never run at the same time.
         warm_ups: runs before; compiled code needs three.
     """
-    side = torch.cuda.Stream()
+    side, mode = torch.cuda.Stream(), torch.cuda.get_sync_debug_mode()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(warm_ups):
+        for _ in range(warm_ups - 1):
             step()
+        try:
+            torch.cuda.set_sync_debug_mode("error")
+            step()
+        except RuntimeError as error:
+            if "synchronizing CUDA operation" in str(error):
+                return None
+            raise
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):

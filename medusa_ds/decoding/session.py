@@ -26,7 +26,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicIndexedLayer
 
@@ -132,13 +132,15 @@ class Layout(NamedTuple):
     them: heads, size, dtype if that is not the model's. Nothing of a layer that keeps nothing. `group`: most query
     heads that share a key. `masked`: layers attend by themselves or change the mask that they are given, so that they
     read prompts under one too. `near`: which positions a query sees where that is a part of the text, by sliding
-    windows or, of masked layers, by the types that the config gives them.
+    windows or, of masked layers, by the types that the config gives them. `blocks`: layers are given a mask of blocks as
+    it is.
     """
 
     kept: list[list[tuple[int, int, torch.dtype | None]]]
     group: int
     masked: bool
     near: dict[Any, Callable[[Tensor, Tensor], Tensor]]
+    blocks: bool
 
 
 _layouts: Any = WeakKeyDictionary()  # by model
@@ -149,37 +151,47 @@ def layout_of(backbone: PreTrainedModel) -> Layout:
     """Ask a model, once; what its layers keep beside keys and values raises an error."""
     if backbone in _layouts:
         return _layouts[backbone]
-    groups, windows, cache, own_masks = {1}, {0}, Cache(layer_class_to_replicate=DynamicIndexedLayer), []
+    groups, windows, masks = {1}, {0}, list[Any]()
     token = torch.zeros(1, 1, dtype=torch.long, device=backbone.device)
     zero = torch.zeros(1, 1, 1, 1, dtype=backbone.dtype, device=backbone.device)
+    block = create_block_mask(lambda _batch, _head, row, slot: row >= slot, None, None, 1, 1, device=backbone.device)
 
     def note(
         _: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **options: Any
     ) -> tuple[Tensor, None]:
         groups.add(query.shape[1] // key.shape[1])
         windows.add(options.get("sliding_window") or 0)
-        own_masks.append(attention_mask is not None and (attention_mask.shape[1] > 1 or bool(attention_mask.any())))
+        masks.append(attention_mask)
         return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2).contiguous(), None
 
+    def read(mask: Tensor | BlockMask) -> Any:
+        masks.clear()
+        cache = Cache(layer_class_to_replicate=DynamicIndexedLayer)
+        inputs = {"input_ids": token, "position_ids": token, "attention_mask": mask}
+        with static_attention(backbone, "medusa_note"):
+            base_model(backbone)(**inputs, **cache_arguments(backbone, cache))
+        return cache
+
     AttentionInterface.register("medusa_note", note)
-    with static_attention(backbone, "medusa_note"):
-        inputs = {"input_ids": token, "position_ids": token, "attention_mask": zero}
-        base_model(backbone)(**inputs, **cache_arguments(backbone, cache))
-    layers: list[Any] = cache.layers
+    layers = read(zero).layers
     selects = any(layer.is_indexer_initialized for layer in layers)
     text: Any = backbone.config.get_text_config(decoder=True)
     types = set(getattr(text, "layer_types", None) or ())
     near: dict[Any, Any] = {window: _within(window) for window in windows - {0}}
-    if masked := not own_masks or any(own_masks) or selects or "chunked_attention" in types:
+    changed = any(mask is not None and (mask.shape[1] > 1 or bool(mask.any())) for mask in masks)
+    if masked := not masks or changed or selects or "chunked_attention" in types:
         groups, partly = {1}, types & {"sliding_attention", "chunked_attention"}
         near = {kind: _near(text, kind) for kind in types} if partly else {}
-    kept = []
+    blocks, kept = False, []
+    with suppress(AttributeError, IndexError, TypeError, ValueError):  # it looks into the mask
+        read(block)
+        blocks = not masked and all(isinstance(mask, BlockMask) for mask in masks)
     for layer in layers:
         parts = [layer.keys, layer.values] if layer.is_initialized else []
         parts += [layer.indexer_keys[:, None]] if layer.is_indexer_initialized else []
         own = [None if part.dtype == backbone.dtype else part.dtype for part in parts]
         kept.append([(part.shape[1], part.shape[3], dtype) for part, dtype in zip(parts, own, strict=True)])
-    found = _layouts[backbone] = Layout(kept, max(groups), masked, near)
+    found = _layouts[backbone] = Layout(kept, max(groups), masked, near, blocks)
     return found
 
 
@@ -267,14 +279,14 @@ class Session:
         uniform_BN: draws for exact sampling.
         path_BD: nodes of the last step's path, as in `Verdict`.
         out_BD: what the host reads after a step: count of emitted tokens, then the tokens.
-        graph: the step's, where it is captured.
+        graph: the step's; None where it is not captured.
         prefills: by length, the prompts' padded tokens [B, length] and the graph that reads them.
         pool: memory of all of these graphs, of which one runs at a time.
     """
 
     def __init__(self, backbone: PreTrainedModel, tree: Tree, batch: int, slots: int) -> None:
         layout, device = layout_of(backbone), backbone.device
-        self.group, self.masked, self.near = layout.group, layout.masked, layout.near
+        _, self.group, self.masked, self.near, self.blocks = layout
         self.batch, self.slots, self.tree, self.reserved = batch, slots, tree, tree.nodes
         shapes = [shape for layer in layout.kept for shape in layer]
         parts: dict[Any, Iterator[Tensor]] = {}
@@ -298,7 +310,7 @@ class Session:
         self.out_BD = torch.zeros(batch, 2 + tree.depth, dtype=torch.long, device=device)
         self.path_BD = torch.zeros(batch, 1 + tree.depth, dtype=torch.long, device=device)
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.prefills: dict[int, tuple[Tensor, torch.cuda.CUDAGraph]] = {}
+        self.prefills: dict[int, tuple[Tensor, torch.cuda.CUDAGraph | None]] = {}
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         blocks = torch.arange(-(-slots // _BLOCK), dtype=torch.int32, device=device)
         self._block_indices = blocks.repeat(batch, 1, -(-self.group * tree.nodes // _BLOCK), 1)
@@ -327,7 +339,7 @@ class Session:
         """Masks for `_attend`, additive [B, 1, group x N, L] or by blocks: a node sees the text and its ancestors."""
         tree, beyond = self.tree, (0, self.reserved - self.tree.nodes)
         alike = len(self.kv) == 1 and not self.near and self.kv[0].shape[-1] >= 16  # FlexAttention's least
-        if alike and not self.masked and position_BN.is_cuda and self.batch > 1:
+        if alike and self.blocks and position_BN.is_cuda and self.batch > 1:
             return {"attention_mask": self.block_mask()}
         text_L = torch.arange(self.slots - self.reserved, device=position_BN.device)
         text_BNL = (text_L < self.length_B[:, None])[:, None].expand(-1, tree.nodes, -1)

@@ -95,7 +95,8 @@ class Sampler:
                     ended.append((request, Reply("", 0, "prompt too long")))
 
         with static_attention(self.backbone):
-            step = capture(self._step).replay if self.backbone.device.type == "cuda" else self._step
+            graph = capture(self._step) if self.backbone.device.type == "cuda" else None
+            step = self._step if graph is None else graph.replay
             while requests or ready or ended or any(rows):
                 self._admit(rows, ready)
                 if any(rows):

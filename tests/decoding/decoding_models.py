@@ -43,7 +43,7 @@ def build(family: str, vocab: int = VOCAB, limit: int = LIMIT) -> PreTrainedMode
         eos_token_id=[3, 5],
         bos_token_id=1,
         pad_token_id=0,
-        **FAMILIES[family],
+        **FAMILIES.get(family, {}),
     )
     return AutoModelForCausalLM.from_config(config).eval()
 

@@ -310,3 +310,12 @@ def test_sampling_repeats_with_its_seed(llama):
     decoder = Decoder(llama, random_heads(), TREES["bushy"], Acceptance("exact", 3.0))
     texts = [decoder.generate([[9, 40, 77]], 20, seed=seed)[0].tokens for seed in (0, 0, 1)]
     assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize(("family", "blocks"), [("llama", True), ("gpt2", False)])
+def test_masks_of_blocks_are_for_models_that_hand_them_on(family, blocks):
+    """GPT-2 asks a mask for its number of dimensions, which FlexAttention's has not (transformers 5.17 to 5.24)."""
+    model = build(family)
+    assert cache.layout_of(model).blocks is blocks
+    row = Decoder(model, random_heads(), TREES["bushy"]).generate([[9, 30, 12]], 12)[0]
+    assert row.tokens == reference(model, [9, 30, 12], 12)

@@ -16,6 +16,7 @@ from medusa_ds.decoding.kernels.tree_attention import tree_attention
 from medusa_ds.decoding.measure import copy_bandwidth, first_difference, plain_step_bytes, step_ms
 from medusa_ds.decoding.trees import chain, default_tree
 from medusa_ds.heads.kinds import KINDS
+from medusa_ds.model.backbone import use_liger_layers
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -72,11 +73,7 @@ def _model(family="llama", dtype=torch.float32, liger=False, **config):
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(settings, dtype=dtype, attn_implementation="sdpa").eval()
     if liger:
-        from liger_kernel.transformers import apply_liger_kernel_to_llama
-
-        apply_liger_kernel_to_llama(
-            rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False, model=model
-        )
+        use_liger_layers(model)
     return model
 
 
