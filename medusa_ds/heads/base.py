@@ -92,12 +92,11 @@ class Heads(nn.ModuleList):
         logits: Logits = PLAIN,
     ) -> None:
         rows = vocab_size if token_map is None else len(token_map)
-        super().__init__(
-            self.make_head(layers, hidden_size, VocabularyProjection(hidden_size, rows, dtype, logits=logits), dtype)
-            if own_projection
-            else self.make_head(layers, hidden_size, None, dtype)
-            for _ in range(num)
-        )
+
+        def projection() -> VocabularyProjection | None:
+            return VocabularyProjection(hidden_size, rows, dtype, logits=logits) if own_projection else None
+
+        super().__init__(self.make_head(layers, hidden_size, projection(), dtype) for _ in range(num))
         self.vocab_size = vocab_size
         self.token_map: Tensor | None
         self.row_V: Tensor | None
@@ -126,14 +125,13 @@ class Heads(nn.ModuleList):
 
     def states(self, hidden_NH: Tensor, following_KN: Tensor, embed: Callable[[Tensor], Tensor]) -> list[Tensor]:
         """Every head's states [N, H] where the text is known: `following_KN[k - 1]` are tokens t+k."""
+        if not self.sees_tokens:
+            return [hidden_NH] * len(following_KN)
         states = [hidden_NH]
         for k, tokens_N in enumerate(following_KN, 1):
-            if self.sees_tokens:
-                with torch.no_grad():
-                    tokens_NH = embed(tokens_N)
-                states.append(self.advance(k, states[-1], tokens_NH))
-            else:
-                states.append(hidden_NH)
+            with torch.no_grad():
+                tokens_NH = embed(tokens_N)
+            states.append(self.advance(k, states[-1], tokens_NH))
         return states[1:]
 
     def count_parameters(self, least_dimensions: int = 1) -> tuple[int, int]:

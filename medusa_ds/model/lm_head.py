@@ -75,12 +75,12 @@ def _read_weight(spec: ModelSpec, dtype: torch.dtype, choose: Callable[[Any], An
     """The weight that `choose` returns of a model, read from its safetensors file alone; None where that cannot be."""
     if spec.init == "pretrained":
         path = model_path(spec)
-        options: dict[str, Any] = {"revision": spec.revision if path == spec.name else None}
+        revision = spec.revision if path == spec.name else None
+        options: dict[str, Any] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
         with torch.device("meta"):
             whole = AutoModelForCausalLM.from_config(load_config(spec), trust_remote_code=spec.trust_remote_code)
         weight = choose(whole)
         names = [name for name, other in whole.named_parameters(remove_duplicate=False) if other is weight]
-        options["_raise_exceptions_for_missing_entries"] = False
         index = cached_file(path, "model.safetensors.index.json", **options)
         files = dict.fromkeys(names, "model.safetensors")
         if index:  # megabytes where there are many experts
