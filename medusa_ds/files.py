@@ -94,10 +94,7 @@ def _temporary(target: Path, prefix: str = TEMPORARY) -> Path:
 def check_writable(target: Path, where: str, directory: bool = False) -> None:
     """Refuse a place before the work whose result nobody could write there; its directories need not exist.
 
-    Args:
-        target: a file, or a directory to be made or replaced.
-        where: the option that names it.
-        directory: whether it may be one.
+    `where` is the option that names it; it may be a directory itself if `directory` says so.
 
     Raises:
         UserError: it is one and may not, or lies in a file, or in a directory that cannot be written.

@@ -154,13 +154,7 @@ def _is_off(value: Any) -> bool:
 
 
 def resolve(settings: dict[str, Any], path: Path, owned: dict[str, Any], recipe_file: Path | None) -> dict[str, Any]:
-    """Merge a DeepSpeed JSON with the recipe's values.
-
-    Args:
-        settings: what `load` returned.
-        path: its file, for messages.
-        owned: the recipe's values by dotted DeepSpeed key.
-        recipe_file: the recipe, for messages.
+    """Merge a DeepSpeed JSON, as `load` returned it, with the values that the recipe owns, by dotted DeepSpeed key.
 
     Returns:
         The config for `deepspeed.initialize`, free of `"auto"` where the recipe owns the value; sizes that follow
@@ -168,7 +162,7 @@ def resolve(settings: dict[str, Any], path: Path, owned: dict[str, Any], recipe_
         the engine builds them from the recipe.
 
     Raises:
-        UserError: all keys set in both that differ.
+        UserError: all keys set in both that differ, with the two files.
     """
     merged = copy.deepcopy(settings)
     if "bfloat16" in merged:  # DeepSpeed's old name of the section

@@ -168,12 +168,9 @@ class Sequences:
 
 
 def best_fit(order: Sequence[int] | np.ndarray, lengths: np.ndarray, capacity: int) -> list[np.ndarray]:
-    """Pack items into bins, each into the fullest bin that has room for it.
+    """Pack items, in the order given, into bins of a capacity: each into the fullest one that has room for it.
 
-    Args:
-        order: items in the order in which they come.
-        lengths: by item, each at most `capacity`.
-        capacity: of a bin.
+    `lengths` are by item, each at most the capacity.
 
     Returns:
         The items of each bin, in the order in which the bins were opened.

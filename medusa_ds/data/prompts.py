@@ -22,12 +22,9 @@ class Prompt(NamedTuple):
 
 
 def load_prompts(where: str, path: str, split: str = "train") -> Iterator[tuple[str, Prompt | str]]:
-    """Read prompts.
+    """Read prompts from a source, see `SourceSpec.path`, which the option or key `where` names.
 
-    Args:
-        where: the option or key, for messages.
-        path: see `SourceSpec.path`; a row may also be `{"turns": [text, ...]}`, and have a `category`.
-        split: of a hub dataset.
+    A row may also be `{"turns": [text, ...]}`, and have a `category`.
 
     Yields:
         Where a row stands, and its prompt, or why it cannot be used.

@@ -27,10 +27,8 @@ def label_counts(sequences: Sequences, vocab_size: int) -> np.ndarray:
 def most_frequent(counts: np.ndarray, number: int, always: Collection[int]) -> np.ndarray:
     """The tokens that get a row, ascending, so that equal logits are told apart as by a whole projection.
 
-    Args:
-        counts: of labels, by token.
-        number: tokens to choose; of equally frequent ones those with the lower id.
-        always: tokens that are in whatever their count (special ones, ends).
+    These are `always` (special ones, ends), whatever their counts as labels, and the most frequent others, of equally
+    frequent ones those with the lower id: `number` in all.
 
     Raises:
         UserError: more tokens than there are, or fewer than `always`.

@@ -85,12 +85,7 @@ class Journal:
 
 
 class Output:
-    """The files of a run; every rank makes one.
-
-    Args:
-        path: OUT.
-        state: what the contents depend on; JSON.
-        ranks: who writes.
+    """The files of a run into OUT, whose contents depend on a state of JSON; every rank makes one.
 
     Attributes:
         written: numbers of the rows that were there at the start.

@@ -59,12 +59,10 @@ class Measured(NamedTuple):
 
 
 class HeadServer:
-    """An OpenAI-compatible server.
+    """An OpenAI-compatible server, such as `http://localhost:8000/v1`.
 
-    Args:
-        url: such as `http://localhost:8000/v1`.
-        model: the name under which it knows the model; None: the first that it lists.
-        timeout_s: seconds that one answer may take.
+    `model` is the name under which it knows the model (None: the first that it lists), and one answer may take
+    `timeout_s` seconds.
 
     Raises:
         UserError: nothing answers there, or not with a list of models.

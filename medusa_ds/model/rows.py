@@ -19,16 +19,12 @@ def _learnable(labels_BS: Tensor, position_ids_BS: Tensor, offset: int) -> Tenso
 
 
 def head_rows(labels_BS: Tensor, position_ids_BS: Tensor, offset: int) -> tuple[Tensor, Tensor]:
-    """Rows and targets of one head.
+    """Rows and targets of one head; with offset 0 those of the LM head, with k those of head k.
 
+    Labels are -100 where a token is not supervised, and not shifted; positions restart at 0 with every document.
     Position t is a row when `labels[t+offset+1]` is a label and `position_ids[t+offset+1]` equals
     `position_ids[t]+offset+1`, which holds inside a document and never across a border: two documents of a sequence
     start at different places.
-
-    Args:
-        labels_BS: token ids, or -100 where a token is not supervised; not shifted.
-        position_ids_BS: positions that restart at 0 with every document.
-        offset: 0 for the LM head, k for head k.
 
     Returns:
         `rows_N`, indices into the flattened B*S positions, ascending; `targets_N`, their token ids.
