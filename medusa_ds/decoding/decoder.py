@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from medusa_ds.decoding.acceptance import Acceptance
+from medusa_ds.decoding.kernels import enabled
 from medusa_ds.decoding.kernels.compiled import CompiledBackbone, compile_part
 from medusa_ds.decoding.kernels.packed import pack_projections
 from medusa_ds.decoding.kernels.top_tokens import top_tokens
@@ -347,7 +348,7 @@ class Decoder:
 
     def _best(self, logits: Tensor, width: int) -> Tensor:
         """The most probable tokens [..., width]."""
-        best = top_tokens(logits, width) if logits.is_cuda else logits.topk(width, dim=-1).indices
+        best = top_tokens(logits, width) if enabled(logits) else logits.topk(width, dim=-1).indices
         return self.heads.tokens(best)
 
 

@@ -4,6 +4,12 @@ import os
 import subprocess
 import sys
 
+import pytest
+import torch
+
+from medusa_ds.decoding import kernels
+from medusa_ds.decoding.kernels import few_rows, tree_attention
+
 KERNELS = """
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -47,3 +53,32 @@ def test_kernels_give_what_plain_pytorch_gives():
     env = {**os.environ, "TRITON_INTERPRET": "1"}
     run = subprocess.run([sys.executable, "-c", KERNELS], env=env, capture_output=True, text=True)
     assert run.stdout == "equal\n", run.stderr
+
+
+class OnHopper:
+    """What a kernel asks of a tensor, without the GPU."""
+
+    is_cuda, device = True, "cuda"
+
+    def __init__(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.shape, self.dtype = torch.Size(shape), dtype
+        self.numel = self.shape.numel
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_one_switch_is_for_all_kernels(monkeypatch: pytest.MonkeyPatch, on: bool):
+    """Mutation: a kernel that asks for a GPU alone."""
+    monkeypatch.setattr(kernels, "ENABLED", on)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    wide = OnHopper(1 << 15, 512)
+    found = (
+        kernels.enabled(wide),
+        few_rows.applies(OnHopper(1, 20, 512), wide),
+        few_rows.gates(OnHopper(1, 20, 512), wide),
+        tree_attention.applies(OnHopper(1, 8, 20, 64)),
+    )
+    assert found == (on,) * 4
+    assert not few_rows.applies(OnHopper(1, 20, 512, dtype=torch.float32), wide)

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from medusa_ds.decoding.kernels import enabled_for_half_on_hopper
 from medusa_ds.model.projection import project
 
 MOST_ROWS = 64
@@ -62,9 +63,7 @@ def gates(hidden: Tensor, weight: Tensor) -> bool:
 def applies(hidden: Tensor, weight: Tensor) -> bool:
     """Whether the kernel multiplies these."""
     rows = hidden.numel() // hidden.shape[-1]
-    if not hidden.is_cuda or hidden.dtype not in (torch.bfloat16, torch.float16) or not 1 < rows <= MOST_ROWS:
-        return False
-    return torch.cuda.get_device_capability(hidden.device)[0] == 9 and weight.shape[1] % 8 == 0
+    return 1 < rows <= MOST_ROWS and weight.shape[1] % 8 == 0 and enabled_for_half_on_hopper(hidden)
 
 
 def tiles(columns: int, depth: int) -> Tiles:

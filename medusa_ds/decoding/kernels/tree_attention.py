@@ -12,15 +12,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from medusa_ds.decoding.kernels import enabled_for_half_on_hopper
+
 TILES = {64: (32, 128, 128), 128: (64, 64, 256)}  # by head size: nodes of a block, slots at a time and in all
 
 
 def applies(query: Tensor) -> bool:
     """Whether the kernels attend for queries [B, heads, N, head size]: few nodes, whose library kernels idle."""
     batch, _, nodes, size = query.shape
-    if not query.is_cuda or batch > 1 or not 1 < nodes <= 64 or query.dtype not in (torch.bfloat16, torch.float16):
-        return False
-    return torch.cuda.get_device_capability(query.device)[0] == 9 and size in (16, 32, 64, 128, 256)
+    few = batch == 1 and 1 < nodes <= 64 and size in (16, 32, 64, 128, 256)
+    return few and enabled_for_half_on_hopper(query)
 
 
 @torch.library.custom_op("medusa_ds::tree_attention", mutates_args=())
