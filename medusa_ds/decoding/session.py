@@ -178,20 +178,21 @@ def layout_of(backbone: PreTrainedModel) -> Layout:
     text: Any = backbone.config.get_text_config(decoder=True)
     types = set(getattr(text, "layer_types", None) or ())
     near: dict[Any, Any] = {window: _within(window) for window in windows - {0}}
+    group, blocks, kept = max(groups), False, []
     changed = any(mask is not None and (mask.shape[1] > 1 or bool(mask.any())) for mask in masks)
     if masked := not masks or changed or selects or "chunked_attention" in types:
-        groups, partly = {1}, types & {"sliding_attention", "chunked_attention"}
+        group, partly = 1, types & {"sliding_attention", "chunked_attention"}
         near = {kind: _near(text, kind) for kind in types} if partly else {}
-    blocks, kept = False, []
-    with suppress(AttributeError, IndexError, TypeError, ValueError):  # it looks into the mask
-        read(block)
-        blocks = not masked and all(isinstance(mask, BlockMask) for mask in masks)
+    else:
+        with suppress(AttributeError, IndexError, TypeError, ValueError):  # it looks into the mask
+            read(block)
+            blocks = all(isinstance(mask, BlockMask) for mask in masks)
     for layer in layers:
         parts = [layer.keys, layer.values] if layer.is_initialized else []
         parts += [layer.indexer_keys[:, None]] if layer.is_indexer_initialized else []
         own = [None if part.dtype == backbone.dtype else part.dtype for part in parts]
         kept.append([(part.shape[1], part.shape[3], dtype) for part, dtype in zip(parts, own, strict=True)])
-    found = _layouts[backbone] = Layout(kept, max(groups), masked, near, blocks)
+    found = _layouts[backbone] = Layout(kept, group, masked, near, blocks)
     return found
 
 
