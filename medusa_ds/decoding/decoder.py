@@ -15,6 +15,7 @@ Shape suffixes: B rows, P longest prompt, N tree nodes, D tree depth + 1, H hidd
 
 import sys
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -408,7 +409,9 @@ def capture(step: Callable[[], None], pool: Any = None, warm_ups: int = 3) -> to
         for _ in range(warm_ups - 1):
             step()
         try:
-            torch.cuda.set_sync_debug_mode("error")
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+                torch.cuda.set_sync_debug_mode("error")
             step()
         except RuntimeError as error:
             if "synchronizing CUDA operation" in str(error):
