@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from transformers import PreTrainedModel
 
-from medusa_ds.decoding.session import Session
+from medusa_ds.decoding.session import Session, layout_of
+from medusa_ds.errors import UserError
 from medusa_ds.model.attention import base_model
 from medusa_ds.model.backbone import cache_directory
 
@@ -28,7 +30,9 @@ def compile_part(part: Callable[..., Any], one_row: bool) -> Callable[..., Any]:
     """
     with suppress(OSError):  # in a place that outlives the machine's temporary files, if it can be written
         (kept := cache_directory() / "compiled").mkdir(parents=True, exist_ok=True)
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kept))
+        own = default_cache_dir()  # which importing PyTorch's compiler writes into the environment
+        if os.access(kept, os.W_OK | os.X_OK) and os.environ.get("TORCHINDUCTOR_CACHE_DIR", own) == own:
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(kept)
     torch._dynamo.config.recompile_limit = 256  # one compilation a tree and session, over all decoders
     options: dict[str, Any] = {
         "coordinate_descent_tuning": one_row,  # then products are reductions, which read weights faster than cuBLAS
@@ -46,13 +50,19 @@ class CompiledBackbone:
         backbone: a causal language model of transformers, none of whose modules has a `forward` of its own or a class
             of Liger's, which replaces both.
         one_row: see `compile_part`.
+
+    Raises:
+        UserError: the model does not run `layers`, each with keys and values of its own, one after another.
     """
 
     def __init__(self, backbone: PreTrainedModel, one_row: bool) -> None:
         own = [m for m in backbone.modules() if "forward" in vars(m) or type(m).__module__.startswith("liger_kernel")]
         assert not own, "patched, as Liger does"
         base = base_model(backbone)
-        self._layers = list(base.layers)
+        self._layers = list(getattr(base, "layers", ()))
+        if not self._layers or len(self._layers) != len(layout_of(backbone).kept):
+            kind = backbone.config.model_type
+            raise UserError(f"--compile: {kind} does not run a list of layers one after another; leave --compile out")
         single = [m for m in base.children() if not isinstance(m, nn.ModuleList | nn.Embedding)]
         self._forward = {module: compile_part(module.forward, one_row) for module in [*self._layers, *single]}
 
