@@ -419,7 +419,7 @@ def capture(step: Callable[[], None], pool: Any = None, warm_ups: int = 3) -> to
             raise
         finally:
             torch.cuda.set_sync_debug_mode(mode)
-    torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.current_stream().wait_stream(side)  # what is written next must not be overtaken
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
         step()

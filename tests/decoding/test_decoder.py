@@ -1,3 +1,5 @@
+from contextlib import nullcontext
+
 import pytest
 import torch
 from decoding_models import LIMIT, NUM, VOCAB, build, oracles, random_heads, reference
@@ -5,7 +7,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from medusa_ds.decoding import session as cache
 from medusa_ds.decoding.acceptance import Acceptance
-from medusa_ds.decoding.decoder import Decoder, StopStrings, begin, end_at, end_tokens, padded_length
+from medusa_ds.decoding.decoder import Decoder, StopStrings, begin, capture, end_at, end_tokens, padded_length
 from medusa_ds.decoding.trees import Tree, chain, default_tree
 from medusa_ds.errors import UserError
 from medusa_ds.heads.medusa import MedusaHeads
@@ -234,6 +236,24 @@ def test_lengths_of_captured_prefills_are_few_and_near():
     assert all(tokens <= length <= max(16, 1.25 * tokens + 12) for tokens, length in enumerate(lengths, 1))
     assert sorted(lengths) == lengths
     assert len(set(lengths)) < 32
+
+
+def test_a_step_that_cannot_be_captured_is_waited_for(monkeypatch):
+    """What it has begun on a stream beside must not write into the buffers later. Mutation: return before."""
+    waits, main, beside = [], type("Stream", (), {})(), type("Stream", (), {})()
+    for stream, name in ((main, "main"), (beside, "beside")):
+        stream.wait_stream = lambda other, name=name: waits.append((name, other))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: beside)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda _: None)
+
+    def step():
+        raise RuntimeError("called a synchronizing CUDA operation")
+
+    assert capture(step, warm_ups=1) is None
+    assert waits == [("beside", main), ("main", beside)]
 
 
 def test_blocks_of_slots_are_skipped_only_where_no_node_looks(llama, monkeypatch):
