@@ -5,6 +5,8 @@ name of heads that the package ships. Which base model belongs to it stands in t
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +24,7 @@ from medusa_ds.data.dialogues import Chat
 from medusa_ds.data.layouts import UnusableRow
 from medusa_ds.decoding.decoder import end_at
 from medusa_ds.decoding.pictures import check_picture
+from medusa_ds.decoding.session import position_limit
 from medusa_ds.decoding.trees import Path as TreePath
 from medusa_ds.decoding.trees import Tree, default_tree
 from medusa_ds.errors import UserError, one_line
@@ -93,10 +96,8 @@ class Saved:
         Raises:
             UserError: it cannot be loaded, or the checkpoint's tensors are not its own.
         """
-        try:
+        with self._naming_it():
             backbone = load_backbone(self.model, dtype, device=device, liger=liger)
-        except UserError as error:
-            raise UserError(*(f"{self.folder}: its base model: {problem}" for problem in error.problems)) from None
         if self.stage == 2 and self.checkpoint is not None:
             tuned = _masters(self.checkpoint, "backbone.")
             missing = sorted(set(dict(backbone.named_parameters())) - set(tuned))
@@ -123,6 +124,22 @@ class Saved:
         except RuntimeError as error:
             raise self._misfit(error) from None
         return heads.to(backbone.device)
+
+    def position_limit(self) -> int:
+        """Most tokens of a text, by the base model's config alone.
+
+        Raises:
+            UserError: it cannot be loaded, or the model cannot be decoded.
+        """
+        with self._naming_it():
+            return position_limit(load_config(self.model))[0]
+
+    @contextmanager
+    def _naming_it(self) -> Iterator[None]:
+        try:
+            yield
+        except UserError as error:
+            raise UserError(*(f"{self.folder}: its base model: {problem}" for problem in error.problems)) from None
 
     def _misfit(self, error: RuntimeError) -> UserError:
         return UserError(f"{self.folder}: does not fit {self.model.name} ({one_line(error, 300)})")

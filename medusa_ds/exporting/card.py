@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, model_info
 from huggingface_hub import errors as hub_errors
 
 from medusa_ds.config.parsing import read_json
+from medusa_ds.errors import UserError, one_line
 from medusa_ds.exporting.source import Source
 from medusa_ds.exporting.targets import TARGETS
 from medusa_ds.files import read_json_lines
@@ -94,8 +95,12 @@ def read_figures(run: Path, step: int | None) -> tuple[dict[str, float], str]:
         speed = report["speed"].items()
         figures |= {name: value for name, value in speed if name.startswith("speed_up") and isinstance(value, float)}
         return figures, ", ".join(filter(None, on))
-    records = read_json_lines(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else []
-    chosen = [record for record in records if record["kind"] == "validation" and step in (None, record["step"])]
+    file = run / "metrics.jsonl"
+    try:
+        records = read_json_lines(file) if file.is_file() else []
+        chosen = [record for record in records if record["kind"] == "validation" and step in (None, record["step"])]
+    except (OSError, LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{file}: not what a run writes ({one_line(error)}); move it away to export without") from None
     last = chosen[-1] if chosen else {}
     return {name: value for name, value in last.items() if "acc" in name and value is not None}, ""
 

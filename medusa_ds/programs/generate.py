@@ -10,9 +10,7 @@ import sys
 from medusa_ds.config.types import Count
 from medusa_ds.decoding.acceptance import AcceptanceSettings
 from medusa_ds.decoding.decoder import Decoder, Generation, StopStrings
-from medusa_ds.decoding.session import position_limit
 from medusa_ds.errors import UserError
-from medusa_ds.model.backbone import load_config
 from medusa_ds.runs import Run, RunSettings, Saved, encode, open_run
 
 HELP = """/clear begins anew, /exit leaves, /help prints this; all else is said to the model
@@ -36,7 +34,7 @@ def run(settings: Settings) -> None:
     """Decode with a run's heads."""
     saved, first = open_run(settings.name), [{"role": "user", "content": settings.prompt or ""}]
     if settings.prompt is not None:  # refused before the model is loaded
-        _fitting(saved, first, position_limit(load_config(saved.model))[0])
+        _fitting(saved, first, saved.position_limit())
     run = settings.load_run(saved)
     options = {"compile_step": settings.compile_step, "adapt": True}
     decoder = Decoder(run.backbone, run.heads, run.tree, settings.acceptance, **options)
@@ -53,8 +51,13 @@ def run(settings: Settings) -> None:
         elif turn.startswith("/"):
             print(f"{turn.split()[0]}: no such command; /help lists them", file=sys.stderr)
         elif turn:
-            messages.append({"role": "user", "content": turn})
-            messages.append({"role": "assistant", "content": _answer(settings, run, decoder, messages)})
+            asked = [*messages, {"role": "user", "content": turn}]
+            try:
+                messages = [*asked, {"role": "assistant", "content": _answer(settings, run, decoder, asked)}]
+            except UserError as error:  # as of a conversation that has grown over the limit
+                if not messages:
+                    raise
+                print(f"error: {error}, or begin anew with /clear", file=sys.stderr)
 
 
 def _ask() -> str | None:

@@ -3,6 +3,9 @@
 import json
 from pathlib import Path
 
+import pytest
+
+from medusa_ds.errors import UserError
 from medusa_ds.exporting.card import read_figures
 
 
@@ -13,3 +16,11 @@ def test_figures_of_a_long_run_that_is_still_writing_are_read(tmp_path: Path) ->
     (tmp_path / "metrics.jsonl").write_text(step * 1100 + held_out + step[:20])
     assert read_figures(tmp_path, None) == read_figures(tmp_path, 40) == ({"head1_acc": 0.5}, "")
     assert read_figures(tmp_path, 20) == ({}, "")
+
+
+@pytest.mark.parametrize("line", [b"\0\0\n", b"\xff\n", b"[]\n", b"{}\n"])
+def test_metrics_that_no_run_writes_are_a_users_mistake(tmp_path: Path, line: bytes) -> None:
+    """As a machine that lost its power leaves them. Mutation: let what reads them raise."""
+    (tmp_path / "metrics.jsonl").write_bytes(line)
+    with pytest.raises(UserError, match=r"metrics\.jsonl: not what a run writes"):
+        read_figures(tmp_path, None)

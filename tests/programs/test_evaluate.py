@@ -318,6 +318,26 @@ def test_generate_chats_and_keeps_the_conversation(output, capsys, monkeypatch):
     assert capsys.readouterr().out == first + "\n" + _greedy(output, f"u:Hi;a:{first};u:And?;a:", 8) + "\n"
 
 
+def test_generate_names_the_run_whose_base_model_is_missing(output, capsys):
+    """Before it reads the prompt. Mutation: the base model's own error."""
+    (output.parent / "model" / "config.json").unlink()
+    for more in ([], ["--prompt", "Hi"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(["generate", str(output), *more, "--device", "cpu"])
+        assert "heads: its base model: model.name: " in capsys.readouterr().err
+
+
+def test_a_chat_goes_on_where_a_conversation_has_grown_over_the_limit(output, capsys, monkeypatch):
+    """Without the turn that did not fit. Mutation: leave the chat, or keep that turn."""
+    lines = iter(["Hi", "x" * 200, "And?", "/exit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    main(["generate", str(output), "--max-new-tokens", "8", "--device", "cpu"])
+    first = _greedy(output, "u:Hi;a:", 8)
+    said = capsys.readouterr()
+    assert said.out == first + "\n" + _greedy(output, f"u:Hi;a:{first};u:And?;a:", 8) + "\n"
+    assert said.err.count("; the model's limit is 160: shorten it, or begin anew with /clear\n") == 1
+
+
 @pytest.mark.parametrize("rule", ["typical", "exact"])
 def test_other_rules_evaluate_without_comparing_texts(output, prompts, capsys, rule):
     main(
