@@ -403,7 +403,7 @@ def capture(step: Callable[[], None], pool: Any = None, warm_ups: int = 3) -> to
         pool: of memory that graphs share which never run at the same time.
         warm_ups: runs before; compiled code needs three.
     """
-    side, mode = torch.cuda.Stream(), torch.cuda.get_sync_debug_mode()
+    side, mode, waits = torch.cuda.Stream(), torch.cuda.get_sync_debug_mode(), False
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(warm_ups - 1):
@@ -414,12 +414,13 @@ def capture(step: Callable[[], None], pool: Any = None, warm_ups: int = 3) -> to
                 torch.cuda.set_sync_debug_mode("error")
             step()
         except RuntimeError as error:
-            if "synchronizing CUDA operation" in str(error):
-                return None
-            raise
+            if not (waits := "synchronizing CUDA operation" in str(error)):
+                raise
         finally:
             torch.cuda.set_sync_debug_mode(mode)
-            torch.cuda.current_stream().wait_stream(side)  # what is written next must not be overtaken
+    torch.cuda.current_stream().wait_stream(side)
+    if waits:
+        return None
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
         step()
