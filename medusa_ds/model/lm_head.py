@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,7 +85,8 @@ def _read_weight(spec: ModelSpec, dtype: torch.dtype, choose: Callable[[Any], An
         index = cached_file(path, "model.safetensors.index.json", **options)
         files = dict.fromkeys(names, "model.safetensors")
         if index:  # megabytes where there are many experts
-            files = json.loads(Path(index).read_bytes())["weight_map"]
+            with suppress(ValueError):  # a damaged one, of which loading the model tells
+                files = json.loads(Path(index).read_bytes())["weight_map"]
         for name in names:
             file = cached_file(path, files[name], **options) if name in files else None
             if file is not None:

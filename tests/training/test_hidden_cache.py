@@ -263,6 +263,16 @@ def test_lm_head_is_read_without_the_model(tied, size, tmp_path, monkeypatch):
     assert found.equal(model.lm_head.weight.to(torch.bfloat16))
 
 
+def test_an_index_cut_off_is_told_as_when_the_model_is_loaded(tmp_path):
+    """Mutation: let what reads its JSON raise."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=300, **sizes)).save_pretrained(tmp_path, max_shard_size="20KB")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(index.read_text()[:40])
+    with pytest.raises(UserError, match=r"^model\.name: .* cannot be loaded"):
+        read_ends(ModelSpec(name=str(tmp_path)), torch.float32, CPU, False)
+
+
 def test_lm_head_of_a_random_model_is_that_of_the_run():
     config = {
         "model_type": "llama",
