@@ -1,4 +1,5 @@
-from contextlib import nullcontext
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -239,13 +240,24 @@ def test_lengths_of_captured_prefills_are_few_and_near():
 
 
 def test_a_step_that_cannot_be_captured_is_waited_for(monkeypatch):
-    """What it has begun on a stream beside must not write into the buffers later. Mutation: return before."""
-    waits, main, beside = [], type("Stream", (), {})(), type("Stream", (), {})()
-    for stream, name in ((main, "main"), (beside, "beside")):
-        stream.wait_stream = lambda other, name=name: waits.append((name, other))
+    """What it has begun on a stream beside must not write into the buffers later.
+
+    Mutations: return before; wait on that stream itself.
+    """
+    waits, beside = [], SimpleNamespace(name="beside")
+    streams = [SimpleNamespace(name="main")]  # the last one is current
+    for stream in (*streams, beside):
+        stream.wait_stream = lambda other, name=stream.name: waits.append((name, other.name))
+
+    @contextmanager
+    def enter(stream):
+        streams.append(stream)
+        yield
+        streams.pop()
+
     monkeypatch.setattr(torch.cuda, "Stream", lambda: beside)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
-    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: streams[-1])
+    monkeypatch.setattr(torch.cuda, "stream", enter)
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda _: None)
 
@@ -253,7 +265,7 @@ def test_a_step_that_cannot_be_captured_is_waited_for(monkeypatch):
         raise RuntimeError("called a synchronizing CUDA operation")
 
     assert capture(step, warm_ups=1) is None
-    assert waits == [("beside", main), ("main", beside)]
+    assert waits == [("beside", "main"), ("main", "beside")]
 
 
 def test_blocks_of_slots_are_skipped_only_where_no_node_looks(llama, monkeypatch):
