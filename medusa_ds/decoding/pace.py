@@ -2,9 +2,10 @@
 
 Guesses stand in a fixed order, the most promising first, and a step verifies the first n of them. It is expected to
 add 1 + p_1 + ... + p_n tokens, p the shares of the last steps in which a guess held, and to last as long as steps of
-its size have lasted here; the size with the most tokens a second goes next. What was seen fades at every step towards
-what was assumed at the start, so that guesses which did not hold are tried again now and then, and every 32nd step is a
-size larger than the best. Which sizes run changes only the time: every step keeps what the base model itself says.
+its size have lasted here; the size with the most tokens a second goes next. What was seen fades at every step, and more
+between texts, towards what all texts have shown, which began as what was assumed. A text's first step and every 32nd
+are a size larger than the best, so that guesses which did not hold are tried again. Which sizes run changes only the
+time: every step keeps what the base model itself says.
 """
 
 from collections import defaultdict, deque
@@ -19,17 +20,19 @@ class Pace:
         assumed: for each guess the share of steps in which it is assumed to hold, as if seen in two steps.
     """
 
-    FADES, TRIES = 0.995, 32
+    FADES, LASTS, TRIES = 0.995, 0.998, 32
 
     def __init__(self, sizes: Sequence[int], assumed: Sequence[float]) -> None:
-        self.sizes, self.assumed = sorted(sizes, reverse=True), assumed
+        self.sizes = sorted(sizes, reverse=True)
         self.held, self.tried = [0.0] * len(assumed), [0.0] * len(assumed)
+        self.ever_held, self.ever_tried = [2 * share for share in assumed], [2.0] * len(assumed)
         self.steps = 0
         self.seconds: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=5))
 
     def begin(self) -> None:
-        """Another text: what the last one has shown counts half."""
-        self._fade(0.5)
+        """Another text: what the last one has shown counts a third."""
+        self._fade(0.3)
+        self.steps = 0
 
     def choose(self) -> int:
         """The size of the next step; at the beginning each size in turn, the largest first, until its time is known."""
@@ -50,8 +53,11 @@ class Pace:
         self._fade(self.FADES)
         self.steps += 1
         for guess in range(size):
+            holds = guess in held
             self.tried[guess] += 1
-            self.held[guess] += guess in held
+            self.held[guess] += holds
+            self.ever_tried[guess] = self.LASTS * self.ever_tried[guess] + 1
+            self.ever_held[guess] = self.LASTS * self.ever_held[guess] + holds
         if seconds is not None:
             self.seconds[size].append(seconds)
 
@@ -60,7 +66,8 @@ class Pace:
         return (1 + sum(map(self._share, range(size)))) / times[(len(times) - 1) // 2]
 
     def _share(self, guess: int) -> float:
-        return (self.held[guess] + 2 * self.assumed[guess]) / (self.tried[guess] + 2)
+        ever = self.ever_held[guess] / self.ever_tried[guess]
+        return (self.held[guess] + 2 * ever) / (self.tried[guess] + 2)
 
     def _fade(self, factor: float) -> None:
         self.held, self.tried = ([factor * value for value in values] for values in (self.held, self.tried))

@@ -44,6 +44,18 @@ def test_guesses_that_do_not_hold_are_left_out_but_tried_again():
     assert run(pace, 200, {0: 1.0, 1: 1.1, 2: 1.2, 3: 1.3}, lambda step: 3)[-5:] == [3] * 5
 
 
+def test_a_text_begins_with_what_all_texts_have_shown():
+    """Mutation: with what was assumed, and every text tries guesses again that have never held."""
+    seconds, pace = {0: 1.0, 1: 1.1, 2: 1.2, 3: 1.3}, new_pace()
+    texts = []
+    for _ in range(40):
+        pace.begin()
+        texts.append(sum(seconds[size] for size in run(pace, 40, seconds, lambda step: 0)))
+    assert sum(texts[10:]) < 1.01 * 40 * 30
+    pace.begin()
+    assert run(pace, 150, seconds, lambda step: 3)[-5:] == [3] * 5
+
+
 def test_a_step_that_ends_as_another_size_gives_no_time():
     pace = new_pace()
     pace.saw(3, [0], None)
