@@ -9,7 +9,7 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from medusa_ds.decoding.decoder import Decoder
-from medusa_ds.decoding.kernels.compiled import compile_part
+from medusa_ds.decoding.kernels.compiled import keep_compiled_code
 from medusa_ds.decoding.kernels.packed import pack_projections
 from medusa_ds.decoding.trees import chain, default_tree
 from medusa_ds.errors import UserError
@@ -83,5 +83,5 @@ def test_compiled_code_is_kept_where_it_can_be_written(writable, named, tmp_path
     (kept := tmp_path / "compiled").mkdir()
     access = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: access(path, mode) and (writable or path != kept))
-    compile_part(lambda x: x, True)
+    keep_compiled_code()
     assert cache_dir() == str(tmp_path / "named" if named else kept if writable else default_cache_dir())

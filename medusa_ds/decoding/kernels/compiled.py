@@ -22,17 +22,12 @@ from medusa_ds.model.backbone import cache_directory
 
 
 def compile_part(part: Callable[..., Any], one_row: bool) -> Callable[..., Any]:
-    """A part of the step, compiled for the shapes that it is called with, kept for the next start in our cache.
+    """A part of the step, compiled for the shapes that it is called with.
 
     Args:
         part: what to compile.
         one_row: whether its products multiply one row of each text, as those of a plain step do.
     """
-    with suppress(OSError):  # in a place that outlives the machine's temporary files, if it can be written
-        (kept := cache_directory() / "compiled").mkdir(parents=True, exist_ok=True)
-        own = default_cache_dir()  # which importing PyTorch's compiler writes into the environment
-        if os.access(kept, os.W_OK | os.X_OK) and os.environ.get("TORCHINDUCTOR_CACHE_DIR", own) == own:
-            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(kept)
     torch._dynamo.config.recompile_limit = 256  # one compilation a tree and session, over all decoders
     options: dict[str, Any] = {
         "coordinate_descent_tuning": one_row,  # then products are reductions, which read weights faster than cuBLAS
@@ -41,6 +36,15 @@ def compile_part(part: Callable[..., Any], one_row: bool) -> Callable[..., Any]:
     }
     known = torch._inductor.list_options()  # an older PyTorch refuses others
     return torch.compile(part, dynamic=False, options={name: on for name, on in options.items() if name in known})
+
+
+def keep_compiled_code() -> None:
+    """Keep what is compiled for the next start: in our cache, if that can be written and nobody names a place."""
+    with suppress(OSError):
+        (kept := cache_directory() / "compiled").mkdir(parents=True, exist_ok=True)
+        own = default_cache_dir()  # which importing PyTorch's compiler writes into the environment
+        if os.access(kept, os.W_OK | os.X_OK) and os.environ.get("TORCHINDUCTOR_CACHE_DIR", own) == own:
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(kept)
 
 
 class CompiledBackbone:
@@ -63,6 +67,7 @@ class CompiledBackbone:
         if not self._layers or len(self._layers) != len(layout_of(backbone).kept):
             kind = backbone.config.model_type
             raise UserError(f"--compile: {kind} does not run a list of layers one after another; leave --compile out")
+        keep_compiled_code()
         single = [m for m in base.children() if not isinstance(m, nn.ModuleList | nn.Embedding)]
         self._forward = {module: compile_part(module.forward, one_row) for module in [*self._layers, *single]}
 
