@@ -20,7 +20,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -40,6 +40,7 @@ from medusa_ds.model.attention import base_model, hidden_states
 from medusa_ds.model.backbone import facts_of, load_config
 from medusa_ds.model.facts import Asked, build_twin, differ, find_facts, tokens_of_documents
 
+T = TypeVar("T")
 _ATTENTION = "medusa_tree"
 _BLOCK = 128  # slots that FlexAttention reads or skips together
 _flex_attention = torch.compile(flex_attention, dynamic=False)
@@ -140,60 +141,81 @@ class Layout(NamedTuple):
     group: int
     masked: bool
     near: dict[Any, Callable[[Tensor, Tensor], Tensor]]
-    blocks: bool
 
 
-_layouts: Any = WeakKeyDictionary()  # by model
+def _once(ask: Callable[[PreTrainedModel], T]) -> Callable[[PreTrainedModel], T]:
+    """Ask each model once."""
+    answers: Any = WeakKeyDictionary()
+
+    @functools.wraps(ask)
+    def answer(backbone: PreTrainedModel) -> T:
+        if backbone not in answers:
+            answers[backbone] = ask(backbone)
+        found: T = answers[backbone]
+        return found
+
+    return answer
+
+
+class _Call(NamedTuple):
+    """What a layer gives to attention: query heads of a key, its window or 0, the mask."""
+
+    group: int
+    window: int
+    mask: Any
 
 
 @torch.no_grad()
-def layout_of(backbone: PreTrainedModel) -> Layout:
-    """Ask a model, once; what its layers keep beside keys and values raises an error."""
-    if backbone in _layouts:
-        return _layouts[backbone]
-    groups, windows, masks = {1}, {0}, list[Any]()
-    token = torch.zeros(1, 1, dtype=torch.long, device=backbone.device)
-    zero = torch.zeros(1, 1, 1, 1, dtype=backbone.dtype, device=backbone.device)
-    block = create_block_mask(lambda _batch, _head, row, slot: row >= slot, None, None, 1, 1, device=backbone.device)
+def _read_a_token(backbone: PreTrainedModel, mask: Tensor | BlockMask) -> tuple[Any, list[_Call]]:
+    """Let a model read a token under a mask: its cache, and its layers' calls of attention."""
+    calls = []
 
     def note(
         _: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **options: Any
     ) -> tuple[Tensor, None]:
-        groups.add(query.shape[1] // key.shape[1])
-        windows.add(options.get("sliding_window") or 0)
-        masks.append(attention_mask)
+        group = query.shape[1] // key.shape[1]
+        calls.append(_Call(group, options.get("sliding_window") or 0, attention_mask))
         return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2).contiguous(), None
 
-    def read(mask: Tensor | BlockMask) -> Any:
-        masks.clear()
-        cache = Cache(layer_class_to_replicate=DynamicIndexedLayer)
-        inputs = {"input_ids": token, "position_ids": token, "attention_mask": mask}
-        with static_attention(backbone, "medusa_note"):
-            base_model(backbone)(**inputs, **cache_arguments(backbone, cache))
-        return cache
-
     AttentionInterface.register("medusa_note", note)
-    layers = read(zero).layers
-    selects = any(layer.is_indexer_initialized for layer in layers)
+    cache = Cache(layer_class_to_replicate=DynamicIndexedLayer)
+    token = torch.zeros(1, 1, dtype=torch.long, device=backbone.device)
+    inputs = {"input_ids": token, "position_ids": token, "attention_mask": mask}
+    with static_attention(backbone, "medusa_note"):
+        base_model(backbone)(**inputs, **cache_arguments(backbone, cache))
+    return cache, calls
+
+
+@_once
+def layout_of(backbone: PreTrainedModel) -> Layout:
+    """Ask a model, once; what its layers keep beside keys and values raises an error."""
+    cache, calls = _read_a_token(backbone, torch.zeros(1, 1, 1, 1, dtype=backbone.dtype, device=backbone.device))
+    selects = any(layer.is_indexer_initialized for layer in cache.layers)
     text: Any = backbone.config.get_text_config(decoder=True)
     types = set(getattr(text, "layer_types", None) or ())
-    near: dict[Any, Any] = {window: _within(window) for window in windows - {0}}
-    group, blocks, kept = max(groups), False, []
-    changed = any(mask is not None and (mask.shape[1] > 1 or bool(mask.any())) for mask in masks)
-    if masked := not masks or changed or selects or "chunked_attention" in types:
+    group = max((call.group for call in calls), default=1)
+    near: dict[Any, Any] = {window: _within(window) for window in {call.window for call in calls} - {0}}
+    changed = any(mask is not None and (mask.shape[1] > 1 or bool(mask.any())) for *_, mask in calls)
+    if masked := not calls or changed or selects or "chunked_attention" in types:
         group, partly = 1, types & {"sliding_attention", "chunked_attention"}
         near = {kind: _near(text, kind) for kind in types} if partly else {}
-    else:
-        with suppress(AttributeError, IndexError, TypeError, ValueError):  # it looks into the mask
-            read(block)
-            blocks = all(isinstance(mask, BlockMask) for mask in masks)
-    for layer in layers:
+    kept = []
+    for layer in cache.layers:
         parts = [layer.keys, layer.values] if layer.is_initialized else []
         parts += [layer.indexer_keys[:, None]] if layer.is_indexer_initialized else []
         own = [None if part.dtype == backbone.dtype else part.dtype for part in parts]
         kept.append([(part.shape[1], part.shape[3], dtype) for part, dtype in zip(parts, own, strict=True)])
-    found = _layouts[backbone] = Layout(kept, group, masked, near, blocks)
-    return found
+    return Layout(kept, group, masked, near)
+
+
+@_once
+def takes_blocks(backbone: PreTrainedModel) -> bool:
+    """Whether a model hands a mask of blocks on to attention as it is."""
+    block = create_block_mask(lambda _batch, _head, row, slot: row >= slot, None, None, 1, 1, device=backbone.device)
+    with suppress(AttributeError, IndexError, TypeError, ValueError):  # it looks into the mask
+        calls = _read_a_token(backbone, block)[1]
+        return bool(calls) and all(isinstance(call.mask, BlockMask) for call in calls)
+    return False
 
 
 def _within(window: int) -> Callable[[Tensor, Tensor], Tensor]:
@@ -287,7 +309,7 @@ class Session:
 
     def __init__(self, backbone: PreTrainedModel, tree: Tree, batch: int, slots: int) -> None:
         layout, device = layout_of(backbone), backbone.device
-        _, self.group, self.masked, self.near, self.blocks = layout
+        _, self.group, self.masked, self.near = layout
         self.batch, self.slots, self.tree, self.reserved = batch, slots, tree, tree.nodes
         shapes = [shape for layer in layout.kept for shape in layer]
         parts: dict[Any, Iterator[Tensor]] = {}
@@ -297,6 +319,9 @@ class Session:
             number, dtype = shapes.count(shape), own or self.dtype
             self.kv.append(torch.zeros(number, batch, heads, slots, size, dtype=dtype, device=device))
             parts[shape] = iter(self.kv[-1])
+        alike = len(self.kv) == 1 and not self.near and self.kv[0].shape[-1] >= 16  # FlexAttention's least
+        on_gpu = device.type == "cuda" and batch > 1
+        self.blocks = alike and on_gpu and not self.masked and takes_blocks(backbone)
         nothing = torch.zeros(batch, 0, slots, 0, dtype=self.dtype, device=device)
         self._layers = [
             _Slots(tree.nodes, *([next(parts[shape]) for shape in layer] or [nothing, nothing]))
@@ -339,8 +364,7 @@ class Session:
     def masks(self, position_BN: Tensor) -> dict[str, Any]:
         """Masks for `_attend`, additive [B, 1, group x N, L] or by blocks: a node sees the text and its ancestors."""
         tree, beyond = self.tree, (0, self.reserved - self.tree.nodes)
-        alike = len(self.kv) == 1 and not self.near and self.kv[0].shape[-1] >= 16  # FlexAttention's least
-        if alike and self.blocks and position_BN.is_cuda and self.batch > 1:
+        if self.blocks:
             return {"attention_mask": self.block_mask()}
         text_L = torch.arange(self.slots - self.reserved, device=position_BN.device)
         text_BNL = (text_L < self.length_B[:, None])[:, None].expand(-1, tree.nodes, -1)

@@ -348,6 +348,6 @@ def test_sampling_repeats_with_its_seed(llama):
 def test_masks_of_blocks_are_for_models_that_hand_them_on(family, blocks):
     """GPT-2 asks a mask for its number of dimensions, which FlexAttention's has not (transformers 5.17 to 5.24)."""
     model = build(family)
-    assert cache.layout_of(model).blocks is blocks
+    assert cache.takes_blocks(model) is blocks
     row = Decoder(model, random_heads(), TREES["bushy"]).generate([[9, 30, 12]], 12)[0]
     assert row.tokens == reference(model, [9, 30, 12], 12)
