@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from small_tokenizers import tokenizer_of
+from support import SIZES
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from medusa_ds.config.recipe import DataSpec, HeadsSpec, ModelSpec, Recipe, TrainSpec
@@ -159,16 +160,7 @@ def test_last_batch_of_an_epoch_is_filled_with_empty_sequences(file):
 def test_packed_loss_and_gradient_equal_unpacked(file, attention):
     """Mutation: let positions run on across documents."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=430,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        attn_implementation=attention,
-    )
-    model = LlamaForCausalLM(config).double()
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, vocab_size=430, attn_implementation=attention)).double()
     packed, unpacked = load(file).train, load(file, packing=False).train
     assert len(packed) < len(unpacked) / 2
     losses, gradients = [], []

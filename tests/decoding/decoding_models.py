@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+from support import SIZES
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -32,12 +33,8 @@ def build(family: str, vocab: int = VOCAB, limit: int = LIMIT) -> PreTrainedMode
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         family.removesuffix("_mixed"),
+        **SIZES,
         vocab_size=vocab,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=limit,
         initializer_range=0.3,
         eos_token_id=[3, 5],

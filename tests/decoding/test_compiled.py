@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 from decoding_models import FAMILIES, build, random_heads
+from support import SIZES
 from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -21,12 +22,8 @@ def test_layers_share_one_compilation_and_the_text_is_the_same(family, parts, mo
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         family.removesuffix("_mixed"),
+        **SIZES | {"num_hidden_layers": 5},
         vocab_size=120,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=96,
         initializer_range=0.3,
         eos_token_id=3,
@@ -53,8 +50,7 @@ def test_layers_share_one_compilation_and_the_text_is_the_same(family, parts, mo
 @pytest.mark.parametrize("patched", ["forward", "class"])
 def test_a_patched_model_is_refused(patched):
     """Liger replaces modules' `forward`, and classes for models built later. Mutation: ask for one of them only."""
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=120, **sizes))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=120, **SIZES))
     norm = model.model.layers[0].input_layernorm
     if patched == "forward":
         norm.forward = norm.forward

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from decoding_models import LIMIT, NUM, VOCAB, build, oracles, random_heads, reference
+from support import SIZES
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from medusa_ds.decoding import session as cache
@@ -142,9 +143,8 @@ def test_a_text_ends_where_all_its_positions_would_turn(kind):
     rope = {"rope_type": kind, "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 40}
     if kind == "longrope":
         rope |= {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     positions = 40 if kind == "dynamic" else 160
-    config = LlamaConfig(**sizes, vocab_size=VOCAB, max_position_embeddings=positions, rope_parameters=rope)
+    config = LlamaConfig(**SIZES, vocab_size=VOCAB, max_position_embeddings=positions, rope_parameters=rope)
     config.eos_token_id, config.initializer_range = None, 0.3
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).eval()

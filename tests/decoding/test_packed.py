@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support import SIZES
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from medusa_ds.decoding.kernels import packed
@@ -11,9 +12,7 @@ from medusa_ds.decoding.kernels.packed import GatedMLP, pack_projections
 def build(family, **changes):
     """A random model in fp64 with a bias wherever it has one, and token ids [2, 11]."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
-    config = AutoConfig.for_model(family, vocab_size=90, **sizes, **heads, **changes)
+    config = AutoConfig.for_model(family, **SIZES, vocab_size=90, head_dim=8, initializer_range=0.3, **changes)
     model = AutoModelForCausalLM.from_config(config).double().eval()
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import support
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -13,15 +14,7 @@ from medusa_ds.heads.kinds import make_heads
 from medusa_ds.model.rows import count_targets
 
 H, V, NUM = 32, 101, 3
-SIZES = {
-    "hidden_size": H,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-    "vocab_size": V,
-    "max_position_embeddings": 128,
-}
+SIZES = support.SIZES | {"hidden_size": H, "vocab_size": V, "max_position_embeddings": 128}
 FAMILIES = {"llama": {}, "qwen3": {"head_dim": 8}, "qwen2": {}, "mistral": {"sliding_window": None}}
 
 

@@ -2,20 +2,13 @@
 
 import pytest
 import torch
+from support import SIZES
 
 from medusa_ds.config.recipe import ModelSpec
 from medusa_ds.model import backbone as backbones
 from medusa_ds.model.attention import find_documents, hidden_states, within_documents
 
-CONFIG = {
-    "model_type": "llama",
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "vocab_size": 50,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
+CONFIG = SIZES | {"model_type": "llama", "num_hidden_layers": 1, "vocab_size": 50}
 
 
 def test_starts_are_counted_over_all_sequences_and_filled_up():

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from huggingface_hub import errors as hub_errors
+from support import SIZES
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from medusa_ds.config.recipe import DataSpec, ModelSpec, Recipe, TrainSpec
@@ -31,14 +32,7 @@ from medusa_ds.model.backbone import (
 )
 from medusa_ds.model.facts import Asked, find_facts
 
-TINY = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-    "vocab_size": 101,
-}
+TINY = SIZES | {"vocab_size": 101}
 
 
 @pytest.fixture(autouse=True)

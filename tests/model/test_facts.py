@@ -2,20 +2,13 @@
 
 import pytest
 import torch
+from support import SIZES
 from transformers import AutoConfig, Gemma2ForCausalLM
 
 from medusa_ds.errors import UserError
 from medusa_ds.model.facts import Asked, build_twin, find_facts, find_logits
 
-TINY = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "intermediate_size": 48,
-    "vocab_size": 101,
-}
+TINY = SIZES | {"head_dim": 8, "vocab_size": 101}
 
 
 def asked(family, **fields):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support import SIZES
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -54,15 +55,7 @@ def test_layers_are_replaced_and_hidden_states_stay_near(monkeypatch):
     monkeypatch.setattr(nn.Module, "compile", lambda self, **_: compiled.append(self))
     compiled: list[nn.Module] = []
     torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        "llama",
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=101,
-    )
+    config = AutoConfig.for_model("llama", **SIZES | {"hidden_size": 64, "intermediate_size": 96}, vocab_size=101)
     backbone = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
     numbers = sum(p.numel() for p in backbone.parameters())
     ids = torch.randint(0, 101, (2, 24))

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from support import SIZES
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -52,12 +53,8 @@ def output(tmp_path):
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         "llama",
+        **SIZES | {"hidden_size": HIDDEN},
         vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=160,
         initializer_range=0.25,
         eos_token_id=256,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from forks import run_forks
-from support import metrics_of, tiny_tokenizer
+from support import SIZES, metrics_of, tiny_tokenizer
 
 from medusa_ds.config.recipe import Recipe, shipped
 
@@ -17,18 +17,8 @@ MODEL_TYPES = {
     "mistralai": "mistral",
     "Qwen": "qwen3",
 }
-TINY = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "vocab_size": 300,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 256,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+ENDS = {"max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2}
+TINY = SIZES | ENDS | {"vocab_size": 300, "head_dim": 8}
 
 
 @pytest.fixture(scope="module")

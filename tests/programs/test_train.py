@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from forks import free_port
-from support import cli, launch, launched, losses_of, metrics_of, train
+from support import SIZES, cli, launch, launched, losses_of, metrics_of, train
 from transformers import AutoTokenizer, Lfm2Config, Lfm2ForCausalLM
 
 from medusa_ds.config.recipe import Recipe
@@ -59,8 +59,7 @@ def test_a_model_with_a_state_says_what_it_cannot_and_is_trained_and_exported(
     tiny_recipe: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     """Mutations: pack its conversations; refuse it altogether."""
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = Lfm2Config(**sizes, num_key_value_heads=2, vocab_size=300, layer_types=["conv", "full_attention"])
+    config = Lfm2Config(**SIZES, vocab_size=300, layer_types=["conv", "full_attention"])
     Lfm2ForCausalLM(config).save_pretrained(tmp_path / "hybrid")
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "hybrid")
     text = launched(tiny_recipe, f"model.name={tmp_path / 'hybrid'}", "train.steps=3", log_dir=tmp_path)

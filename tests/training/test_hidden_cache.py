@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import group_of_one
+from support import SIZES, group_of_one
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from medusa_ds import files
@@ -246,15 +246,7 @@ def test_auto_is_a_directory_for_every_key(tiny_recipe, tmp_path, monkeypatch):
 @pytest.mark.parametrize("size", ["5GB", "20KB"])
 def test_lm_head_is_read_without_the_model(tied, size, tmp_path, monkeypatch):
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=300,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        tie_word_embeddings=tied,
-    )
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, vocab_size=300, tie_word_embeddings=tied))
     model.save_pretrained(tmp_path, max_shard_size=size)
     if (index := tmp_path / "model.safetensors.index.json").exists():  # as large as of a model with many experts
         index.write_text(json.dumps(json.loads(index.read_text()) | {"metadata": {"of": "x" * (1 << 20)}}))
@@ -265,8 +257,7 @@ def test_lm_head_is_read_without_the_model(tied, size, tmp_path, monkeypatch):
 
 def test_an_index_cut_off_is_told_as_when_the_model_is_loaded(tmp_path):
     """Mutation: let what reads its JSON raise."""
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-    LlamaForCausalLM(LlamaConfig(vocab_size=300, **sizes)).save_pretrained(tmp_path, max_shard_size="20KB")
+    LlamaForCausalLM(LlamaConfig(**SIZES, vocab_size=300)).save_pretrained(tmp_path, max_shard_size="20KB")
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(index.read_text()[:40])
     with pytest.raises(UserError, match=r"^model\.name: .* cannot be loaded"):
@@ -274,15 +265,7 @@ def test_an_index_cut_off_is_told_as_when_the_model_is_loaded(tmp_path):
 
 
 def test_lm_head_of_a_random_model_is_that_of_the_run():
-    config = {
-        "model_type": "llama",
-        "vocab_size": 90,
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    spec = ModelSpec(name="tiny", init="random", config=config)
+    spec = ModelSpec(name="tiny", init="random", config=SIZES | {"model_type": "llama", "vocab_size": 90})
     wanted = backbones.load_backbone(spec, torch.float32, device="cpu").lm_head.weight
     assert read_ends(spec, torch.float32, CPU, False).lm_head.equal(wanted)
 
