@@ -1,8 +1,8 @@
 """Files that are there whole or not at all, locks between processes, and digests.
 
-What is written gets a temporary name beside its own, one a process, is flushed to the disk, and takes its name in one
-rename, which is flushed too: a process or a machine that dies at any moment leaves the old content or the new, and
-perhaps a `.tmp-*` that the next writer removes.
+What is written gets a temporary name beside its own, one a process of a host, is flushed to the disk, and takes its
+name in one rename, which is flushed too: a process or a machine that dies at any moment leaves the old content or the
+new, and perhaps a `.tmp-*` that the host's next writer removes.
 """
 
 import errno
@@ -83,12 +83,13 @@ def replacing(target: Path) -> Iterator[Path]:
 
 def _temporary(target: Path, prefix: str = TEMPORARY) -> Path:
     """A free name beside a target for this process; what dead ones have left there is removed."""
-    name = re.compile(rf"{re.escape(prefix + target.stem)}\.(\d+){re.escape(target.suffix)}")
+    ours = f"{prefix}{target.stem}.{socket.gethostname()}."
+    name = re.compile(rf"{re.escape(ours)}(\d{{1,9}}){re.escape(target.suffix)}")
     for path in target.parent.iterdir():
         found = name.fullmatch(path.name)
         if found and (int(found[1]) == os.getpid() or not psutil.pid_exists(int(found[1]))):
             remove(path)
-    return target.with_name(f"{prefix}{target.stem}.{os.getpid()}{target.suffix}")
+    return target.with_name(f"{ours}{os.getpid()}{target.suffix}")
 
 
 def check_writable(target: Path, where: str, directory: bool = False) -> None:

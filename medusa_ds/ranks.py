@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """What the launcher says in the environment; alone without a launcher.
+    """What the launcher says in the environment; alone without a launcher, or where it says nothing.
 
     Attributes:
         rank, size: of this process, and how many there are.
@@ -27,8 +27,8 @@ class Ranks:
     """
 
     def __init__(self) -> None:
-        self.rank, self.size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        self.local_rank, self.local_size = (int(os.environ.get(f"LOCAL_{name}", "0")) for name in ("RANK", "SIZE"))
+        self.rank, self.size = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
+        self.local_rank, self.local_size = (int(os.environ.get(f"LOCAL_{name}") or 0) for name in ("RANK", "SIZE"))
 
     def join(self) -> None:
         """Wait until all processes are there, in a group for work in which a rank may be hours behind another."""

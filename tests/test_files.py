@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -130,9 +131,18 @@ def test_a_place_that_cannot_be_written_is_refused_and_nothing_is_made(tmp_path:
 def test_what_a_killed_writer_has_left_is_replaced(tmp_path: Path) -> None:
     with subprocess.Popen(["true"]) as dead:
         dead.wait()
-    (tmp_path / f".tmp-file.{dead.pid}").mkdir()
+    (tmp_path / f".tmp-file.{socket.gethostname()}.{dead.pid}").mkdir()
     files.write_json(tmp_path / "file", {"a": [1]})
     assert (tmp_path / "file").read_text() == '{\n  "a": [\n    1\n  ]\n}\n' and len(os.listdir(tmp_path)) == 1
+
+
+def test_what_another_host_or_nobody_is_writing_is_left_alone(tmp_path: Path) -> None:
+    """Mutation: leave the host out of the name, or any digits be a process."""
+    others = [f".tmp-file.other-host.{os.getpid()}", f".tmp-file.{socket.gethostname()}.{'9' * 20}"]
+    for name in others:
+        (tmp_path / name).touch()
+    files.write(tmp_path / "file", "text")
+    assert sorted(os.listdir(tmp_path)) == sorted([*others, "file"])
 
 
 def test_digest_is_of_the_parts_one_after_another(tmp_path: Path) -> None:

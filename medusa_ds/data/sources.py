@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import (
     Dataset,
@@ -37,7 +39,7 @@ from medusa_ds.files import DATA_SUFFIXES, digest
 
 MAX_ROW_BYTES = 16 << 20
 MAX_ARRAY_BYTES = 4 << 30
-_FORMAT = 3  # of the cached rows; counted up when their meaning changes
+_FORMAT = 4  # of the cached rows; counted up when their meaning changes
 _SAMPLE = Path(__file__).with_name("sample")
 _TEXTS = ("messages", "source", "reason", "layout")
 _FEATURES = Features({name: Value("large_string") for name in _TEXTS} | {"notes": List(Value("large_string"))})
@@ -65,8 +67,8 @@ class Conversations:
 def load_conversations(spec: DataSpec) -> Conversations:
     """Read all sources, reject what is unusable, split and weight.
 
-    The split is by the conversation's text, so that one text never stands on both sides. The shipped sample brings its
-    own validation part.
+    The split is by the conversation's text, so that one text never stands on both sides, whichever sources have it. The
+    shipped sample brings its own validation part.
 
     Raises:
         UserError: a source cannot be found or read, or nothing usable is left.
@@ -75,29 +77,32 @@ def load_conversations(spec: DataSpec) -> Conversations:
     rejected: Counts = {}
     held_texts: set[str] = set()
     train, validation, rows, used = [], [], 0, 0
+    read: list[tuple[SourceSpec, Dataset, np.ndarray, np.ndarray]] = []
     keys: list[list[Any]] = []
     if isinstance(spec.validation, str):
         data, usable, key = _read("data.validation", SourceSpec(path=spec.validation), rejected)
         validation.append(data.select(usable))
-        held_texts, rows, used = set(validation[0]["messages"][:]), len(data), len(usable)
+        held_texts, rows, used = set(validation[0]["messages"]), len(data), len(usable)
         keys.append([key, "validation"])
     for number, source in enumerate(sources):
         where = "data.path" if isinstance(spec.path, str) else f"data.path.{number}.path"
         data, usable, key = _read(where, source, rejected)
         held = _held_out(data, usable, spec, source.path == "sample")
+        validation.append(data.select(held))
+        held_texts.update(validation[-1]["messages"])
+        read.append((source, data, usable, held))
+        keys.append([key, source.weight])
+    for number, (source, data, usable, held) in enumerate(read):
         kept = np.setdiff1d(usable, held)
-        if held_texts:
-            twice = [row for row in kept if data[int(row)]["messages"] in held_texts]
-            count(rejected, "stands in data.validation too", data, twice)
-            kept = np.setdiff1d(kept, twice)
+        is_held = pc.is_in(data.data.column("messages"), pa.array(held_texts, pa.large_string())).to_numpy()
+        count(rejected, "stands in data.validation too", data, kept[is_held[kept]])
+        kept = kept[~is_held[kept]]
         drawn = np.random.default_rng([spec.seed, number]).permutation(kept)
         repeats, rest = divmod(round(source.weight * len(kept)), max(len(kept), 1))
         chosen = kept if source.weight == 1 else np.concatenate([np.tile(drawn, repeats), drawn[:rest]])
         count(rejected, "left out by the source's weight", data, np.setdiff1d(kept, chosen))
         train.append(data.select(chosen))
-        validation.append(data.select(held))
         rows, used = rows + len(data), used + len(held) + len(np.unique(chosen))
-        keys.append([key, source.weight])
     joined = [concatenate_datasets(parts).remove_columns("reason") for parts in (train, validation)]
     if not len(joined[0]):
         raise UserError("data: no conversation is left to train on; lower data.validation or raise the weights")
@@ -285,6 +290,8 @@ def _array_rows(file: Path) -> Iterator[tuple[str, Any]]:
             border = re.compile(r"\s*[,\]]\s*").match(text, at)
         if not border:
             raise ValueError("expected , or ] after an item")
+        if text[border.end() + (not at) :].strip():
+            raise ValueError("text after the array")
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file}:{line}: not a valid JSON array ({str(error)[:120]})") from None
 

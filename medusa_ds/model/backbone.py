@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from huggingface_hub import errors as hub_errors
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AttentionInterface,
@@ -70,6 +71,12 @@ _HUB_SAYS: list[tuple[type[Exception], str]] = [  # the first that fits
     ),
     (hub_errors.RemoteEntryNotFoundError, "model.name: {name} has no config.json; name a model of transformers"),
 ]
+
+UNREADABLE = (
+    *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, OSError, ImportError),
+    *(pickle.UnpicklingError, SafetensorError, hub_errors.StrictDataclassError),
+)
+"""What transformers raises of a model's files that are damaged, or valid JSON of another shape than it expects."""
 
 
 class UnreachableError(UserError):
@@ -125,7 +132,7 @@ def load_config(spec: ModelSpec) -> PretrainedConfig:
             where = _where(spec)
             known = AutoConfig.from_pretrained(**where)
             config = AutoConfig.from_pretrained(**where, **overrides) if overrides else known
-    except (ValueError, TypeError, OSError, hub_errors.StrictDataclassError) as error:
+    except UNREADABLE as error:
         key = "model.config" if overrides or model_type else "model.name"
         raise UserError(f"{key}: {_why(error)}") from None
     names = {*known.to_dict(), *known.attribute_map, "rope_theta", "rope_scaling"}
@@ -203,7 +210,7 @@ def load_tokenizer(spec: ModelSpec, template: str | None = None) -> Any:
         if len(tokenizer) <= len(tokenizer.get_added_vocab()):
             raise ValueError("it would know only special tokens")  # what some families make of missing files
         tokenizer.chat_template = template or tokenizer.chat_template or family_template(spec.name)
-    except (ValueError, OSError, ImportError) as error:
+    except UNREADABLE as error:
         raise UserError(f"model.name: no tokenizer in {spec.name} ({_why(error)})") from None
     rows = load_config(spec).get_text_config().vocab_size
     if len(tokenizer) > rows:
@@ -237,7 +244,8 @@ def load_backbone(
             begin, in place of a mask, where their attention is PyTorch's, on a GPU and in bf16.
 
     Raises:
-        UserError: see `model_path`, `load_config` and `find_facts`; Liger without a GPU or for an unknown family.
+        UserError: see `model_path`, `load_config` and `find_facts`; Liger without a GPU or for an unknown family;
+            weights are missing, which transformers would make up, or damaged.
     """
     config = load_config(spec)
     liger = spec.liger_kernels if liger is None else liger
@@ -265,8 +273,12 @@ def load_backbone(
         else:
             if device is not None:
                 options["device_map"] = {"": device}
-            backbone = AutoModelForCausalLM.from_pretrained(**_where(spec), config=config, **options)
-    except (ValueError, OSError, ImportError, pickle.UnpicklingError) as error:
+            options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+            loaded: Any = AutoModelForCausalLM.from_pretrained(**_where(spec), config=config, **options)
+            backbone, found = loaded
+            if lacks := sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}):
+                raise ValueError(f"it lacks {len(lacks)} weights of its config's shapes, as {lacks[0]}")
+    except UNREADABLE as error:
         raise UserError(f"model.name: {spec.name} cannot be loaded ({_why(error)})") from None
     if liger or (liger is None and on_gpu and config.model_type in FAMILIES):
         use_liger_layers(backbone)

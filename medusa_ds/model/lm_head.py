@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.utils import cached_file
 
 from medusa_ds.config.recipe import ModelSpec
-from medusa_ds.model.backbone import lm_head_weight, load_backbone, load_config, model_path
+from medusa_ds.model.backbone import UNREADABLE, lm_head_weight, load_backbone, load_config, model_path
 from medusa_ds.model.projection import VocabularyProjection
 
 
@@ -74,7 +74,9 @@ def _plain_embeddings(model: Any) -> torch.Tensor | None:
 
 def _read_weight(spec: ModelSpec, dtype: torch.dtype, choose: Callable[[Any], Any]) -> torch.Tensor | None:
     """The weight that `choose` returns of a model, read from its safetensors file alone; None where that cannot be."""
-    if spec.init == "pretrained":
+    if spec.init != "pretrained":
+        return None
+    with suppress(*UNREADABLE):  # of which loading the model tells
         path = model_path(spec)
         revision = spec.revision if path == spec.name else None
         options: dict[str, Any] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
@@ -85,8 +87,7 @@ def _read_weight(spec: ModelSpec, dtype: torch.dtype, choose: Callable[[Any], An
         index = cached_file(path, "model.safetensors.index.json", **options)
         files = dict.fromkeys(names, "model.safetensors")
         if index:  # megabytes where there are many experts
-            with suppress(ValueError):  # a damaged one, of which loading the model tells
-                files = json.loads(Path(index).read_bytes())["weight_map"]
+            files = json.loads(Path(index).read_bytes())["weight_map"]
         for name in names:
             file = cached_file(path, files[name], **options) if name in files else None
             if file is not None:

@@ -149,7 +149,18 @@ def test_json_array_with_lines(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ['[\n{"a": 1}\n{"b": 2}]', "[\n1,", "[\n1e999]", '[\n"\\ud8"]', "[\n" + "[" * 99_999, "[\n"]
+    "text",
+    [
+        "[1]\n[2]",
+        "[1]]",
+        "[] {}",
+        '[\n{"a": 1}\n{"b": 2}]',
+        "[\n1,",
+        "[\n1e999]",
+        '[\n"\\ud8"]',
+        "[\n" + "[" * 99_999,
+        "[\n",
+    ],
 )
 def test_a_broken_json_array_is_an_error_with_its_line(tmp_path, text):
     (tmp_path / "x.json").write_text(text)
@@ -181,6 +192,18 @@ def test_split_never_holds_one_text_on_both_sides(tmp_path):
     assert len(found.train) + len(found.validation) == 180
     assert set(load(tmp_path / "x.jsonl", validation=0.2, seed=1).validation["messages"]) != held
     assert len(load(tmp_path / "x.jsonl", validation=0.2, validation_max=9).validation) == 9
+
+
+def test_sources_that_share_texts_hold_them_out_together(tmp_path):
+    """Mutation: look for held-out texts in `data.validation` alone."""
+    first, second = (
+        write(tmp_path / f"{name}.jsonl", *[row(str(number)) for number in range(*numbers)])
+        for name, numbers in (("first", (0, 60)), ("second", (20, 200)))
+    )
+    found = load([SourceSpec(path=str(first)), SourceSpec(path=str(second))], validation=0.2)
+    assert not set(found.train["messages"]) & set(found.validation["messages"])
+    twice, held = found.rejected["stands in data.validation too"][0], len(found.validation)
+    assert twice and held == 48 and len(found.train) == 240 - held - twice and accounted(found)
 
 
 def test_validation_may_be_a_source_of_its_own(tmp_path):

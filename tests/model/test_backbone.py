@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from huggingface_hub import errors as hub_errors
+from safetensors.torch import load_file, save_file
 from support import SIZES
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
@@ -114,6 +115,44 @@ def test_a_directory_without_weights_or_tokenizer_is_named(directory):
     (directory / "config.json").unlink()
     with pytest.raises(UserError, match=r"model\.name: "):
         load_config(ModelSpec(name=str(directory)))
+
+
+@pytest.mark.parametrize("lost", ["model.norm.weight", "lm_head.weight"])
+def test_weights_that_are_missing_are_not_made_up(directory, lost):
+    """Neither where a file lacks them, nor where their shape is another. Mutation: leave the names of either out."""
+    weights = load_file(directory / "model.safetensors")
+    whole = weights.pop(lost)
+    for kept in (weights, weights | {lost: whole[1:].clone()}):
+        save_file(kept, directory / "model.safetensors", {"format": "pt"})
+        with pytest.raises(UserError, match=rf"saved cannot be loaded \(it lacks 1 weights .*, as {lost}\)$"):
+            load_backbone(ModelSpec(name=str(directory)), torch.float32, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *(("config.json", text) for text in ("[]", '{"quantization_config": []}', '{"dtype": "x"}')),
+        ("config.json", '{"num_attention_heads": 0}'),
+        *(("model.safetensors.index.json", text) for text in ("[]", "{}", '{"weight_map": [1]}')),
+        ("model.safetensors.index.json", '{"metadata": {}, "weight_map": {"model.norm.weight": 3}}'),
+        ("model.safetensors", "nothing"),
+        ("generation_config.json", "[]"),
+        *(("tokenizer.json", text) for text in ("[]", "3")),
+        *(("tokenizer_config.json", text) for text in ("[]", '{"tokenizer_class": 3}')),
+    ],
+)
+def test_files_of_a_model_in_another_shape_are_a_line(tiny_model, tmp_path, name, content):
+    """Mutation: leave out a kind of `UNREADABLE`."""
+    directory = shutil.copytree(tiny_model, tmp_path / "model")
+    if "index" in name:
+        (directory / "model.safetensors").unlink()
+    elif name == "config.json" and content != "[]":
+        content = json.dumps(json.loads((directory / name).read_text()) | json.loads(content))
+    (directory / name).write_text(content)
+    spec = ModelSpec(name=str(directory))
+    with pytest.raises(UserError, match=r"^model\.name: [^\n]*$"):  # noqa: PT012
+        load_tokenizer(spec)
+        load_backbone(spec, torch.float32, device="cpu")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the message of machines without a GPU")
