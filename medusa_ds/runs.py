@@ -184,7 +184,7 @@ class RunSettings(ProgramSettings):
     """Of programs that decode with a run's heads."""
 
     name: Positional[str] = Field(alias="run")
-    """A finished run's output, its heads folder, OUTPUT/checkpoints/best, or smollm2_135m."""
+    """A run's output, its `heads`, OUTPUT/checkpoints/best, an export, or smollm2_135m: the heads that come along."""
     device: str | None = None
     """`cuda` or `cpu`; without it, a GPU if there is one."""
     dtype: Literal["bf16", "fp32"] | None = None

@@ -38,9 +38,22 @@ from medusa_ds.config.sections import (
 from medusa_ds.config.types import Stage, allowed, parts
 from medusa_ds.errors import UserError
 
+_MANUAL_HEAD = """\
+# Keys of a recipe
+
+Made by `medusa-ds show --keys`. A recipe is a YAML file; each key stands here by its full name, by which the command
+line sets it too: `train.lr=1e-3`, or `train.steps=null` to leave out what the file has.
+
+`deepspeed FILE [key=value ...]` starts a recipe with the first and the last line of the shipped ones, which
+`medusa-ds init` and `medusa-ds list --copy` write as well; without these lines DeepSpeed's launcher reads YAML as
+Python and ends with a SyntaxError. `deepspeed --module medusa_ds FILE [key=value ...]` starts any recipe.
+
+Files that a recipe names are looked for beside it, in the folder above and in the working directory, those on the
+command line and `heads.init_from` in the working directory first."""
+
 
 class Recipe(Section):
-    """A validated recipe."""
+    """A validated recipe; these keys stand outside of all sections."""
 
     model: ModelSpec
     heads: HeadsSpec = HeadsSpec()
@@ -50,10 +63,11 @@ class Recipe(Section):
     data: DataSpec
     train: TrainSpec
     deepspeed: str = "ds_configs/zero2.json"
-    """A DeepSpeed JSON that owns ZeRO, offload and buckets; see `ds_config`. `auto`: of the shipped ones the least ZeRO
-    stage and offload that fit the GPUs, by the estimate; zero2 on a CPU."""
+    """A DeepSpeed JSON, for ZeRO, offload and buckets; batch sizes, precision, optimizer and schedule are the recipe's,
+    and where both say one the two have to agree. `auto`: of the shipped ones the least ZeRO stage and offload that fit
+    the GPUs, by the estimate; zero2 on a CPU."""
     output: str
-    """Directory of checkpoints, metrics and heads."""
+    """Directory of checkpoints, metrics and heads, relative to the working directory."""
 
     @property
     def has_frozen_start(self) -> bool:
@@ -243,8 +257,7 @@ def sections(section: type[BaseModel] | None = None, prefix: str = "") -> dict[s
 
 def manual(pattern: str = "") -> str:
     """Every key that holds a pattern (`*` is anything), what it may be, its default and meaning, as Markdown."""
-    head = ["# Keys of a recipe", "", "Made by `medusa-ds show --keys`; a key in dots is an override."]
-    lines = [] if pattern else head
+    lines = [] if pattern else [_MANUAL_HEAD]
     for prefix, section in sections().items():
         entries = []
         for name, field in section.model_fields.items():

@@ -56,7 +56,8 @@ class ModelSpec(Section):
     frozen: bool | None = None
     """Whether the backbone stays as it is. Stage 1: true; stage 2: false."""
     frozen_precision: Literal["bf16", "fp8"] = "bf16"
-    """Stage 1: the frozen layers' products. `fp8`: row-wise scaled, faster, with an error; GPUs of 8.9 or more."""
+    """Stage 1: the frozen layers' products. `fp8`: row-wise scaled, faster, with an error; GPUs of compute
+    capability 8.9 or more."""
     attention: Literal["sdpa", "eager", "flex_attention", "flash_attention_2"] | None = None
     """Attention implementation of transformers. null: `sdpa` where the model has it, otherwise `eager`."""
     liger_kernels: bool | None = None
@@ -212,22 +213,22 @@ class DataSpec(Section):
     """Conversations, and how they become sequences."""
 
     path: str | list[SourceSpec]
-    """One source (see `SourceSpec.path`), or a list of paths and of weighted ones."""
+    """One source, as `data.path.N.path` says, or a list whose items are paths or the keys below."""
     split: Split = "train"
     """Split of a hub dataset when `path` is one source."""
     validation: Annotated[float, Field(ge=0, lt=1)] | str = 0.05
-    """Share of the conversations held out, or a source of its own (see `SourceSpec.path`)."""
+    """Share of the conversations held out, or a source of its own, such as a file."""
     validation_max: Count = 512
     """Most conversations held out of a share."""
     max_length: Annotated[int, Field(ge=16)] = 1024
     """Tokens of a sequence; longer conversations are cut at the end."""
     packing: bool | None = None
-    """Several conversations share a sequence, without attention or labels across their borders. None: where the model
+    """Several conversations share a sequence, without attention or labels across their borders. null: where the model
     keeps them apart, which it is asked before training."""
     hidden_cache: str = "off"
     """Stage 1: compute the frozen backbone's hidden states once, before the first step, and train from disk, without
-    the backbone. `auto`: in $MEDUSA_DS_CACHE, shared by all recipes that they fit; else a directory for them. All nodes
-    must see it."""
+    the backbone. `auto`: in $MEDUSA_DS_CACHE (else ~/.cache/medusa_ds), shared by all recipes that they fit; or a
+    directory for them. All nodes must see it."""
     hidden_cache_dtype: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
     """How they are stored; `auto`: as computed. `fp8` has a scale a row."""
     template_args: dict[str, Any] = {}
@@ -262,7 +263,7 @@ class WandbSpec(Section):
     """Where Weights & Biases files a run; its key comes from the environment, WANDB_API_KEY."""
 
     project: str | None = None
-    """Project; None: that of WANDB_PROJECT, or Weights & Biases' own default."""
+    """Project; null: that of WANDB_PROJECT, or Weights & Biases' own default."""
     name: str | None = None
     """Name of the run."""
     group: str | None = None

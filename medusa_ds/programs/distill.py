@@ -63,9 +63,10 @@ class Settings(RecipeSettings):
     synthesize: Count | None = None
     """Let the model make up N prompts."""
     synthesize_temperature: Positive = 1.0
-    """Of these."""
+    """Of the prompts that the model makes up."""
     openings: Annotated[str | None, Bare(str(OPENINGS))] = Field(None, title="FILE")
-    """They begin with the lines of a text file in turn, so that they differ more; without FILE, ours."""
+    """Prompts that the model makes up begin with the lines of a text file in turn, so that they differ more; without
+    FILE, with those that the package ships."""
     exclude: list[str] = Field([], title="SOURCE")
     """Leave out prompts that share eight words in a row with one of these; may be repeated."""
     temperature: Annotated[float, Field(ge=0)] = 0.0

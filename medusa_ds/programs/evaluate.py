@@ -3,10 +3,11 @@
 Example:
     medusa-ds evaluate smollm2_135m --prompts questions.jsonl
 
-Accuracies are teacher-forced on the plain answers: every position counts. Accepted tokens are counted while decoding:
-only the positions where a step begins count, and a tree holds more than each head's first guess. Both stand in the
-report under different names. With --server, a server that runs the heads decodes in place of ours: its tokens a second,
-what its metrics page counts, and its texts against our plain greedy ones.
+Accuracies are teacher-forced on the plain answers: every position counts. Of head k, `full` is the share of positions
+where the first guesses of heads 1 to k are right, `cond` the same among those where heads 1 to k-1 are. Accepted
+tokens are counted while decoding: only the positions where a step begins count, and a tree holds more than each head's
+first guess. Both stand in the report under different names. With --server, a server that runs the heads decodes in
+place of ours: its tokens a second, what its metrics page counts, and its texts against our plain greedy ones.
 """
 
 import time
@@ -296,7 +297,8 @@ def _table(report: Report) -> str:
     lines = _accuracy_lines(report["heads"])
     origin = "tree" if tree["measured"] else "default tree, see medusa-ds tree,"
     lines += _step_lines(accepted, f"{origin} of {tree['nodes']} nodes")
-    lines += [f"  {name or '(none)':32} {mean:.3f}" for name, mean in accepted["by_category"].items()]
+    means = accepted["by_category"].items()
+    lines += [f"  {name or '(none)':32} {mean:.3f}" for name, mean in means if len(means) > 1]
     for kind, what in (("decoding", "decoding alone"), ("end_to_end", "end to end, with prefill")):
         rates = speed[f"plain_{kind}_tokens_per_s"], speed[f"medusa_{kind}_tokens_per_s"]
         lines.append(

@@ -4,7 +4,7 @@ Example:
     medusa-ds export runs/smollm2_135m_stage1 exported --for transformers,vllm
 
 The directory has the heads once in our own layout, which transformers and all commands here read, and a file more for
-each other layout that is asked for; `exporting.targets` draws it. It is made under a temporary name.
+each other layout that is asked for; its README.md has the code that uses them. It is made under a temporary name.
 """
 
 import json
@@ -39,13 +39,13 @@ class Settings(ProgramSettings):
     """What the command line says."""
 
     name: Positional[str | None] = Field(None, alias="run")
-    """A finished run's output, its heads folder, OUTPUT/checkpoints/best, or smollm2_135m."""
+    """A run's output, its `heads`, OUTPUT/checkpoints/best, an export, or smollm2_135m: the heads that come along."""
     out: Positional[str]
     """Directory to make."""
     targets: Commas[Literal["transformers", "vllm", "tgi", "tensorrt-llm", "fasterdecoding", "all"]] = Field(
         ["transformers"], alias="for", title="NAME"
     )
-    """What it is for: transformers, vllm, tgi, tensorrt-llm, fasterdecoding, or all; what can shares a file."""
+    """What it is for: transformers, vllm, tgi, tensorrt-llm, fasterdecoding, or all of them."""
     untrained: str | None = Field(None, title="RECIPE")
     """In place of a run: a recipe's heads before training."""
     dtype: Literal["bfloat16", "float16", "float32"] | None = None

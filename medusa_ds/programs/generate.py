@@ -27,7 +27,7 @@ class Settings(AcceptanceSettings, RunSettings):
     stop: list[str] = []
     """End at this text; may be repeated."""
     seed: int = 0
-    """Of exact acceptance."""
+    """Of the draws of exact acceptance."""
 
 
 def run(settings: Settings) -> None:
@@ -96,10 +96,11 @@ def _answer(settings: Settings, run: Run, decoder: Decoder, messages: list[dict[
             raise
     print()
     steps = max(len(row.accepted), 1)
+    ended_by = {"end": "the model", "length": "the limit of tokens", "stop": "--stop", "": "Ctrl-C"}[row.finish]
     rate = f", then {sum(row.accepted) / row.decode_s:.1f} tokens/s" if row.decode_s else ""
     print(
         f"[{len(row.tokens)} tokens, {sum(row.accepted) / steps:.2f} tokens per step; the first after "
-        f"{row.prefill_s:.2f} s{rate}; ended by {row.finish or 'Ctrl-C'}]",
+        f"{row.prefill_s:.2f} s{rate}; ended by {ended_by}]",
         file=sys.stderr,
     )
     return text

@@ -9,6 +9,8 @@ it anew, for a run that is still going on too.
 
 from pathlib import Path
 
+from pydantic import Field
+
 from medusa_ds.config.parsing import read_object
 from medusa_ds.config.settings import Positional, ProgramSettings
 from medusa_ds.errors import UserError
@@ -20,9 +22,9 @@ class Settings(ProgramSettings):
 
     output: Positional[str]
     """A run's output directory."""
-    evaluation: str | None = None
+    evaluation: str | None = Field(None, title="FILE")
     """JSON of `medusa-ds evaluate RUN --json FILE`, to be shown too."""
-    out: str | None = None
+    out: str | None = Field(None, title="FILE")
     """The page; without it, report.html in the run's directory."""
 
 
