@@ -11,7 +11,7 @@ from medusa_ds.data.layouts import Message, UnusableRow, read_row
 from medusa_ds.data.sources import open_source
 from medusa_ds.errors import UserError
 
-A_ROW = '{"turns": ["Hello"]} is a row, or what data.path takes'
+A_ROW = 'a row is {"turns": ["Hello"]}, or what data.path takes'
 
 
 class Prompt(NamedTuple):

@@ -109,7 +109,7 @@ class Settings(RecipeSettings):
             given = f" and --max-prompt-tokens {self.max_prompt_tokens}" if self.max_prompt_tokens else ""
             raise UserError(
                 f"distill: found --max-new-tokens {self.max_new_tokens}{given}; prompt and answer together have at "
-                f"most the model's {limit} tokens"
+                f"most the model's {limit} tokens: give less"
             )
         return Sampling(self.temperature, self.top_p, self.max_new_tokens, most, self.seed)
 
@@ -364,8 +364,11 @@ def _summary(out: str, places: list[str], failed: dict[int, str], removed: dict[
     first = {why: places[number] for number, why in sorted({**removed, **failed}.items(), reverse=True)}
     for why, count in {**report["removed_by_reason"], **report["failed_by_reason"]}.items():
         print(f"  {count:,} x {why} (first: {first[why]})")
+    if any(why.endswith("cut off") for why in removed.values()):
+        print("  of answers that were cut off, --max-new-tokens lets fewer be, and --keep-unfinished keeps the rest")
     middle = ", ".join(f"{share}%: {tokens}" for share, tokens in shares.items())
-    print(f"{report['answers']:,} answers with {report['tokens']:,} tokens; tokens of an answer by rank: {middle}")
+    lengths_of = f"; tokens of an answer by percentile: {middle}" if middle else ""
+    print(f"{report['answers']:,} answers with {report['tokens']:,} tokens{lengths_of}")
     if failed:
         print("the same command asks the failed rows again")
     return report

@@ -81,10 +81,11 @@ def run(settings: Settings) -> None:
     biased = any(name.endswith("projection.bias") for name in source.heads)
     biased |= source.shared and source.model is not None and source.model.get_output_embeddings().bias is not None
     found = "heads whose projections have a bias, as the model's LM head has" if biased else f"heads.kind {kind}"
-    able = [target for target in TARGETS if target == "transformers" or (kind in TARGETS[target].KINDS and not biased)]
+    able = [name for name, to in TARGETS.items() if kind in to.KINDS and (name == "transformers" or not biased)]
     for lacking in [target for target in chosen if target not in able]:
         if lacking in asked:
-            raise UserError(f"--for {lacking}: found {found}, which it does not run; allowed is {', '.join(able)}")
+            others = ", ".join(able) or "no other program"
+            raise UserError(f"--for {lacking}: found {found}, which it does not run; allowed is {others}")
         chosen.remove(lacking)
     loss = fasterdecoding.loss(source)
     if loss and "fasterdecoding" in chosen and not settings.allow_loss:

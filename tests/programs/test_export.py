@@ -17,6 +17,7 @@ from medusa_ds import runs
 from medusa_ds.cli import main
 from medusa_ds.exporting import vllm
 from medusa_ds.exporting.card import is_hub_id, license_of
+from medusa_ds.exporting.targets import TARGETS
 from medusa_ds.heads.files import META, load_heads, save_heads
 from medusa_ds.programs import evaluate, export
 from medusa_ds.runs import load_run, save_tree
@@ -315,6 +316,18 @@ def test_a_full_disk_is_one_line(
         == f"error: {tmp_path / 'out'}: cannot be written (File too large); name a writable directory\n"
     )
     assert sorted(file.name for file in tmp_path.iterdir() if "out" in file.name) == []
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_kind_that_a_target_does_not_name_is_not_exported_for_it(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], target: str
+) -> None:
+    """Mutation: take transformers for one that runs every kind."""
+    run = make_run()
+    monkeypatch.setattr(TARGETS[target], "KINDS", ("another",))
+    with pytest.raises(SystemExit, match="2"):
+        main(["export", str(run), str(run.parent / "out"), "--for", target])
+    assert f"--for {target}: found heads.kind medusa, which it does not run" in capsys.readouterr().err
 
 
 def test_mistakes_are_named_in_a_line(make_run: MakeRun, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
