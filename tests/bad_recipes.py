@@ -284,6 +284,11 @@ BAD: dict[str, tuple[str, list[str], str | None, list[str]]] = {
     "JSON NaN": (GOOD, [], '{"gradient_clipping": NaN}', ["zero.json", "NaN"]),
     "JSON duplicate": (GOOD, [], '{"bf16": {}, "bf16": {}}', ["zero.json", "duplicate key 'bf16'"]),
     "JSON infinity": (GOOD, [], '{"gradient_clipping": 1e999}', ["zero.json", "out of range"]),
+    "JSON that prints every 0 steps": (GOOD, [], '{"steps_per_print": 0}', ["zero.json: steps_per_print: found 0"]),
+    **{
+        f"JSON with {key}": (GOOD, [], f'{{"{key}": {value}}}', [f"zero.json: {key}: is not supported here"])
+        for key, value in (("torch_autocast", '{"enabled": true}'), ("sparse_gradients", "true"))
+    },
     "JSON too deep": (GOOD, [], '{"a": ' * 2000 + "1" + "}" * 2000, ["zero.json", "not valid JSON"]),
     "unknown DeepSpeed key": (
         GOOD,

@@ -25,7 +25,7 @@ TOP_LEVEL = set(
     "csv_monitor data_types dataloader_drop_last disable_allgather disable_python_gc dump_state flops_profiler fp16 "
     "gradient_accumulation_steps gradient_allreduce_op gradient_clipping gradient_predivide_factor graph_harvesting "
     "log_level memory_breakdown nebula optimizer prescale_gradients scheduler seed "
-    "sparse_gradients steps_per_print tensorboard timers torch_autocast train_batch_size "
+    "steps_per_print tensorboard timers train_batch_size "
     "train_micro_batch_size_per_gpu wall_clock_breakdown wandb zero_allow_comm_data_type_override "
     "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization".split()
 )
@@ -33,8 +33,8 @@ TOP_LEVEL = set(
 _REFUSED = set(
     "amp autotuning compression_training curriculum_learning data_efficiency eigenvalue elasticity expert_parallel "
     "hybrid_engine load_universal_checkpoint managed_gradient_accumulation pipeline progressive_layer_drop "
-    "quantize_training sequence_parallel_size "
-    "seq_parallel_communication_data_type sparse_attention tensor_parallel use_data_before_expert_parallelism "
+    "quantize_training sequence_parallel_size seq_parallel_communication_data_type sparse_attention sparse_gradients "
+    "tensor_parallel torch_autocast use_data_before_expert_parallelism "
     "weight_quantization".split()
 )
 _MODELS = {
@@ -86,6 +86,9 @@ def _problems(settings: dict[str, Any]) -> Iterator[str]:
         yield f'gradient_clipping: found {clipping!r}; allowed is a number of at least 0, or "auto"'
     if settings.get("gradient_allreduce_op", "mean") != "mean":
         yield f"gradient_allreduce_op: found {settings['gradient_allreduce_op']!r}; allowed is mean"
+    every = settings.get("steps_per_print", "auto")
+    if every != "auto" and not (type(every) in (int, float) and every >= 1):  # 1e5 is usual in published configs
+        yield f'steps_per_print: found {every!r}; allowed is a number of at least 1, or "auto"'
     for name in (*_MODELS, *_OTHERS):
         holder: Any = settings
         for part in name.split("."):

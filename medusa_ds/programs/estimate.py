@@ -22,11 +22,10 @@ from medusa_ds.config.types import Count, Positive, either
 from medusa_ds.errors import UserError
 from medusa_ds.files import read_json_lines
 from medusa_ds.training.communication import Step, estimate_step, measured_errors
-from medusa_ds.training.flops import peak_tflops
+from medusa_ds.training.gpus import GPUS, find_gpu
 from medusa_ds.training.memory import (
     CONTEXT_BYTES,
     GIB,
-    GPUS_GIB,
     Choice,
     Parameters,
     activations_bytes,
@@ -101,12 +100,12 @@ def run(settings: Settings) -> None:
     step = None
     if gpu:
         auto = {"deepspeed": "auto"}
-        gpu_bytes = GPUS_GIB[gpu] * GIB
+        gpu_bytes = GPUS[gpu].gib * GIB
         choice = choose(recipe.model_copy(update=auto), parts, config, settings.gpus, gpu_bytes, math.inf)
         largest = _largest_micro_batch(recipe, choice, parts, config, settings.gpus, gpu_bytes)
         print(f"\n{settings.gpus} x {gpu}: take deepspeed: ds_configs/{choice.deepspeed.name}; {choice.why}")
         print(f"  with it, {largest}")
-        if peak_tflops(gpu):
+        if GPUS[gpu].tflops:
             step = _estimate_step(settings, recipe, parts, config, gpu, 1)[1]
             _print_steps(settings, recipe, parts, config, gpu)
     elif recipe.deepspeed == "auto":
@@ -169,9 +168,9 @@ def _print_memory(recipe: Recipe, parts: Parameters, config: Any, world_sizes: l
 def _planned(settings: Settings) -> tuple[str | None, int]:
     """Kind and number of the GPUs to plan for, those asked for or those of this machine; None for a kind not known."""
     if settings.gpu is not None:
-        kind = _find_gpu(settings.gpu)
+        kind = find_gpu(settings.gpu, "gib")
         if kind is None:
-            known = [name.lower().replace(" ", "-") for name in GPUS_GIB]
+            known = [name.lower().replace(" ", "-") for name, gpu in GPUS.items() if gpu.gib]
             raise UserError(
                 f"--gpu: found {settings.gpu!r}; allowed is {either(known)}, or a name that holds its words"
             )
@@ -179,13 +178,7 @@ def _planned(settings: Settings) -> tuple[str | None, int]:
     if not torch.cuda.is_available():
         return None, settings.gpus
     number = settings.gpus if "gpus" in settings.model_fields_set else torch.cuda.device_count()
-    return _find_gpu(torch.cuda.get_device_name()), number
-
-
-def _find_gpu(name: str) -> str | None:
-    """The kind whose words are all in a name, as in `a100-80gb` and `NVIDIA A100-SXM4-80GB`."""
-    words = set(re.split(r"[\s-]+", name.lower()))
-    return next((kind for kind in GPUS_GIB if set(kind.lower().split()) <= words), None)
+    return find_gpu(torch.cuda.get_device_name(), "gib"), number
 
 
 def _largest_micro_batch(
@@ -208,7 +201,7 @@ def _estimate_step(
     settings: Settings, recipe: Recipe, parts: Parameters, config: Any, gpu: str, nodes: int
 ) -> tuple[Choice, Step]:
     """What the recipe trains with on so many hosts, and a step of it."""
-    found = choose(recipe, parts, config, settings.gpus * nodes, GPUS_GIB[gpu] * GIB, math.inf)
+    found = choose(recipe, parts, config, settings.gpus * nodes, GPUS[gpu].gib * GIB, math.inf)
     options = (found.deepspeed, found.recomputed, gpu, settings.gpus, nodes, settings.network)
     return found, estimate_step(recipe, parts, config, *options)
 

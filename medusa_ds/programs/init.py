@@ -20,7 +20,8 @@ from medusa_ds.data.dialogues import Chat
 from medusa_ds.errors import UserError
 from medusa_ds.files import check_writable, explained
 from medusa_ds.model.backbone import load_config, load_tokenizer
-from medusa_ds.training.memory import GIB, GPUS_GIB, choose, count_parameters
+from medusa_ds.training.gpus import GPUS
+from medusa_ds.training.memory import GIB, choose, count_parameters
 
 _ASSUMED = "H100 80GB"
 
@@ -65,7 +66,7 @@ def run(settings: Settings) -> None:
     values["data"]["max_length"] = min(recipe.data.max_length, positions)
     values["train"]["lr"] = 1e-3 if config.hidden_size >= 2048 else 3e-3
     recipe, parts = Recipe.model_validate(values), count_parameters(recipe, config)
-    memory = torch.cuda.mem_get_info()[1] if cuda else GPUS_GIB[_ASSUMED] * GIB
+    memory = torch.cuda.mem_get_info()[1] if cuda else GPUS[_ASSUMED].gib * GIB
     for size in (6, 3, 2, 1) if cuda else (1,):  # which divide the batch of 8 GPUs too
         values["train"]["micro_batch_size"] = size
         choice = choose(Recipe.model_validate(values), parts, config, gpus, memory, math.inf)

@@ -49,10 +49,11 @@ FREE_TO_CHANGE = (
 def main(recipe_file: str | None = None) -> None:
     """Train the recipe of the command line: `recipe_file` when it is itself the program, else the first argument."""
     arguments = [text for text in sys.argv[1:] if not text.startswith("--local_rank=")]
-    if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
-        _adopt_slurm()
     given = arguments if recipe_file is None else [recipe_file, *arguments]
     with exit_on_user_error():
+        slurm = os.environ.get("SLURM_STEP_NODELIST") and int(os.environ.get("SLURM_NTASKS") or 1) > 1
+        if slurm and not os.environ.get("RANK"):
+            _adopt_slurm()
         run(parse(RecipeSettings, given, "deepspeed --module medusa_ds", __doc__))
 
 
@@ -159,11 +160,15 @@ def _failures(output: Path) -> Iterator[None]:
 def _adopt_slurm() -> None:
     """Name rank and master as torch expects them; `deepspeed --launcher slurm` leaves that to the job's variables."""
     slurm = os.environ
-    nodes = slurm.get("SLURM_STEP_NODELIST") or slurm["SLURM_JOB_NODELIST"]
-    call = ["scontrol", "show", "hostnames", nodes]
-    first = subprocess.run(call, capture_output=True, text=True, check=True).stdout.split()[0]
+    if not slurm.get("MASTER_ADDR"):
+        call = ["scontrol", "show", "hostnames", slurm["SLURM_STEP_NODELIST"]]
+        mend = "set MASTER_ADDR to the first host of SLURM_STEP_NODELIST"
+        with files.explained("MASTER_ADDR: missing, and scontrol, which would name it, does not run", mend):
+            hosts = subprocess.run(call, capture_output=True, text=True).stdout.split()
+        if not hosts:
+            raise UserError(f"MASTER_ADDR: missing, and scontrol names no host; {mend}")
+        slurm["MASTER_ADDR"] = hosts[0]
     os.environ.update(RANK=slurm["SLURM_PROCID"], LOCAL_RANK=slurm["SLURM_LOCALID"], WORLD_SIZE=slurm["SLURM_NTASKS"])
-    os.environ.setdefault("MASTER_ADDR", first)
     os.environ.setdefault("MASTER_PORT", str(20000 + int(slurm.get("SLURM_JOB_ID", "0")) % 20000))
 
 

@@ -21,16 +21,14 @@ from medusa_ds.config.deepspeed import load, zero_settings
 from medusa_ds.config.loading import SHAPES
 from medusa_ds.config.recipe import Recipe, shipped
 from medusa_ds.model.backbone import load_config
-from medusa_ds.training.flops import peak_tflops, step_flops
+from medusa_ds.training.flops import step_flops
+from medusa_ds.training.gpus import GPUS
 from medusa_ds.training.memory import Parameters, count_parameters, parts_in_memory
 
 EFFICIENCY = {(1, False): 0.63, (2, False): 0.6, (1, True): 0.13, (2, True): 0.07}
 """By stage and offload: FLOPs of a step, recomputed ones included, over the bf16 peak of one H200; without offload of a
 step less its optimizer, which GPUs share."""
 _OPTIMIZER_S = 16e-3 / 1.63e9  # of a parameter: 3 heads of Llama-3-8B on one H200, docs/experiments/training_speed.md
-LINKS = {"A100": (300.0, 1600.0), "H100": (450.0, 3200.0), "H200": (450.0, 3200.0), "B200": (900.0, 3200.0)}
-"""GB/s that a GPU's NVLink sends, and Gb/s of the network cards of a host together: NVIDIA's data sheets of DGX."""
-_PCIE = (32.0, 100.0)  # 16 lanes of generation 4
 _LINK_SHARE = 0.6  # 258 to 283 of 450 GB/s between two H200: docs/experiments/training_speed.md, 2026-11-24
 _NETWORK_SHARE = 0.9  # 91 of 100 GB/s between two hosts of A100s: NVIDIA/nccl-tests, issue 100
 
@@ -95,8 +93,8 @@ def estimate_step(
 ) -> Step:
     """A step on `nodes` hosts of `gpus` each, every GPU with the sequences that it has on one host.
 
-    `parts` are of `count_parameters`, `recomputed` are decoder layers (None: all), `gpu` is a name that `peak_tflops`
-    knows, and `network_gbps` the rate of a host's network cards together (None: as in `LINKS`).
+    `parts` are of `count_parameters`, `recomputed` are decoder layers (None: all), `gpu` is one of
+    `GPUS` whose peak is known, and `network_gbps` the rate of a host's network cards together (None: as there).
     """
     train, length, settings = recipe.train, recipe.data.max_length, load(deepspeed)
     micro_batches = max(1, train.global_batch_size // (train.micro_batch_size * gpus))
@@ -108,16 +106,14 @@ def estimate_step(
         share = 1.0 if recomputed is None else recomputed / layers
         again = replace(flops, passes=1).total(1, length / 2, 0, 0) * share
     tokens = micro_batches * train.micro_batch_size * length
-    peak = peak_tflops(gpu)
-    assert peak is not None, gpu
+    kind = GPUS[gpu]
     offloads = any(zero_settings(settings)[1])
-    compute_s = tokens * (a_token + again) / (peak * 1e12 * EFFICIENCY[recipe.stage, offloads])
+    compute_s = tokens * (a_token + again) / (kind.tflops * 1e12 * EFFICIENCY[recipe.stage, offloads])
     optimizer_s = 0.0 if offloads else _OPTIMIZER_S * parts.trainable(recipe.stage)
     shared_s = optimizer_s / (gpus * nodes if zero_settings(settings)[0] else 1)
-    link, network = next((rates for name, rates in LINKS.items() if name in gpu), _PCIE)
-    gb_per_s = _LINK_SHARE * link
+    gb_per_s = _LINK_SHARE * kind.link
     if nodes > 1:  # every ring of NCCL's passes each host's cards once
-        gb_per_s = min(gb_per_s, _NETWORK_SHARE * (network_gbps or network) / 8)
+        gb_per_s = min(gb_per_s, _NETWORK_SHARE * (network_gbps or kind.network) / 8)
     held = parts_in_memory(recipe, parts, config)
     sent = sent_bytes(held, recipe.stage, settings, gpus * nodes, train.weight_bytes, micro_batches)
     beside_s, alone_s = (part / gb_per_s / 1e9 for part in sent)

@@ -11,8 +11,8 @@ written through DeepSpeed's public accessors, so that a run resumes on another n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -22,13 +22,14 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from torch import nn
 from transformers.integrations import HfDeepSpeedConfig
 
 from medusa_ds import files
 from medusa_ds.config.deepspeed import clips_in_adam, zero_settings
 from medusa_ds.config.recipe import Recipe
-from medusa_ds.errors import UserError
+from medusa_ds.errors import UserError, one_line
 from medusa_ds.heads.files import different_maps, save_heads
 from medusa_ds.heads.joint import Counters, JointModel
 from medusa_ds.model.attention import moved
@@ -63,6 +64,15 @@ def fetch_whole_layers(model: JointModel) -> None:
             deepspeed.utils.set_z3_leaf_module(layer, True)
 
 
+@contextmanager
+def _refused_by_deepspeed(file: str) -> Iterator[None]:
+    """Name the file of a setting that DeepSpeed does not take, here or together with others."""
+    try:
+        yield
+    except (DeepSpeedConfigError, ValueError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"{file}: DeepSpeed refuses it ({one_line(error)}); change or remove what it names") from error
+
+
 class MedusaEngine:
     """A model in training on this rank's device.
 
@@ -90,6 +100,8 @@ class MedusaEngine:
         config = recipe.ds_config(Ranks().size, on_gpu)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.ds_config = config = complete_config(config, recipe)
+        with _refused_by_deepspeed(recipe.deepspeed):
+            DeepSpeedConfig(config)
         self.accumulation: int = config["gradient_accumulation_steps"]
         self._zero_stage, (offloads_optimizer, _) = zero_settings(config)
         share_cores(on_gpu, offloads_optimizer)
@@ -103,7 +115,8 @@ class MedusaEngine:
         if on_gpu and self._zero_stage == 3 and "leaf_module" not in config["zero_optimization"]:
             fetch_whole_layers(model)
         optimizer = self._optimizer(optim.parameter_groups(model, recipe.train), offloads_optimizer)
-        self._engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+        with _refused_by_deepspeed(recipe.deepspeed):
+            self._engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
         self._tensors = LogicalTensors(self._engine, self._gathered)
         self.steps_taken, self._best = 0, -math.inf
         self._best_step: int | None = None

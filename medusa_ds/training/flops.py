@@ -1,4 +1,4 @@
-"""Model FLOPs of a training step, by arithmetic but for the heads, whose products are counted; peaks of known GPUs.
+"""Model FLOPs of a training step, by arithmetic but for the heads, whose products are counted.
 
 A matrix product of n parameters costs 2n FLOPs a token forward, 2n for the gradient of its input and 2n for that of its
 weight (Kaplan et al., arXiv 2001.08361, table 1). Attention costs 4 L D c forward for c visible tokens of context,
@@ -14,30 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from medusa_ds.config.recipe import Recipe
 from medusa_ds.heads.kinds import make_heads
-
-PEAK_BF16_TFLOPS = {
-    # dense bf16, vendors' data sheets; longest name first where one contains another
-    "B200": 2250.0,
-    "H200": 989.0,
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H100": 989.0,
-    "GH200": 989.0,
-    "A100": 312.0,
-    "A10G": 70.0,
-    "A10": 125.0,
-    "A6000": 154.8,
-    "L40S": 362.0,
-    "L4": 121.0,
-    "RTX 4090": 165.2,
-    "RTX 3090": 71.0,
-    "MI300X": 1307.4,
-}
-
-
-def peak_tflops(device_name: str) -> float | None:
-    """Dense bf16 peak of a GPU by its name, TFLOP/s; None for a CPU or an unknown GPU."""
-    return next((peak for name, peak in PEAK_BF16_TFLOPS.items() if name in device_name), None)
 
 
 @dataclass(frozen=True)

@@ -20,24 +20,13 @@ from medusa_ds.config.recipe import Recipe, shipped
 from medusa_ds.heads.kinds import KINDS, make_heads
 from medusa_ds.model.backbone import load_config
 from medusa_ds.ranks import Ranks
+from medusa_ds.training.gpus import GPUS
 
 GIB = 1 << 30
 CONTEXT_BYTES = GIB  # CUDA context, NCCL and workspaces
 SLACK = 1.1  # fragmentation
 MARGIN = 1.03  # of a choice: an 8B shape in stage 2 under ZeRO 2 reserved 135.5 GiB where 138.2 were estimated
 OFFLOAD_FACTOR = 1.5  # DeepSpeed's `additional_buffer_factor`
-GPUS_GIB = {
-    "RTX 3060": 12.0,
-    "RTX 4080": 16.0,
-    "L4": 22.5,
-    "RTX 4090": 24.0,
-    "A100 40GB": 39.6,
-    "L40S": 45.0,
-    "A100 80GB": 79.3,
-    "H100 80GB": 79.6,
-    "H200": 140.4,
-    "B200": 179.0,
-}  # as nvidia-smi gives it; all do bf16
 
 
 @dataclass(frozen=True)
@@ -155,7 +144,7 @@ def loss_bytes(recipe: Recipe, config: Any) -> int:
 
 def smallest_gpu(need_bytes: float) -> str:
     """The smallest common GPU with that much memory."""
-    return next((name for name, gib in GPUS_GIB.items() if need_bytes * SLACK <= gib * GIB), "none")
+    return next((name for name, gpu in GPUS.items() if need_bytes * SLACK <= gpu.gib * GIB), "none")
 
 
 def recomputed_layers(setting: bool | int | str) -> int | None:

@@ -20,7 +20,8 @@ from medusa_ds.config.recipe import Recipe
 from medusa_ds.data.packing import MicroBatch
 from medusa_ds.heads.joint import Counters, JointModel, metrics
 from medusa_ds.progress import LINE_EVERY_S
-from medusa_ds.training.flops import peak_tflops, step_flops
+from medusa_ds.training.flops import step_flops
+from medusa_ds.training.gpus import peak_tflops
 from medusa_ds.training.step import StepResult
 
 

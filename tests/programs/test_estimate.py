@@ -8,7 +8,8 @@ import pytest
 from medusa_ds.cli import main
 from medusa_ds.config.recipe import Recipe
 from medusa_ds.model.backbone import load_config
-from medusa_ds.training.memory import GIB, GPUS_GIB, choose, count_parameters
+from medusa_ds.training.gpus import GPUS
+from medusa_ds.training.memory import GIB, choose, count_parameters
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +85,7 @@ def test_the_micro_batch_named_is_the_largest_that_fits(capsys):
     def fits(size):
         train = recipe.train.model_copy(update={"micro_batch_size": size})
         tried = recipe.model_copy(update={"train": train})
-        return choose(tried, parts, config, 1, GPUS_GIB["RTX 3060"] * GIB, math.inf).fits
+        return choose(tried, parts, config, 1, GPUS["RTX 3060"].gib * GIB, math.inf).fits
 
     divisors = [size for size in range(1, 961) if 960 % size == 0]
     assert largest == max(size for size in divisors if fits(size)) < 960

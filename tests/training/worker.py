@@ -289,7 +289,19 @@ def launch_errors(out: Path, source: Path) -> dict[str, Any]:
             MedusaEngine(make_recipe(out, **sections), STEPS)
         except UserError as error:
             found[name] = str(error)
-    builder.load_backbone = load_backbone
+    out.mkdir(parents=True, exist_ok=True)
+    refused = {
+        "early": {"zero_optimization": {"stage": 2, "reduce_bucket_size": 0}},
+        "late": {"zero_optimization": {"stage": 3}, "gradient_predivide_factor": 2.0},
+    }
+    for name, settings in refused.items():
+        file = out / f"{name}.json"
+        file.write_text(json.dumps(settings))
+        try:
+            MedusaEngine(make_recipe(out).model_copy(update={"deepspeed": str(file)}), STEPS)
+        except UserError as error:
+            found[name] = str(error)
+        builder.load_backbone = load_backbone
     engine = MedusaEngine(make_recipe(out, heads=heads), STEPS)
     wanted = load_heads(source)[1]
     found["warm_start"] = all(torch.equal(w, wanted[n]) for n, w in engine.model.heads.state_dict().items())
