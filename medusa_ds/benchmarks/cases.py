@@ -97,6 +97,7 @@ class Case:
 def matrix(
     recipe: str,
     overrides: tuple[str, ...],
+    *,
     parts: Sequence[str],
     stages: list[int],
     heads: list[int],

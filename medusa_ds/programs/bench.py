@@ -175,16 +175,16 @@ def _plan(settings: Settings) -> list[Case]:
     return matrix(
         recipe,
         tuple(overrides),
-        settings.parts,
-        stages or [1, 2],
-        settings.heads,
-        settings.sequences,
-        settings.batch,
-        settings.impls or [*IMPLS],
-        settings.zeros,
-        settings.warmup,
-        settings.steps,
-        settings.gpus,
+        parts=settings.parts,
+        stages=stages or [1, 2],
+        heads=settings.heads,
+        sequences=settings.sequences,
+        batch=settings.batch,
+        impls=settings.impls or IMPLS,
+        zeros=settings.zeros,
+        warmup=settings.warmup,
+        steps=settings.steps,
+        gpus=settings.gpus,
     )
 
 

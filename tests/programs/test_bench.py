@@ -79,8 +79,14 @@ def test_misuse_is_a_line(argv, fragment, capsys):
     assert fragment in capsys.readouterr().err
 
 
+def cases_of(**chosen):
+    """Of steps in both stages, by the originals and by us unless told otherwise."""
+    common = {"parts": ["step"], "stages": [1, 2], "impls": ["ours", "original"], "gpus": [1], "zeros": None}
+    return matrix("tiny.yaml", (), warmup=1, steps=1, **(common | chosen))
+
+
 def test_the_default_is_the_originals_matrix():
-    cases = matrix("tiny.yaml", (), ["step"], [1, 2], [3, 5], [1024, 8192], 6, [*IMPLS], None, 1, 1, [1])
+    cases = cases_of(heads=[3, 5], sequences=[1024, 8192], batch=6, impls=IMPLS)
     assert len(cases) == 2 * 2 * (5 + 4)
     assert {(one.stage, one.zero) for one in cases} == {(1, "zero2"), (2, "zero3")}
     assert {one.impl for one in cases if one.stage == 2} == {"ours", "eager", "original", "torch_linear_ce"}
@@ -90,9 +96,7 @@ def test_the_default_is_the_originals_matrix():
 
 def test_the_cases_that_matter_most_come_first():
     """Most GPUs, then one; what differs in one choice from the first before what differs in two. Mutation: no order."""
-    cases = matrix(
-        "tiny.yaml", (), ["step"], [1, 2], [3, 5], [24, 48], 2, ["ours", "original"], None, 1, 1, [1, 2, 4, 8]
-    )
+    cases = cases_of(heads=[3, 5], sequences=[24, 48], batch=2, gpus=[1, 2, 4, 8])
     assert len(cases) == 2 * 2 * 2 * (4 + 1)
     key = [(one.stage, one.heads, one.sequence, one.impl, one.gpus) for one in cases]
     assert key[:2] == [(1, 3, 24, "ours", 8), (2, 3, 24, "ours", 8)]
@@ -105,7 +109,7 @@ def test_the_cases_that_matter_most_come_first():
 
 def test_stage_2_is_measured_with_several_zero_configs():
     """Mutation: the same for stage 1, or for the original, which has no ZeRO."""
-    cases = matrix("tiny.yaml", (), ["step"], [1, 2], [2], [24], 2, ["ours", "original"], ["auto", "zero3"], 1, 1, [1])
+    cases = cases_of(heads=[2], sequences=[24], batch=2, zeros=["auto", "zero3"])
     assert {(one.stage, one.impl, one.zero) for one in cases} == {
         (1, "ours", "auto"),
         (2, "ours", "auto"),
