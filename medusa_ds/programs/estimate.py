@@ -209,8 +209,9 @@ def _estimate_step(
 def _print_steps(settings: Settings, recipe: Recipe, parts: Parameters, config: Any, gpu: str) -> None:
     """A line for each number of hosts, and how far measured steps were from such estimates."""
     print(
-        f"\na step of {gpu} GPUs by FLOPs and bytes (latency of collectives and a late host would make it longer):\n"
-        "  hosts  GPUs  deepspeed      GB sent    ms  communication ms  alone   tokens/s  of one GPU's rate"
+        f"\na step of {gpu} GPUs by FLOPs and bytes (latency of collectives and a late host would make it longer; "
+        "waits: share of it in which GPUs do nothing but send):\n"
+        "  hosts  GPUs  deepspeed      GB sent    ms  communication ms  waits   tokens/s  of one GPU's rate"
     )
     for nodes in settings.nodes:
         choice, step = _estimate_step(settings, recipe, parts, config, gpu, nodes)
@@ -223,7 +224,7 @@ def _print_steps(settings: Settings, recipe: Recipe, parts: Parameters, config: 
         f"{group} {min(errors):+.0%} to {max(errors):+.0%} ({len(errors)})"
         for group, errors in measured_errors().items()
     ]
-    print(f"  the same of measured steps of one and two H200s was off by: {'; '.join(spread)}")
+    print(f"  such estimates of measured steps of one and two H200s were off by: {'; '.join(spread)}")
 
 
 def _hidden_cache(recipe: Recipe, config: Any, data: Any) -> str:

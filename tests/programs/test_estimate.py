@@ -61,7 +61,7 @@ def test_a_line_of_each_number_of_hosts_with_what_measured_steps_were_off_by(cap
     slow = said(capsys, *asked, "--network", "100", "deepspeed=ds_configs/zero3.json")
     row = next(line.split() for line in slow.splitlines() if line.startswith("     16   128  zero3"))
     assert float(row[-1]) < 0.2 and int(row[6].rstrip("%")) > 80
-    assert "measured steps of one and two H200s was off by: stage 1 -" in slow
+    assert "measured steps of one and two H200s were off by: stage 1 -" in slow
     assert "a step of" not in said(capsys, "smollm2_135m_stage1", "--gpu", "rtx-3060")  # whose peak is not known
 
 
