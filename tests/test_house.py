@@ -121,6 +121,12 @@ def test_heavy_libraries_wait_for_their_command() -> None:
     assert "smollm2_135m_stage1" in done.stdout
 
 
+def test_compiler_of_pytorch_waits_for_what_it_compiles() -> None:
+    """Mutation: compile a function at import."""
+    code = "import sys, medusa_ds.programs.evaluate; sys.exit('torch._inductor.compile_fx' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+
+
 def test_every_import_is_a_dependency_with_a_lower_bound() -> None:
     """Mutation: import a package that another one happens to bring, or write a requirement without a version."""
     setup = ast.parse((PACKAGE.parent / "setup.py").read_text())

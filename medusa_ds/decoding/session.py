@@ -43,7 +43,7 @@ from medusa_ds.model.facts import Asked, build_twin, differ, find_facts, tokens_
 T = TypeVar("T")
 _ATTENTION = "medusa_tree"
 _BLOCK = 128  # slots that FlexAttention reads or skips together
-_flex_attention = torch.compile(flex_attention, dynamic=False)
+_flex_attention: Any = None  # compiled for the first session that needs it: importing PyTorch's compiler takes a second
 
 
 def _attend(
@@ -322,6 +322,9 @@ class Session:
         alike = len(self.kv) == 1 and not self.near and self.kv[0].shape[-1] >= 16  # FlexAttention's least
         on_gpu = device.type == "cuda" and batch > 1
         self.blocks = alike and on_gpu and not self.masked and takes_blocks(backbone)
+        if self.blocks:
+            global _flex_attention
+            _flex_attention = _flex_attention or torch.compile(flex_attention, dynamic=False)
         nothing = torch.zeros(batch, 0, slots, 0, dtype=self.dtype, device=device)
         self._layers = [
             _Slots(tree.nodes, *([next(parts[shape]) for shape in layer] or [nothing, nothing]))

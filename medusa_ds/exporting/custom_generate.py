@@ -11,7 +11,7 @@ the guess). A chain, not a tree: it needs no attention mask of its own, so that 
 padding work as in plain `generate`. Rows of a batch advance together, by the guesses that are right in all of them.
 A pass verifies as many guesses as pay on the machine at hand, down to none, by the times that passes took here and the
 guesses that held; neither greedy nor sampled text depends on it, as one token is drawn for each that is kept. Beam
-search, the output of scores, and inputs other than tokens are refused.
+search, the output of scores, inputs other than tokens, and texts so long that positions turn are refused.
 """
 
 import functools
@@ -28,7 +28,8 @@ from torch import Tensor
 from torch.nn.functional import linear, pad, rms_norm, silu
 from transformers import generation
 
-from medusa_ds.decoding.pace import Pace  # an export has that module here
+from medusa_ds.decoding.pace import Pace
+from medusa_ds.model.rope import turns_beyond
 
 _loaded: Any = weakref.WeakKeyDictionary()  # heads by model: read once
 
@@ -58,6 +59,13 @@ class Heads:
         paths = [os.path.join(source, name) if local else hf_hub_download(source, name, **where) for name in names]
         with open(paths[0], encoding="utf-8") as file:
             config = json.load(file)
+        weight, named = getattr(self.lm_head, "weight", None), (config["vocab_size"], config["hidden_size"])
+        if not torch.is_tensor(weight) or not weight.is_floating_point():
+            raise ValueError("Medusa heads need an LM head that is not quantised")
+        if weight.shape[0] < named[0] or weight.shape[1] != named[1]:
+            raise ValueError(
+                f"Medusa heads in {source} are for an LM head of {named}; this model's is {(*weight.shape,)}"
+            )
         self.num, self.sees_tokens = config["num"], config.get("kind") == "hydra"
         self.blocks = config["layers"] - self.sees_tokens
         self.weights = load_file(paths[1])
@@ -135,10 +143,17 @@ def decode(
         raise ValueError("Medusa heads need layers that can go back to an earlier token; this model's cannot")
     if cache is None or not config.use_cache or any(layer.is_compileable for layer in cache.layers):
         raise ValueError("Medusa heads need use_cache=True and a dynamic cache (no cache_implementation)")
+    if (limit := turns_beyond(model.config)) is not None and config.max_length > limit:
+        raise ValueError(
+            f"Medusa heads need at most {limit} tokens, prompt and new ones: then this model's positions turn"
+        )
+    if "prepare_inputs_for_generation" in vars(model):
+        raise ValueError("Medusa heads do not support inputs that another makes for the model, as PEFT's prompt tuning")
     keeps_past = hasattr(cache, "activate_past_recording")  # sliding windows keep what a crop may need
     if keeps_past:
         cache.activate_past_recording()
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    fills = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)  # else rows that end go on
     filler = config.pad_token_id if config.pad_token_id is not None else (ends[0] or 0)
     mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
     finished = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
@@ -172,19 +187,20 @@ def decode(
                 scores = logits_processor(tokens[:, : length + i], logits[:, i])
                 drawn = torch.multinomial(scores.softmax(-1), 1)[:, 0] if config.do_sample else scores.argmax(-1)
                 chosen.append(drawn)
-                if i == width - 1 or bool((drawn != guesses[:, i])[~finished].any()):
+                if i == width - 1 or bool((drawn != guesses[:, i])[~(finished & fills)].any()):
                     break
             accepted = len(chosen) - 1
-            if keeps_past or accepted < width - 1:
-                cache.crop(accepted - width + 1)
             for token in chosen:
-                token = token.masked_fill(finished, filler)
+                token = token.masked_fill(finished & fills, filler)
                 input_ids = torch.cat([input_ids, token[:, None]], 1)
                 if streamer is not None:
                     streamer.put(token.cpu())
                 finished = finished | stopping_criteria(input_ids, None)
                 if finished.all():
                     break
+            beyond = length + width - input_ids.shape[1]  # guesses that are not in the text
+            if keeps_past or beyond:
+                cache.crop(-beyond)
             room = max(config.max_length - input_ids.shape[1] - 1, 0)
             guesses = heads.guess(hidden[:, accepted], chosen[-1], min(size, room)).to(input_ids.device)
             if known:  # not the prompt's own pass
@@ -196,5 +212,5 @@ def decode(
     if streamer is not None:
         streamer.end()
     if config.return_dict_in_generate:
-        return generation.GenerateDecoderOnlyOutput(sequences=input_ids)
+        return generation.GenerateDecoderOnlyOutput(sequences=input_ids, **{cache_name: cache})
     return input_ids

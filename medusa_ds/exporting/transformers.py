@@ -1,11 +1,13 @@
 """Plain transformers: the heads in our own layout and a file of code beside them."""
 
 import inspect
+import re
 from pathlib import Path
 
 from medusa_ds.decoding import pace
 from medusa_ds.exporting import custom_generate
 from medusa_ds.exporting.source import Files, Source
+from medusa_ds.model import rope
 
 KINDS: tuple[str, ...] = ("medusa", "hydra")
 
@@ -16,10 +18,12 @@ def files(source: Source) -> Files:
 
 
 def _copy_code(target: Path) -> None:
-    """The file with the one module of ours that it imports, so that it needs none of this package."""
-    before, _, after = inspect.getsource(custom_generate).partition("from medusa_ds.decoding.pace import Pace")
-    _, _, module = inspect.getsource(pace).split('"""', 2)
-    target.write_text(before + module.strip() + after[after.index("\n") :], encoding="utf-8")
+    """The file with the two modules of ours that it imports in their place, so that it needs none of this package."""
+    text = inspect.getsource(custom_generate)
+    for module in (pace, rope):
+        _, _, body = inspect.getsource(module).split('"""', 2)
+        text = re.sub(rf"from {module.__name__} import .*", lambda _, body=body: body.strip(), text)
+    target.write_text(text, encoding="utf-8")
 
 
 def code(source: Source, out: str, base: str) -> str:

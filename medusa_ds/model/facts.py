@@ -25,6 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from medusa_ds.errors import UserError, one_line
 from medusa_ds.model.attention import hidden_states
 from medusa_ds.model.projection import Logits
+from medusa_ds.model.rope import turns_beyond
 
 _VOCAB, _WINDOW, _HEAD_SIZE, _EXPERTS, _MOST_PARAMETERS = 160, 6, 8, 16, 200_000_000  # of a twin
 _WIDTH = re.compile(r"(size|dim|rank|width|channels|_embd|inner|d_ff|dff|d_model|d_state|d_head|d_ssm|d_rel)$|^dim_")
@@ -279,21 +280,13 @@ def _why_not_packed(twin: PreTrainedModel) -> str | None:
 
 def _find_limit(twin: PreTrainedModel) -> int | None:
     """See `Facts`; positions beyond a table of them raise an error on the CPU."""
-    text: Any = twin.config.get_text_config()
-    ropes = getattr(text, "rope_parameters", None) or {}
-    most: Any = getattr(text, "max_position_embeddings", None)
-    limits: list[int] = []
-    for rope in [ropes, *(value for value in ropes.values() if isinstance(value, dict))]:
-        if "dynamic" in str(rope.get("rope_type")):
-            limits.append(most)
-        elif rope.get("rope_type") == "longrope":
-            limits.append(rope["original_max_position_embeddings"])
-    if most and not limits:
+    limit, most = turns_beyond(twin.config), getattr(twin.config.get_text_config(), "max_position_embeddings", None)
+    if most and limit is None:
         try:
             hidden_states(twin, *(part + at for part, at in zip(tokens_of_documents(3), (0, most), strict=True)))
         except (IndexError, RuntimeError):
-            limits.append(most)
-    return min(limits, default=None)
+            return most
+    return limit
 
 
 def describe(facts: Facts) -> list[str]:

@@ -15,6 +15,7 @@ ones (a single chunk has nothing to add). `liger` is Liger's Triton kernel, `tor
 Shapes: N rows, H hidden size, V vocabulary.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -128,7 +129,7 @@ def linear_kl(
     """
     itemsize = rows_NH.element_size() if rows_NH.is_cuda else max(4, rows_NH.element_size())
     chunk_rows = max(1, (chunk_mib << 20) // (2 * weight_VH.shape[0] * itemsize))
-    parts, accumulate = _compiled_kl_parts if rows_NH.is_cuda else _kl_parts, _sum_dtype(rows_NH)
+    parts, accumulate = _compiled_kl_parts() if rows_NH.is_cuda else _kl_parts, _sum_dtype(rows_NH)
 
     def part(chunk: slice, logits_CV: Tensor, _: bool) -> tuple[Tensor, Tensor, Tensor]:
         teacher_CV = _product(teacher_NH[chunk], teacher_VH, teacher_bias)
@@ -345,4 +346,7 @@ def _kl_parts(
     return loss, logits_CV.argmax(-1), grad_CV.to(logits_CV.dtype)
 
 
-_compiled_kl_parts = torch.compile(_kl_parts, dynamic=True)  # made when first called: a few passes instead of a dozen
+@functools.cache
+def _compiled_kl_parts() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """A few passes instead of a dozen; made when first asked for, since PyTorch's compiler takes a second to import."""
+    return torch.compile(_kl_parts, dynamic=True)

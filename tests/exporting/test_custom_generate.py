@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from exporting import MakeRun, export_
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, StoppingCriteria
 
 from medusa_ds.exporting import custom_generate
 from medusa_ds.heads.files import META, load_heads, save_heads
@@ -273,3 +273,70 @@ def test_layers_that_cannot_go_back_are_refused(tmp_path) -> None:
     decoding = partial(custom_generate.decode, heads=custom_generate.Heads(model, str(tmp_path), {}))
     with pytest.raises(ValueError, match="this model's cannot"):
         model.generate(torch.tensor([[7, 20, 9]]), custom_generate=decoding, max_new_tokens=6)
+
+
+class Knows(custom_generate.Heads):
+    """Heads that know the text, by the tokens that the cache holds."""
+
+    def __init__(self, model: Any, source: str, cache: Any, text: torch.Tensor) -> None:
+        super().__init__(model, source, {})
+        self.cache, self.text = cache, text
+
+    def guess(self, hidden: torch.Tensor, token: torch.Tensor, number: int) -> torch.Tensor:
+        """The text's own tokens."""
+        return self.text[:, self.cache.get_seq_length() + 1 :][:, :number]
+
+
+def test_a_cache_that_is_handed_in_holds_the_text_and_no_guess_behind_its_end(tmp_path) -> None:
+    """Mutation: take away only the guesses that were wrong."""
+    model, _ = run_of(Asked(AutoConfig.for_model("llama")), tmp_path)
+    ids = torch.tensor([[7, 20, 9]])
+    text = model.generate(ids, max_new_tokens=16, do_sample=False)
+    settings = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": int(text[0, 4])}  # the first of two guesses
+    found = []
+    for with_heads in (False, True):
+        cache = DynamicCache(config=model.config)
+        heads = Knows(model, str(tmp_path), cache, text)
+        own = {"custom_generate": partial(custom_generate.decode, heads=heads)} if with_heads else {}
+        first = model.generate(ids, past_key_values=cache, return_dict_in_generate=True, **settings, **own)
+        assert any(value is cache for value in first.values()) and cache.get_seq_length() == 4
+        more = torch.cat([first.sequences, ids], 1)
+        found.append(model.generate(more, past_key_values=cache, max_new_tokens=9, do_sample=False))
+    assert found[0].equal(found[1])
+
+
+def test_rows_that_no_end_token_ended_go_on_as_in_transformers(tmp_path) -> None:
+    """Mutation: fill them in any case."""
+
+    class After(StoppingCriteria):
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+            return (input_ids[:, -1] == 84) & torch.tensor([True, False, False])
+
+    model, _ = run_of(Asked(AutoConfig.for_model("llama")), tmp_path)
+    ids = torch.randint(1, 80, (3, 9), generator=torch.Generator().manual_seed(0))
+    settings = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "stopping_criteria": [After()]}
+    plain = model.generate(ids, **settings)
+    assert (plain[0, 9:-1] == 84).any()
+    decoding = partial(custom_generate.decode, heads=custom_generate.Heads(model, str(tmp_path), {}))
+    assert model.generate(ids, custom_generate=decoding, **settings).equal(plain)
+
+
+def test_what_would_give_another_text_is_refused(tmp_path) -> None:
+    """Texts over which the positions of all tokens turn, prompt tuning, a quantised LM head, heads of another model."""
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    asked = Asked(AutoConfig.for_model("llama", rope_parameters=rope, max_position_embeddings=16))
+    model, _ = run_of(asked, tmp_path)
+    heads, ids = custom_generate.Heads(model, str(tmp_path), {}), torch.tensor([[7, 20, 9]])
+    settings = {"custom_generate": partial(custom_generate.decode, heads=heads), "do_sample": False}
+    model.generate(ids, max_new_tokens=13, **settings)
+    with pytest.raises(ValueError, match="Medusa heads need at most 16 tokens"):
+        model.generate(ids, max_new_tokens=14, **settings)
+    model.prepare_inputs_for_generation = model.prepare_inputs_for_generation  # as PEFT does
+    with pytest.raises(ValueError, match="prompt tuning"):
+        model.generate(ids, max_new_tokens=3, **settings)
+    quantised = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear})
+    with pytest.raises(ValueError, match="not quantised"):
+        custom_generate.Heads(quantised, str(tmp_path), {})
+    other = build_twin(Asked(AutoConfig.for_model("llama", hidden_size=48, num_attention_heads=4)))
+    with pytest.raises(ValueError, match=r"are for an LM head of \(160, "):
+        custom_generate.Heads(other, str(tmp_path), {})
