@@ -4,6 +4,7 @@ A run is given as a training run's output directory, the `heads` folder in it, o
 name of heads that the package ships. Which base model belongs to it stands in the recipe that every one of them keeps.
 """
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -172,10 +173,13 @@ def encode(run: Saved | Run, messages: list[dict[str, Any]]) -> list[int]:
     """Tokens of a conversation by the run's chat template, up to where the assistant begins.
 
     Raises:
-        UserError: there is no template, or it refuses the conversation.
+        UserError: there is no template, or it refuses the conversation; or that is no text.
     """
     try:
+        json.dumps(messages, ensure_ascii=False).encode()
         return Chat(run.tokenizer, run.template_args).prompt(messages)
+    except UnicodeEncodeError:
+        raise UserError("prompt: found bytes that are no UTF-8; write it in UTF-8") from None
     except UnusableRow as error:
         raise UserError(f"prompt: {error}") from None
 
@@ -294,6 +298,7 @@ def load_run(run: str | Path | Saved, device: torch.device, dtype: torch.dtype, 
         tree = Tree.parse(saved.tree[: _CPU_NODES - 1] if few else saved.tree, num, str(saved.folder / "heads.json"))
     backbone = saved.load_backbone(device, dtype, liger)
     heads = saved.load_heads(backbone, dtype)
+    tree = Tree(path for path in tree.paths if max(path) < heads.num_rows)  # as of an export that cut the heads
     if saved.tokenizer.chat_template is not None:
         end_at(backbone, Chat(saved.tokenizer, saved.template_args).ends)
     return Run(backbone, heads, saved.tokenizer, tree, saved.tree is not None, saved.template_args)

@@ -18,7 +18,7 @@ from medusa_ds.distilling.server import check_url
 from medusa_ds.errors import UserError, one_line
 
 _COUNTER = re.compile(r"vllm:spec_decode_(num_drafts|num_accepted_tokens_per_pos)_total\{([^}]*)\} (\S+)")
-_WRONG = (OSError, HTTPException, LookupError, TypeError, ValueError)
+_WRONG = (ArithmeticError, OSError, HTTPException, LookupError, RecursionError, TypeError, ValueError)
 _GONE = 3
 _MAX_BYTES = 16 << 20
 
@@ -75,6 +75,8 @@ class HeadServer:
         try:
             listed = json.loads(self._read(f"{self.url}/models"))["data"]
             self.model = model or listed[0]["id"]
+            if not isinstance(self.model, str):
+                raise ValueError("a list of models without names")
         except _WRONG as error:
             raise UserError(f"--server: {url}: {_reason(error)}; start it, or name another") from None
 
@@ -91,7 +93,7 @@ class HeadServer:
         with ThreadPoolExecutor(in_flight) as pool:
             replies = list(pool.map(lambda prompt: self._ask(prompt, max_new_tokens), prompts))
         seconds, after = time.perf_counter() - started, self._counts()
-        drafts, *accepted = (after[key] - before.get(key, 0) for key in sorted(after)) if after else (0,)
+        drafts, *accepted = (after[key] - before.get(key, 0) for key in sorted(after)) if -1 in after else (0,)
         measured = Measured(replies, seconds, drafts, accepted)
         if len(measured.problems) == len(prompts):
             raise UserError(f"--server: {self.url}: no request was answered, the first: {measured.problems[0]}")
@@ -106,11 +108,12 @@ class HeadServer:
             answer = json.loads(self._read(f"{self.url}/completions", asked))
             choice, tokens = answer["choices"][0], answer["usage"]["completion_tokens"]
             text, ids = choice["text"], choice.get("token_ids")
-            if not isinstance(text, str) or not isinstance(tokens, int):
-                raise ValueError("an answer without text or usage")
+            text.encode()
+            if type(tokens) is not int or not 0 <= tokens <= _MAX_BYTES or not _are_tokens(ids):
+                raise ValueError("an answer whose tokens are no numbers")
             self._failures = 0
             return Reply(text, tokens, ids=ids)
-        except _WRONG as error:
+        except (*_WRONG, AttributeError) as error:
             self._failures += 1
             return Reply("", 0, _reason(error))
 
@@ -134,17 +137,20 @@ class HeadServer:
 
     def _counts(self) -> dict[int, int]:
         """Drafts so far at -1, and accepted tokens at each position."""
+        counts: dict[int, int] = {}
         try:
-            page = self._read(f"{self.url.removesuffix('/v1')}/metrics")
+            for name, labels, value in _COUNTER.findall(self._read(f"{self.url.removesuffix('/v1')}/metrics")):
+                position = re.search(r'position="(\d+)"', labels)
+                key = -1 if name == "num_drafts" else int(position[1]) if position else None
+                if key is not None:
+                    counts[key] = counts.get(key, 0) + int(float(value))
         except _WRONG:
             return {}
-        counts: dict[int, int] = {}
-        for name, labels, value in _COUNTER.findall(page):
-            position = re.search(r'position="(\d+)"', labels)
-            key = -1 if name == "num_drafts" else int(position[1]) if position else None
-            if key is not None:
-                counts[key] = counts.get(key, 0) + int(float(value))
         return counts
+
+
+def _are_tokens(ids: Any) -> bool:
+    return ids is None or (isinstance(ids, list) and all(type(token) is int and token >= 0 for token in ids))
 
 
 def _reason(error: Exception) -> str:

@@ -34,7 +34,7 @@ def check_url(url: str) -> None:
         raise UserError(f"--server: found a key in the URL (not shown); set OPENAI_API_KEY and give a URL {_EXAMPLE}")
     try:
         parts = urlsplit(url)
-        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        good = len(url.split()) == 1 and parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
         good = False
     if not good:

@@ -70,7 +70,11 @@ def from_other(
     projections: dict[int, Tensor] = {}
     unknown, token_map = [], None
     for name, tensor in tensors.items():
-        short = re.sub(r"^medusa_heads?\.", "", name)
+        short = re.sub(r"^medusa_heads?\.", "", str(name))
+        is_weight = torch.is_tensor(tensor) and tensor.is_floating_point() and tensor.dim() > 0
+        if not is_weight and short != "token_map":
+            kind = f"{list(tensor.shape)} of {tensor.dtype}" if torch.is_tensor(tensor) else type(tensor).__name__
+            raise UserError(f"{where}: {name}: found {kind}; heads are vectors and matrices of floating-point numbers")
         if match := _BLOCK.fullmatch(short):
             blocks[int(match[1]), int(match[2] or match[3] or 0), match[4]] = tensor
         elif match := _PROJECTION.fullmatch(short):

@@ -1,7 +1,6 @@
 """Plain transformers: the heads in our own layout and a file of code beside them."""
 
 import inspect
-import re
 from pathlib import Path
 
 from medusa_ds.decoding import pace
@@ -22,7 +21,8 @@ def _copy_code(target: Path) -> None:
     text = inspect.getsource(custom_generate)
     for module in (pace, rope):
         _, _, body = inspect.getsource(module).split('"""', 2)
-        text = re.sub(rf"from {module.__name__} import .*", lambda _, body=body: body.strip(), text)
+        before, _, after = text.partition(f"from {module.__name__} import ")
+        text = before + body.strip() + after[after.index("\n") :]
     target.write_text(text, encoding="utf-8")
 
 

@@ -74,6 +74,7 @@ class Heads(nn.ModuleList):
     Attributes:
         kind: its name in recipes (`heads.kind`) and files.
         sees_tokens: whether head k depends on tokens t+1..t+k.
+        num_rows: tokens among which a head guesses.
     """
 
     kind: ClassVar[str]
@@ -97,7 +98,7 @@ class Heads(nn.ModuleList):
             return VocabularyProjection(hidden_size, rows, dtype, logits=logits) if own_projection else None
 
         super().__init__(self.make_head(layers, hidden_size, projection(), dtype) for _ in range(num))
-        self.vocab_size = vocab_size
+        self.vocab_size, self.num_rows = vocab_size, rows
         self.token_map: Tensor | None
         self.row_V: Tensor | None
         self.register_buffer("token_map", token_map)

@@ -36,6 +36,7 @@ from medusa_ds.decoding.pictures import draw_evaluation
 from medusa_ds.decoding.trees import chain
 from medusa_ds.distilling.served import HeadServer, Reply
 from medusa_ds.errors import UserError
+from medusa_ds.model.backbone import lm_head_weight
 from medusa_ds.progress import progress
 from medusa_ds.runs import PromptSettings, Run, encode
 
@@ -135,7 +136,9 @@ def _served(settings: Settings, prompts: list[Prompt], run: Run, plain: Decoder,
 
 def _tokens(run: Run, answer: Answer, reply: Reply) -> list[int] | None:
     """A server's answer; where it tells no tokens, those of its text, which need not be what it decoded."""
-    plain = answer.plain.tokens
+    plain, rows = answer.plain.tokens, lm_head_weight(run.backbone).shape[0]
+    if reply.ids and max(reply.ids) >= rows:
+        raise UserError(f"--server: found token {max(reply.ids)}; the run's model has {rows}: it serves another model")
     if reply.problem or reply.ids is not None:
         return reply.ids
     same = reply.text == run.decode(plain)
@@ -181,9 +184,9 @@ def _speed(run: Run, answers: list[Answer], plain: Decoder, medusa: Decoder, max
     """
     rows = {"plain": [a.plain for a in answers], "medusa": [a.medusa for a in answers if a.medusa is not None]}
     context = sum(len(answer.prompt) + len(answer.plain.tokens) // 2 for answer in answers) // len(answers)
-    nodes = [count for row in rows["medusa"] for count in row.nodes]
+    nodes = [count for row in rows["medusa"] for count in row.nodes] or [medusa.tree.nodes]  # answers of one token
     times = {count: step_ms(medusa, context, nodes=count) for count in set(nodes)}
-    steps = {"plain": step_ms(plain, context), "medusa": sum(times[count] for count in nodes) / max(len(nodes), 1)}
+    steps = {"plain": step_ms(plain, context), "medusa": sum(times[count] for count in nodes) / len(nodes)}
     report: Report = {}
     for name, own in rows.items():
         report |= {

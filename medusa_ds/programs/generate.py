@@ -7,7 +7,7 @@ Example:
 import contextlib
 import sys
 
-from medusa_ds.config.types import Count
+from medusa_ds.config.types import Count, Seed
 from medusa_ds.decoding.acceptance import AcceptanceSettings
 from medusa_ds.decoding.decoder import Decoder, Generation, StopStrings
 from medusa_ds.errors import UserError
@@ -26,7 +26,7 @@ class Settings(AcceptanceSettings, RunSettings):
     """Of an answer."""
     stop: list[str] = []
     """End at this text; may be repeated."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the draws of exact acceptance."""
 
 

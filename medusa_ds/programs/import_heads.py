@@ -86,9 +86,11 @@ def _read(path: Path) -> dict[str, Tensor]:
     files = [path / Path(name).name for name in shards] or [path / name for name in _FILES if (path / name).is_file()]
     if not files:
         raise UserError(f"{path}: holds no heads; expected {', '.join(_FILES[:-1])} or {_FILES[-1]}")
-    try:
-        if files[0].suffix == ".pt":
-            return torch.load(files[0], map_location="cpu", weights_only=True)
-        return {name: tensor for file in files[: len(shards) or 1] for name, tensor in load_file(file).items()}
-    except Exception as error:  # a damaged or foreign pickle fails in many ways
-        raise UserError(f"{files[0]}: cannot be read ({one_line(error)})") from None
+    tensors: dict[str, Tensor] = {}
+    for file in files[: len(shards) or 1]:
+        try:
+            pickled = file.suffix == ".pt"
+            tensors |= torch.load(file, map_location="cpu", weights_only=True) if pickled else load_file(file)
+        except Exception as error:  # a damaged or foreign pickle fails in many ways
+            raise UserError(f"{file}: cannot be read ({one_line(error)})") from None
+    return tensors

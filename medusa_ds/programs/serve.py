@@ -74,7 +74,7 @@ def run(settings: Settings) -> None:
         print(f"{RUNNER}=1 {shlex.join(command)}")
         return
     sys.stdout.flush()
-    os.execve(settings.python, command, {**os.environ, RUNNER: "1"})
+    os.execvpe(settings.python, command, {**os.environ, RUNNER: "1"})
 
 
 def _check_environment(python: str) -> None:

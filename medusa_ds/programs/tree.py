@@ -58,7 +58,7 @@ def run(settings: Settings) -> Report:
     per_answer = [head_ranks(run.backbone, run.heads, a.prompt, a.plain.tokens) for a in answers]
     if min(sum(map(len, half)) for half in (per_answer[::2], per_answer[1::2])) == 0:
         raise UserError("prompts: too few answers to find a tree; give more prompts or more new tokens")
-    width = min(WIDTH, run.backbone.config.vocab_size)
+    width = min(WIDTH, run.heads.num_rows)
     counts, *halves = (RankCounts(part, width) for part in (per_answer, per_answer[::2], per_answer[1::2]))
     context = max(len(answer.prompt) + len(answer.plain.tokens) for answer in answers)
     sizes: list[Report] = []

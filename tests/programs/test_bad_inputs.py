@@ -196,6 +196,20 @@ def checkpointed(tiny_recipe, tmp_path):
     return tmp_path / "out"
 
 
+@pytest.mark.parametrize(
+    ("options", "fragment"),
+    [
+        (["--prompt", "\udcff"], "prompt: found bytes that are no UTF-8; write it in UTF-8"),
+        (
+            ["--prompt", "hi", "--seed", "99999999999999999999"],
+            "--seed: found '99999999999999999999'; allowed is a whole",
+        ),
+    ],
+)
+def test_what_generate_could_not_read_or_draw_by_is_a_line(options, fragment, make_run, refused):
+    assert fragment in refused("generate", make_run(), *options)
+
+
 def test_keys_that_nobody_has_are_told(refused):
     assert "--keys: found no key that holds 'zzz'" in refused("show", "--keys", "zzz")
 

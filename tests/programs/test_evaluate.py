@@ -15,7 +15,7 @@ from medusa_ds.cli import main
 from medusa_ds.data.prompts import Prompt, read_prompts
 from medusa_ds.decoding.decoder import end_tokens
 from medusa_ds.errors import UserError
-from medusa_ds.heads.files import load_heads, save_heads
+from medusa_ds.heads.files import META, load_heads, save_heads
 from medusa_ds.heads.medusa import MedusaHeads
 from medusa_ds.programs import evaluate, tree
 from medusa_ds.runs import encode, load_run
@@ -164,6 +164,24 @@ def test_tree_opens_its_run_once(output, prompts, monkeypatch):
     monkeypatch.setattr(runs, "load_heads", lambda folder: opened.append(folder) or load_heads(folder))
     _search_tree(_settings(output, prompts, nodes=1))
     assert len(opened) == 1
+
+
+def test_a_tree_is_no_wider_than_the_heads_vocabulary(output, prompts):
+    """Neither a found one nor the one that an export had before its heads were cut. Mutation: leave `load_run`'s."""
+    config, _ = load_heads(output)
+    heads = MedusaHeads(NUM, 1, HIDDEN, VOCAB, token_map=torch.tensor([97, 98, 99]))
+    save_heads(output / "heads", heads.state_dict(), {key: config[key] for key in META})
+    runs.save_tree(output / "heads" / "heads.json", [(0,), (4,), (0, 2), (0, 3), (4, 0)])
+    run = load_run(output, torch.device("cpu"), torch.float32)
+    assert run.tree.paths == [(0,), (0, 2)]
+    found = _search_tree(_settings(output, prompts, nodes=64))
+    assert max(row["nodes"] for row in found["sizes"]) == 1 + 3 + 9
+
+
+def test_answers_of_one_token_are_evaluated(output, prompts, capsys):
+    report = _evaluate(_settings(output, prompts) | {"max_new_tokens": 1})
+    assert report["accepted"]["steps"] == 0 and report["speed"]["medusa_step_ms"] > 0
+    assert "decoding alone" in capsys.readouterr().out
 
 
 def test_tree_refuses_a_checkpoint(output, prompts):

@@ -30,6 +30,7 @@ class Fake(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.run = load_run(run, torch.device("cpu"), torch.float32)
         self.decoder = Decoder(self.run.backbone, None, chain(0))
+        self.models, self.metrics, self.answer = json.dumps({"data": [{"id": "tiny"}]}), "", ""
         self.behaviour, self.since, self.asked, self.lock = "", 0, 0, threading.Lock()
         self.released = threading.Event()
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
@@ -51,7 +52,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path == "/v1/models":
-            self.reply(json.dumps({"data": [{"id": "tiny"}]}))
+            self.reply(self.server.models)
+        elif self.path == "/metrics" and self.server.metrics:
+            self.reply(self.server.metrics)
         elif self.path == "/metrics" and self.server.behaviour != "no metrics":
             n = self.server.asked
             counts = "".join(
@@ -77,6 +80,8 @@ class Handler(BaseHTTPRequestHandler):
             server.released.wait(20)
         elif behaviour == "garbage":
             self.reply("<html>")
+        elif behaviour == "answer":
+            self.reply(server.answer)
         elif behaviour != "dies":
             text = f"red{text}" if behaviour == "wrong" else text
             choice: dict[str, Any] = {"text": text}
@@ -166,6 +171,55 @@ def test_what_a_failing_server_answered_is_kept(
     assert report_of(command)["prompts"]["answers"] == report_of(command)["texts"]["compared"] == 2
 
 
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        (DEEP, "RecursionError"),
+        ({"text": "\ud800"}, "UnicodeEncodeError"),
+        ({"text": 5}, "'int' object has no attribute 'encode'"),
+        ({"token_ids": "abc"}, "an answer whose tokens are no numbers"),
+        ({"token_ids": [[1], [2]]}, "an answer whose tokens are no numbers"),
+        ({"token_ids": [-1]}, "an answer whose tokens are no numbers"),
+        ({"token_ids": [300]}, "found token 300; the run's model has 300: it serves another model"),
+    ],
+)
+def test_answers_of_odd_shapes_are_one_line(
+    served: tuple[Fake, list[str]], capsys: pytest.CaptureFixture[str], answer: Any, text: str
+) -> None:
+    server, command = served
+    choices = [{"text": "red"} | (answer if isinstance(answer, dict) else {})]
+    whole = json.dumps({"choices": choices, "usage": {"completion_tokens": 3}})
+    server.behaviour, server.answer = "answer", answer if answer == DEEP else whole
+    with pytest.raises(SystemExit, match="2"):
+        main(command)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: --server: ") and text in error
+
+
+@pytest.mark.parametrize("models", [DEEP, '{"data": [{"id": 5}]}'])
+def test_lists_of_models_of_odd_shapes_are_one_line(
+    served: tuple[Fake, list[str]], capsys: pytest.CaptureFixture[str], models: str
+) -> None:
+    server, command = served
+    server.models = models
+    with pytest.raises(SystemExit, match="2"):
+        main(command)
+    assert "start it, or name another" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("count", ["nan", "inf", "many"])
+def test_counts_that_are_no_numbers_are_none(
+    served: tuple[Fake, list[str]], capsys: pytest.CaptureFixture[str], count: str
+) -> None:
+    server, command = served
+    server.metrics = f'vllm:spec_decode_num_drafts_total{{engine="0"}} {count}\n'
+    main(command)
+    assert "no counts of drafts on its /metrics" in capsys.readouterr().out
+
+
 def test_a_server_that_is_gone_is_not_asked_for_ever(
     served: tuple[Fake, list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -183,12 +237,13 @@ def test_mistakes_are_found_before_the_models_load(
     _, command = served
     monkeypatch.setattr(evaluate.Settings, "load", lambda _: pytest.fail("loaded"))
     at = command.index("--server") + 1
-    for url in ("http://127.0.0.1:9/v1", "localhost", command[at] + "/x"):
+    for url in ("http://127.0.0.1:9/v1", "localhost", "http://a\nb/v1", command[at] + "/x"):
         with pytest.raises(SystemExit):
             main([*command[:at], url, *command[at + 1 :]])
         error = capsys.readouterr().err
         says = f"--server: {url}: " in error and "start it, or name another" in error
-        assert error.count("\n") == 1 and (says or (url == "localhost" and "allowed is a URL such as http" in error))
+        no_url = f"--server: found {url!r}; allowed is a URL such as http" in error
+        assert error.count("\n") == 1 and (no_url if url in ("localhost", "http://a\nb/v1") else says)
     with pytest.raises(SystemExit):
         main([*command, "--acceptance", "typical"])
     assert "a server is asked for greedy texts" in capsys.readouterr().err

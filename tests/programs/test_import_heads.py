@@ -81,6 +81,17 @@ def test_hostile_damaged_and_foreign_files_are_refused(tmp_path: Path, monkeypat
     assert "token_map" in refusal()
     torch.save({**good, "0.0.linear.bias": torch.zeros(5)}, file)
     assert "0.blocks.0.bias is (5,), not (4,)" in refusal()
+    torch.save([torch.zeros(4, 4)], file)
+    assert f"{file}: cannot be read" in refusal()
+    for wrong, found in (
+        (torch.zeros(4, 4).char(), "[4, 4] of torch.int8"),
+        (torch.tensor(1.0), "[] of torch.float32"),
+        (3, "int"),
+    ):
+        torch.save({"0.0.linear.weight": wrong}, file)
+        assert f"0.0.linear.weight: found {found}; heads are vectors and matrices of floating-point" in refusal()
+    torch.save({3: torch.zeros(4)}, file)
+    assert "found 3; not heads" in refusal()
     says = {"base_model_name_or_path": "owner/model", "hidden_size": 576, "medusa_num_heads": 3}
     (tmp_path / "config.json").write_text(json.dumps(says))
     torch.save({"0.0.weight": torch.zeros(2, 2)}, file)

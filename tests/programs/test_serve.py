@@ -59,6 +59,9 @@ def test_vllm_is_started_with_an_export_and_all_further_options(
     assert (export / "model.safetensors").stat().st_mtime_ns == made  # the same heads: nothing to export
     (arguments, _) = served([str(export), "--python", python, "--base-model", "here"], capfd)
     assert arguments[3] == "here" and str(export) in arguments[5]
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    (arguments, _) = served([str(export), "--python", Path(python).name], capfd)
+    assert arguments[2] == "serve"
 
 
 def test_a_dry_run_prints_what_a_shell_takes(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
