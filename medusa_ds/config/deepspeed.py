@@ -53,11 +53,13 @@ _OTHERS = {
     "csv_monitor": {"enabled": "bool", "output_path": "str", "job_name": "str"},
     "wandb": {"enabled": "bool", "group": "str", "team": "str", "project": "str"},
 }
+_HOLDERS = {name.rpartition(".")[2] for name in (*_MODELS, *_OTHERS)} | {"params", "device"}
+"""Keys where `"auto"` is as good as nothing; elsewhere it is a value that follows from the recipe or the model."""
 _COUNTS = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"}
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a DeepSpeed JSON file and refuse what DeepSpeed would ignore or misread.
+    """Read a DeepSpeed JSON file, without whole sections that are `"auto"`, and refuse what DeepSpeed would misread.
 
     Raises:
         UserError: all problems of the file.
@@ -70,7 +72,13 @@ def load(path: Path) -> dict[str, Any]:
     problems += [redact(f"{path}: {text}") for text in _problems(settings)]
     if problems:
         raise UserError(*problems)
-    return settings
+    return _without_auto(settings)
+
+
+def _without_auto(node: Any) -> Any:
+    if not isinstance(node, dict):
+        return node
+    return {key: _without_auto(value) for key, value in node.items() if value != "auto" or key not in _HOLDERS}
 
 
 def _problems(settings: dict[str, Any]) -> Iterator[str]:
@@ -176,9 +184,7 @@ def resolve(settings: dict[str, Any], path: Path, owned: dict[str, Any], recipe_
         *parents, last = key.split(".")
         target = merged
         for part in parents:
-            if target.get(part, "auto") == "auto":
-                target[part] = {}
-            target = target[part]
+            target = target.setdefault(part, {})
         found = target.get(last, "auto")
         if found != "auto" and found != value:
             problems.append(
@@ -188,9 +194,7 @@ def resolve(settings: dict[str, Any], path: Path, owned: dict[str, Any], recipe_
         target[last] = value
     known = {key.rpartition(".")[2] for key in owned if key.startswith("optimizer.params.")}
     for name, setting in (("optimizer", "train.lr, train.betas, ..."), ("scheduler", "train.schedule, ...")):
-        section = merged.get(name, "auto")
-        params = {} if section == "auto" else section.get("params", "auto")
-        params = {} if params == "auto" else params
+        params = merged.get(name, {}).get("params", {})
         given = [f"{name}.params.{key}" for key, value in params.items() if value != "auto" and key not in known]
         if given:
             problems.append(

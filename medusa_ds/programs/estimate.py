@@ -250,7 +250,8 @@ def _total_steps(recipe: Recipe, data: Any, rows: int | None) -> int | None:
         rows = int(sliced[2]) - int(sliced[1] or 0)
     if rows is None:
         return None
-    rows -= min(int(rows * recipe.data.validation), recipe.data.validation_max)
+    held_out = recipe.data.validation
+    rows -= 0 if isinstance(held_out, str) else min(int(rows * held_out), recipe.data.validation_max)
     return max(1, math.ceil(rows / train.global_batch_size * train.epochs))  # packing needs fewer sequences than rows
 
 

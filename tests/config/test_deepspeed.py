@@ -78,12 +78,17 @@ def test_config_of_another_trainer_works_as_it_is(place: Path) -> None:
     assert filled["zero_optimization"]["stage3_param_persistence_threshold"] == 640
 
 
-@pytest.mark.parametrize("section", ["optimizer", "scheduler", "bf16", "fp16", "tensorboard", "wandb"])
+@pytest.mark.parametrize(
+    "section", ["optimizer", "scheduler", "bf16", "fp16", "tensorboard", "wandb", "zero_optimization"]
+)
 def test_auto_stands_for_a_whole_section(section: str, place: Path) -> None:
     config = load(place, {section: "auto"}).ds_config(world_size=1, on_gpu=False)
     assert "auto" not in json.dumps(config)
     config = load(place, {"optimizer": {"params": "auto"}, "scheduler": {"params": "auto"}}).ds_config(1, False)
     assert "auto" not in json.dumps(config)
+    for offload in ("auto", {"device": "auto"}, None):
+        load(place, {"zero_optimization": {"stage": 1, "offload_optimizer": offload}})
+        assert ds_config.zero_settings(ds_config.load(place / "ds.json")) == (1, (False, False))
 
 
 def test_precision_follows_the_device(place: Path) -> None:

@@ -69,6 +69,7 @@ def test_rows_follow_from_a_split(capsys):
     asked = ["llama3_8b_stage1", "--gpu", "h200"]
     assert "give --rows N" in said(capsys, *asked)
     assert "for 40 steps" in said(capsys, *asked, "data.split=train[80:2080]", "train.global_batch_size=48")
+    assert "for 50 steps" in said(capsys, *asked, "--rows", "2400", "data.validation=sample")  # of which none are held
 
 
 def test_the_micro_batch_named_is_the_largest_that_fits(capsys):
