@@ -148,7 +148,8 @@ class Sequences:
         """Sequences of conversations, given by their numbers, padded to one size: by default the split's."""
         rows = self.data[self.rows[np.concatenate(batch)]]
         totals = [int(self.lengths[sequence].sum()) for sequence in batch]
-        size = size or (self.max_length if self.packing else max(8 * math.ceil(max(totals) / 8), 8))
+        least = self.max_length if self.packing else max(8 * math.ceil(max(totals) / 8), 8)
+        size = size or min(least, self.max_length)  # beyond which a model may have no positions, for padding neither
         ids, labels = np.full((len(batch), size), self.pad_id), np.full((len(batch), size), IGNORED)
         positions = np.zeros((len(batch), size), dtype=np.int64)
         sources: list[list[str]] = []

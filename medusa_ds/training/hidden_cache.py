@@ -79,7 +79,9 @@ def key_of(recipe: Recipe, data: Data, computed: str, stored: str) -> dict[str, 
     """What the hidden states follow from."""
     model, weights = recipe.model, []
     path = Path(model_path(model) if model.init == "pretrained" else model.name)
-    for file in sorted(path.glob("*.safetensors")) if path.is_dir() else []:
+    for file in sorted(path.iterdir()) if path.is_dir() else []:
+        if file.suffix not in (".safetensors", ".bin"):
+            continue
         with open(file, "rb") as stream:  # a sample: enough to tell a retrained model from its forerunner
             weights += [f"{file.name} {file.stat().st_size}", stream.read(_SAMPLE_BYTES)]
             stream.seek(-min(_SAMPLE_BYTES, file.stat().st_size), os.SEEK_END)

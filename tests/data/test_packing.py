@@ -146,6 +146,13 @@ def test_padding_is_a_document_of_its_own_without_labels(file):
     assert load(file).train.micro_batches(0, 4, 4, 0, 1)[0].input_ids.shape == (4, 128)
 
 
+def test_no_position_is_beyond_max_length(file):
+    """Padding's neither, where that is no multiple of 8. Mutation: round up above it."""
+    for packing in (False, True):
+        train = load(file, packing=packing, max_length=21).train
+        assert max(batch.position_ids.max() for batch in train.micro_batches(0, 4, 2, 0, 1)) == 20
+
+
 def test_last_batch_of_an_epoch_is_filled_with_empty_sequences(file):
     train = load(file, packing=False).train
     last = train.steps_per_epoch(8) - 1

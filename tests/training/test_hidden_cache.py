@@ -197,14 +197,23 @@ def test_another_recipes_cache_is_refused_with_the_difference(load, overrides, s
     assert says in str(error.value) and "name another directory, or auto" in str(error.value)
 
 
-def test_a_retrained_model_of_the_same_name_is_refused(load, tiny_model, tmp_path):
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_retrained_model_of_the_same_name_is_refused(load, tiny_model, tmp_path, name):
     model = tmp_path / "model"
     shutil.copytree(tiny_model, model)
-    load(f"model.name={model}")
     tuned = AutoModelForCausalLM.from_pretrained(model)
+
+    def save():
+        tuned.save_pretrained(model)
+        if name.endswith(".bin"):
+            (model / "model.safetensors").unlink()
+            torch.save(tuned.state_dict(), model / name)
+
+    save()
+    load(f"model.name={model}")
     with torch.no_grad():
         tuned.model.norm.weight.add_(1)
-    tuned.save_pretrained(model)
+    save()
     with pytest.raises(UserError, match="weights: made with"):
         load(f"model.name={model}")
 
