@@ -7,7 +7,8 @@ Accuracies are teacher-forced on the plain answers: every position counts. Of he
 where the first guesses of heads 1 to k are right, `cond` the same among those where heads 1 to k-1 are. Accepted
 tokens are counted while decoding: only the positions where a step begins count, and a tree holds more than each head's
 first guess. Both stand in the report under different names. With --server, a server that runs the heads decodes in
-place of ours: its tokens a second, what its metrics page counts, and its texts against our plain greedy ones.
+place of ours: its tokens a second, what its metrics page counts, and its texts against our plain greedy ones. With
+`--json RUN/evaluation.json`, the card of an export has the figures.
 """
 
 import time
