@@ -4,6 +4,8 @@ Example:
     medusa-ds validate smollm2_135m_stage1 train.lr=1e-3 --world-size 2
 """
 
+from medusa_ds.config.loading import STUB_LAST, find_recipe
+from medusa_ds.config.parsing import read_text
 from medusa_ds.config.settings import RecipeSettings
 from medusa_ds.config.types import Count
 
@@ -16,7 +18,7 @@ class Settings(RecipeSettings):
 
 
 def run(settings: Settings) -> None:
-    """Print what the model can do, where its config can be had, and `ok`.
+    """Print what the model can do, where its config can be had, how a file without the launch stub starts, and `ok`.
 
     Raises:
         UserError: every mistake of the recipe, before a hub is asked; or its model cannot do what it asks for.
@@ -32,4 +34,7 @@ def run(settings: Settings) -> None:
         print(*describe(settled(without_hub(recipe)).model), sep="\n")
     except UnreachableError as error:
         print(f"the model was not asked what it can do: {error}")
+    if STUB_LAST not in read_text(find_recipe(settings.recipe)):
+        start = f"deepspeed --module medusa_ds {settings.recipe}"
+        print(f"without the first and last line that shipped recipes have, it is started by: {start}")
     print("ok")

@@ -3,6 +3,7 @@
 import pytest
 
 from medusa_ds.cli import main
+from medusa_ds.config.recipe import shipped
 from medusa_ds.model import backbone
 
 LLAMA = [
@@ -41,6 +42,15 @@ def test_a_directory_and_a_package_are_asked(said, monkeypatch, tiny_model):
     backbone._remote_path.cache_clear()
     assert said("validate", "model.name=o/m", "model.package.stands_for=o/m", "data.max_length=64") == [*LLAMA, "ok"]
     backbone._remote_path.cache_clear()
+
+
+def test_a_recipe_without_the_launch_stub_is_told_how_it_starts(said, tmp_path):
+    """Mutation: `ok` alone, and `deepspeed FILE` ends in a SyntaxError."""
+    stub_first, *rows, stub_last = shipped("recipes").joinpath("smollm2_135m_stage1.yaml").read_text().splitlines()
+    (tmp_path / "smollm2_135m_stage1").write_text("\n".join(rows))
+    assert said("validate")[-2].endswith("started by: deepspeed --module medusa_ds smollm2_135m_stage1")
+    (tmp_path / "smollm2_135m_stage1").write_text("\n".join([stub_first, *rows, stub_last]))
+    assert said("validate") == [*LLAMA, "ok"]
 
 
 def test_where_no_config_can_be_had_the_recipe_alone_is_checked(said):
