@@ -15,6 +15,7 @@ from pathlib import Path
 
 from medusa_ds.config.settings import parse
 from medusa_ds.errors import UserError
+from medusa_ds.files import storage
 from medusa_ds.ranks import exit_on_user_error
 
 _NAMED_ALIKE = "validate show init prepare estimate distill bench generate evaluate tree report export serve".split()
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # transformers imports deepspeed, which warns when there is no GPU
     for name in ("DeepSpeed", "torch.utils.cpp_extension"):
         logging.getLogger(name).addFilter(lambda record: record.levelno > logging.WARNING)
-    with exit_on_user_error():
+    with exit_on_user_error(), storage("a file"):
         given = sys.argv[1:] if argv is None else argv
         # the launcher names the rank: `deepspeed --module medusa_ds.cli prepare RECIPE --hidden`
         name, *rest = [text for text in given if not text.startswith("--local_rank=")] or ["--help"]

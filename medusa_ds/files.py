@@ -28,6 +28,10 @@ TEMPORARY = ".tmp-"
 """How the names of unfinished and of discarded files begin."""
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EIO)
+
+
 class InUseError(Exception):
     """A lock is another process's; the message says whose."""
 
@@ -55,6 +59,26 @@ def explained(what: str, mend: str, who: str = "", one_rank: bool = False) -> It
         yield
     except OSError as error:
         raise UserError(f"{what} ({error.strerror or error}{who}); {mend}", one_rank=one_rank) from None
+
+
+@contextmanager
+def storage(place: Any, kept: str = "") -> Iterator[None]:
+    """One line for a disk that is full, or that refuses a file somewhere in the body; `kept` says what is whole.
+
+    Raises:
+        UserError: in place of an OSError; it names the error's file, or else `place`.
+    """
+    try:
+        with system_errors():
+            yield
+    except OSError as error:
+        if error.errno not in _FULL + _REFUSED:
+            raise
+        way = "written" if error.errno in _FULL else "read or written"
+        mend = f"make room, or make it writable{kept}"
+        raise UserError(
+            f"{error.filename or place}: cannot be {way} ({error.strerror}); {mend}", one_rank=True
+        ) from None
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import cli
+from support import cli, files_of_at_most
 
 from medusa_ds.cli import COMMANDS, main
 from medusa_ds.config.recipe import Recipe, shipped
@@ -128,6 +128,17 @@ def test_prepare_and_show_data_tell_rows_and_mark_supervised_tokens(
     assert "user" not in marked
     monkeypatch.setenv("FORCE_COLOR", "1")
     assert f"\x1b[32m{marked}\x1b[0m" in said(capsys, "show", str(tiny_recipe), "--data", "1")
+
+
+def test_a_full_disk_and_a_cache_that_cannot_be_made_are_a_line(
+    tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mutation: let the command's errors of the system pass, or those of making the cache."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    with files_of_at_most(1000):
+        assert "cannot be written (File too large); make room" in refused(capsys, "prepare", str(tiny_recipe))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tiny_recipe / "cache")
+    assert f"{tiny_recipe}/cache: cannot be made (Not a dir" in refused(capsys, "prepare", str(tiny_recipe))
 
 
 def test_estimate_counts_the_real_model(

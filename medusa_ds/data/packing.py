@@ -247,13 +247,14 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Data:
     """Read, tokenise and split the data of a recipe; one process works while others wait and take the cache.
 
     Raises:
-        UserError: no usable data, no supervised token, or a chat template that cannot be masked exactly.
+        UserError: no usable data, no supervised token, a chat template that cannot be masked exactly, or no cache.
     """
     spec = recipe.data
     chat = Chat(tokenizer, spec.template_args)
     chat.check()
     cache = Path(datasets.config.HF_DATASETS_CACHE)
-    cache.mkdir(parents=True, exist_ok=True)
+    with files.explained(f"{cache}: cannot be made", "set HF_DATASETS_CACHE to a directory"):
+        cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / "medusa_ds.lock"):
         conversations = load_conversations(spec)
         state = [

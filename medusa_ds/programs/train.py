@@ -10,7 +10,6 @@ from the newest whole checkpoint. docs/reliability.md says what every fault does
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import platform
@@ -18,8 +17,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +34,6 @@ if TYPE_CHECKING:
     from medusa_ds.training.supervisor import Supervisor
 
 NON_FINITE_STATUS = 3
-_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
 
 FREE_TO_CHANGE = (
     "model.package.stands_for model.attention model.liger_kernels data.hidden_cache loss.impl loss.chunk_mib "
@@ -73,7 +70,8 @@ def run(settings: RecipeSettings) -> None:
 
     ranks, output = Ranks(), Path(recipe.output)
     watch = closing(Supervisor(ranks.rank, ranks.local_size, recipe.train.hang_timeout))
-    with watch as supervisor, ExitStack() as stack, end_with_others(ranks.rank), _failures(output):
+    storage = files.storage(output, "; checkpoints are whole")
+    with watch as supervisor, ExitStack() as stack, end_with_others(ranks.rank), storage:
         resolve_impl(recipe.loss.impl, "cuda" if torch.cuda.is_available() else "cpu")  # refuses it before a load
         recipe = settled(recipe)
         if ranks.rank == 0:
@@ -139,22 +137,6 @@ def _run(recipe: Recipe, recipe_file: Path, ranks: Ranks, output: Path, supervis
     except NonFiniteError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(NON_FINITE_STATUS)
-
-
-@contextmanager
-def _failures(output: Path) -> Iterator[None]:
-    """One line for a disk that is full or cannot be written."""
-    try:
-        with files.system_errors():
-            yield
-    except OSError as error:
-        if error.errno not in _STORAGE:
-            raise
-        raise UserError(
-            f"{error.filename or output}: cannot be written ({error.strerror}); make room, or make it writable; "
-            "checkpoints are whole",
-            one_rank=True,
-        ) from None
 
 
 def _adopt_slurm() -> None:

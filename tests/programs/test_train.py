@@ -362,7 +362,7 @@ main()
 
 @pytest.mark.parametrize("full", [False, True])
 def test_the_end_of_a_run(full: bool, tiny_recipe: Path, tmp_path: Path) -> None:
-    """Mutations: write the page when other ranks have left, who then count as dead; `_failures` without
+    """Mutations: write the page when other ranks have left, who then count as dead; `storage` without
     `system_errors`."""
     (tmp_path / "end.py").write_text(AT_THE_END.format(limit=6000 if full else 1 << 30))
     text = train(tmp_path / "end.py", str(tiny_recipe), log_dir=tmp_path, ends=(2,) if full else (0,))
