@@ -264,9 +264,18 @@ def open_run(name: str | Path) -> Saved:
         if not tuned.is_dir():
             raise UserError(f"{tuned}: missing; stage 2 tuned the backbone of these heads: keep both folders together")
         model = ModelSpec(name=str(tuned), attention=model.attention, liger_kernels=model.liger_kernels)
-    meta, output = {key: config[key] for key in META}, folder if shipped else folder.parent
-    dtype, tree = getattr(torch, config["dtype"]), config.get("tree")
-    return Saved(folder, output, meta, weights, dtype, model, stage, template_args, tree, shipped=shipped)
+    return Saved(
+        folder,
+        output=folder if shipped else folder.parent,
+        meta={key: config[key] for key in META},
+        weights=weights,
+        dtype=getattr(torch, config["dtype"]),
+        model=model,
+        stage=stage,
+        template_args=template_args,
+        tree=config.get("tree"),
+        shipped=shipped,
+    )
 
 
 def _open_checkpoint(folder: Path) -> Saved:
@@ -280,7 +289,17 @@ def _open_checkpoint(folder: Path) -> Saved:
         weights["token_map"] = torch.tensor(token_map, dtype=torch.int64)
     meta = {"base_model": model.name, "revision": model.revision, "recipe": text} | heads.shape
     meta |= {"hidden_size": config.hidden_size, "vocab_size": config.vocab_size}
-    return Saved(folder, output, meta, weights, None, model, stage, template_args, checkpoint=reader)
+    return Saved(
+        folder,
+        output=output,
+        meta=meta,
+        weights=weights,
+        dtype=None,
+        model=model,
+        stage=stage,
+        template_args=template_args,
+        checkpoint=reader,
+    )
 
 
 def load_run(run: str | Path | Saved, device: torch.device, dtype: torch.dtype, liger: bool | None = None) -> Run:

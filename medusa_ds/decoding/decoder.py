@@ -247,25 +247,31 @@ class Decoder:
                 self._step(session)
 
     def _prefill(self, session: Session, prompts: Sequence[Sequence[int]], generator: torch.Generator) -> None:
+        """Read prompts from a graph if there is one for their length, or else kernel by kernel."""
         session.uniform_BN.uniform_(generator=generator)
-        width, graph = max(map(len, prompts)), None
+        width = max(map(len, prompts))
         captured = session.graph is not None and width * len(prompts) <= CAPTURED_TOKENS
         if captured:
             width = min(padded_length(width), session.slots - session.reserved, self.limit)
         tokens_BP = begin(session, prompts, width)
-        if captured and width not in session.prefills:
-            with static_attention(self.backbone):
-                read = capture(lambda: self._read(session, tokens_BP), session.pool, warm_ups=1)
-            session.prefills[width] = tokens_BP, read
-        if captured:
-            static_BP, graph = session.prefills[width]
-            static_BP.copy_(tokens_BP)
+        graph = self._prefill_graph(session, tokens_BP) if captured else None
         if graph is not None:
             graph.replay()
         else:
             with static_attention(self.backbone):
                 self._read(session, tokens_BP)
         session.tree = self.next_tree
+
+    def _prefill_graph(self, session: Session, tokens_BP: Tensor) -> torch.cuda.CUDAGraph | None:
+        """The graph that reads prompts of this length, made for the first of them, with these in its place for them."""
+        width = tokens_BP.shape[1]
+        if width not in session.prefills:
+            with static_attention(self.backbone):
+                graph = capture(lambda: self._read(session, tokens_BP), session.pool, warm_ups=1)
+            session.prefills[width] = tokens_BP, graph
+        static_BP, graph = session.prefills[width]
+        static_BP.copy_(tokens_BP)
+        return graph
 
     def _read(self, session: Session, tokens_BP: Tensor) -> None:
         """Read prompts, choose the token after each and guess on from there."""

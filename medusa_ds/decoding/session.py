@@ -67,7 +67,7 @@ def _attend(
         if isinstance(mask, BlockMask):
             out = _flex_attention(grouped, key, value, block_mask=mask, scale=scale)
         elif softcap or s_aux is not None:
-            out = _capped(query, key, value, mask[:, :, :rows], scale, softcap, s_aux)
+            out = _capped(query, key, value, mask[:, :, :rows], scale=scale, softcap=softcap, s_aux=s_aux)
         elif applies(query) and key.shape == value.shape:
             return tree_attention(query, key, value, mask, scale), None
         elif query.is_cuda and batch == 1:  # fused kernels put one block on each key/value head: most of the GPU idles
@@ -86,7 +86,7 @@ def _attend(
         if softcap or s_aux is not None:
             assert seen is not None
             mask = torch.zeros_like(seen, dtype=query.dtype).masked_fill_(~seen, -torch.inf)
-            out = _capped(query, key, value, mask, scale, softcap, s_aux)
+            out = _capped(query, key, value, mask, scale=scale, softcap=softcap, s_aux=s_aux)
         else:
             out = F.scaled_dot_product_attention(
                 query, key, value, attn_mask=seen, is_causal=seen is None, scale=scale, enable_gqa=True
@@ -95,7 +95,14 @@ def _attend(
 
 
 def _capped(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float | None, s_aux: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    *,
+    scale: float,
+    softcap: float | None,
+    s_aux: Tensor | None,
 ) -> Tensor:
     """Attention whose scores approach a cap, or that may turn to nothing (`s_aux`, a score for each head)."""
     key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], 1) for part in (key, value))

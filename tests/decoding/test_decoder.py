@@ -275,6 +275,7 @@ def test_blocks_of_slots_are_skipped_only_where_no_node_looks(llama, monkeypatch
     trees = [(random_heads(), default_tree(3, 24)), ([], chain(0))]
     wanted = [Decoder(llama, heads, tree).generate(prompts, 30) for heads, tree in trees]
     monkeypatch.setattr(cache, "_BLOCK", 16)
+    monkeypatch.setattr(cache, "_flex_attention", torch.compile(cache.flex_attention, dynamic=False))
     monkeypatch.setattr(cache.Session, "masks", lambda session, _: {"attention_mask": session.block_mask()})
     found = [Decoder(llama, heads, tree).generate(prompts, 30) for heads, tree in trees]
     for rows, others in zip(found, wanted, strict=True):

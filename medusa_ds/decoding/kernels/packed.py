@@ -20,7 +20,7 @@ GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj",), ("up_proj
 class Packed(nn.Module):
     """The projections of one input: from [..., K] to [..., N], N the columns of all of them."""
 
-    ahead: nn.Parameter  # the weight that is multiplied by next; no parameter of this module
+    ahead: tuple[Tensor]  # the weight that is multiplied by next; in a tuple it is no parameter of this module
 
     def __init__(self, linears: list[nn.Linear]) -> None:
         super().__init__()
@@ -31,32 +31,31 @@ class Packed(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """All projections of [..., K]."""
-        return linear(hidden, self.weight, self.bias, self.ahead)
+        return linear(hidden, self.weight, self.bias, *self.ahead)
 
 
 class _First(Packed):
-    """Multiplies by all weights of a group, returns its own part and keeps the others' for their calls."""
+    """Multiplies by all weights of a group, returns its own part and leaves the others' in `rest` for their calls."""
 
-    def __init__(self, linears: list[nn.Linear]) -> None:
+    def __init__(self, linears: list[nn.Linear], rest: list[Tensor]) -> None:
         super().__init__(linears)
-        self.sizes = [linear.out_features for linear in linears]
-        self.rest: list[Tensor] = []
+        self.sizes, self.rest = [linear.out_features for linear in linears], rest
 
     def forward(self, hidden: Tensor) -> Tensor:
         first, *rest = super().forward(hidden).split(self.sizes, -1)
-        self.rest = list(rest)  # torch.compile of PyTorch 2.11 makes a tuple of it
+        self.rest[:] = rest
         return first
 
 
 class _Other(nn.Module):
-    first: _First
+    """Returns the next part of what `_First` computed; `rest` is the same list."""
 
-    def __init__(self, first: _First) -> None:
+    def __init__(self, rest: list[Tensor]) -> None:
         super().__init__()
-        self.__dict__["first"] = first  # not a submodule: its weight is the first's
+        self.rest = rest
 
     def forward(self, _: Tensor) -> Tensor:
-        return self.first.rest.pop(0)
+        return self.rest.pop(0)
 
 
 class GatedMLP(nn.Module):
@@ -73,7 +72,7 @@ class GatedMLP(nn.Module):
         """Apply the MLP to [..., H]."""
         first = self.gate_and_up
         if self.has_kernel and gates(hidden, first.weight):
-            return self.down_proj(gated_linear(hidden, first.weight, first.ahead))
+            return self.down_proj(gated_linear(hidden, first.weight, *first.ahead))
         gate, up = first(hidden).chunk(2, -1)
         return self.down_proj(self.act_fn(gate) * up)
 
@@ -116,10 +115,10 @@ def pack_projections(backbone: nn.Module) -> None:
             plain = [linear for linear in linears if type(linear) is nn.Linear]
             if len(plain) < len(names) or len({linear.bias is None for linear in plain}) > 1:
                 continue
-            first = _First(plain)
-            setattr(module, names[0], first)
+            rest: list[Tensor] = []
+            setattr(module, names[0], _First(plain, rest))
             for name in names[1:]:
-                setattr(module, name, _Other(first))
+                setattr(module, name, _Other(rest))
     packed = [module for module in backbone.modules() if isinstance(module, Packed)]
     for module, following in zip(packed, packed[1:] + packed[:1], strict=True):
-        module.__dict__["ahead"] = following.weight  # no parameter of its own
+        module.ahead = (following.weight,)
