@@ -12,6 +12,7 @@ import torch
 
 from medusa_ds.config.recipe import Recipe
 from medusa_ds.data.packing import Data
+from medusa_ds.errors import UserError
 from medusa_ds.heads.joint import Counters, metrics
 from medusa_ds.training.engine import MedusaEngine
 from medusa_ds.training.report import Meter, Report, clock, heads_table
@@ -48,14 +49,21 @@ class Loop:
         self.before: dict[str, float] = {}
         self.after: dict[str, float] = {}
         self._save_s = engine.checkpoint_bytes / SAVED_BYTES_PER_S
+        self._held_out: str = data.report["held_out_fingerprint"]
 
     def run(self, state: dict[str, Any]) -> None:
         """Train from the engine's step to the end; `state` is what `run` saved in the checkpoint that it has resumed.
 
         Raises:
             SystemExit: a signal asked to stop; a checkpoint has been written.
+            UserError: validations so far were of other conversations, so that nothing could be compared with them.
         """
         train, engine, supervisor = self.recipe.train, self.engine, self.supervisor
+        if (before := state.get("held_out", self._held_out)) != self._held_out:
+            raise UserError(
+                f"{self.recipe.output}: made with other held-out conversations (fingerprint {before}, now "
+                f"{self._held_out}); bring them back or choose another output"
+            )
         self.before = state.get("before", {})
         supervisor.beat()
         if engine.steps_taken == 0:
@@ -92,7 +100,8 @@ class Loop:
 
     def _save(self, acceptance_length: float | None = None) -> None:
         started = time.perf_counter()
-        self.engine.save({"before": self.before, "data": self.data.fingerprint}, acceptance_length)
+        state = {"before": self.before, "data": self.data.fingerprint, "held_out": self._held_out}
+        self.engine.save(state, acceptance_length)
         self._save_s = time.perf_counter() - started
         self.supervisor.beat()
 

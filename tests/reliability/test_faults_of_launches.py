@@ -102,9 +102,10 @@ def test_all_killed_in_the_final_save_then_the_same_command_finishes(
 def test_full_disk_is_one_line_and_data_that_changed_is_refused(
     tiny_recipe: Path, conversations: Path, tmp_path: Path
 ) -> None:
-    out = tmp_path / "out"
-    full = fault(out, 1, "ENOSPC", 1, "step-000004/rank")
-    text = train(tiny_recipe, *STEPS, ranks=2, env=full, ends=(2,), log_dir=tmp_path)
+    out, held = tmp_path / "out", tmp_path / "held.jsonl"
+    held.write_text(conversations.read_text().replace("from ", "after "))
+    full, steps = fault(out, 1, "ENOSPC", 1, "step-000004/rank"), [*STEPS, f"data.validation={held}"]
+    text = train(tiny_recipe, *steps, ranks=2, env=full, ends=(2,), log_dir=tmp_path)
     errors = [line for line in text.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "Traceback" not in text, text
     assert (
@@ -112,11 +113,16 @@ def test_full_disk_is_one_line_and_data_that_changed_is_refused(
     )
     assert re.search(r"it needs \d+ bytes in a writable directory; older checkpoints are whole", errors[0])
     assert checkpoints(out) == ["step-000002"]
+    whole = held.read_text()
+    held.write_text("".join(whole.splitlines(keepends=True)[:-1]))
+    again = train(tiny_recipe, *steps, ends=(2,), log_dir=tmp_path)
+    assert f"error: {out}: made with other held-out conversations" in again and "Traceback" not in again
+    held.write_text(whole)
     changed = tmp_path / "changed.jsonl"
     changed.write_text("".join(conversations.read_text().splitlines(keepends=True)[:-1]))
     kept = (out / "recipe.yaml").read_text()
     (out / "recipe.yaml").write_text(kept.replace(str(conversations), str(changed)))
-    again = train(tiny_recipe, *STEPS, f"data.path={changed}", ends=(2,), log_dir=tmp_path)
+    again = train(tiny_recipe, *steps, f"data.path={changed}", ends=(2,), log_dir=tmp_path)
     assert "step-000002: made with other training data" in again and "Traceback" not in again
 
 
