@@ -271,5 +271,5 @@ def _hours(settings: Settings, recipe: Recipe, steps: int | None, gpu: str | Non
     takes = f"{hours:.1f} hours" if hours >= 0.1 else f"{60 * hours:.1f} minutes"
     return (
         f"time: about {takes} on {settings.gpus} x {gpu} for {counted}, "
-        f"{step.token_gflop:.1f} GFLOP each, at {step.tokens_per_s:,.0f} tokens/s (estimated)"
+        f"{step.token_gflop:.1f} GFLOP a token, at {step.tokens_per_s:,.0f} tokens/s (estimated)"
     )

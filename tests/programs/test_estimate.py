@@ -41,7 +41,7 @@ def test_hours_are_flops_and_bytes_over_what_the_gpu_does(stage, gpu, peak, shar
     seconds = batch * 1024 * token / (8 * peak * share) + 3 * 7 / 8 * 2 * trained / (0.6 * link)
     seconds += 16e-3 * trained / 1.63e9 / 8
     found = re.search(
-        r"time: about ([\d.]+) hours on 8 x .* for ([\d,]+) steps of at most [\d,]+ tokens, ([\d.]+) GFLOP each, at "
+        r"time: about ([\d.]+) hours on 8 x .* for ([\d,]+) steps of at most [\d,]+ tokens, ([\d.]+) GFLOP a token, at "
         r"([\d,]+) tokens/s",
         out,
     )
