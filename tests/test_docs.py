@@ -64,6 +64,16 @@ def test_keys_that_pages_name_exist() -> None:
                 assert key in sections[section].model_fields, f"{page.name}: {section}.{key}"
 
 
+def test_tests_that_the_page_on_reliability_names_exist() -> None:
+    """Turns red when a test is renamed; the page names a file by a letter."""
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    tests = {letter: (ROOT / path).read_text() for path, letter in re.findall(r"`(tests/\S+\.py)` \(([A-Z])\)", page)}
+    named = re.findall(rf"\b([{''.join(tests)}]) ((?:`[a-z_]+`(?: L)?(?:, )?)+)", page)
+    assert len(named) > 20
+    names = [(letter, name) for letter, text in named for name in re.findall(r"\w{5,}", text)]
+    assert [name for letter, name in names if name not in tests[letter]] == []
+
+
 def test_readme_fits_a_page() -> None:
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) <= 120
