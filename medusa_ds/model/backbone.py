@@ -248,6 +248,8 @@ def load_backbone(
             weights are missing, which transformers would make up, or damaged.
     """
     config = load_config(spec)
+    if hasattr(config, "rescale_every"):  # RWKV's evaluation would halve deep layers' weights, and a save keep them so
+        config.rescale_every = 0
     liger = spec.liger_kernels if liger is None else liger
     on_gpu = torch.cuda.is_available() and (device is None or torch.device(device).type == "cuda")
     if liger and not (on_gpu and config.model_type in FAMILIES):

@@ -65,6 +65,16 @@ def test_random_models_need_no_hub_and_repeat(family):
         assert torch.equal(one, other), name
 
 
+def test_an_evaluation_leaves_the_weights_as_they_are():
+    """RWKV's forward pass in `eval()` divides the weights of layers after the sixth, which a save would then keep."""
+    config = {"model_type": "rwkv", "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 7, "context_length": 16}
+    model = load_backbone(ModelSpec(name="owner/model", init="random", config=config), torch.float32, device="cpu")
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with torch.no_grad():
+        model.eval()(input_ids=torch.arange(8)[None])
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
 def test_dtype_attention_and_checkpointing_reach_the_model():
     model = load_backbone(random(attention="eager"), torch.bfloat16, device=None, recomputed=None)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
