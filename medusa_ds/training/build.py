@@ -165,7 +165,8 @@ def _start(directory: Path, shape: dict[str, Any], token_map: torch.Tensor | Non
         raise UserError(f"heads.init_from: {directory}: found {found}; this recipe has {wanted}: make them equal")
     maps = [None if each is None else each.tolist() for each in (tensors.get("token_map"), token_map)]
     if problem := different_maps(*maps):
-        raise UserError(f"heads.init_from: {directory}: heads.vocab: {problem}; make them equal")
+        mend = "train on the data whose labels chose them, or start from heads of all tokens"
+        raise UserError(f"heads.init_from: {directory}: heads.vocab: {problem}; {mend}")
     return tensors
 
 

@@ -11,6 +11,7 @@ from torch.utils.cpp_extension import get_default_build_root
 
 from medusa_ds.config.recipe import Recipe
 from medusa_ds.errors import UserError
+from medusa_ds.files import explained
 from medusa_ds.ranks import Ranks
 
 _SHARED_MEMORY = "deepspeed_shm_comm"
@@ -53,8 +54,14 @@ def start_process_group(recipe: Recipe) -> torch.device:
 
 
 def announce(op: str) -> None:
-    """Say, once a host, that DeepSpeed is about to compile an operator that this machine does not have yet."""
+    """Say, once a host, that DeepSpeed is about to compile an operator that this machine does not have yet.
+
+    Raises:
+        UserError: there is no place for it.
+    """
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    with explained(f"{root}: cannot be made", "set TORCH_EXTENSIONS_DIR to a directory"):
+        root.mkdir(parents=True, exist_ok=True)
     if Ranks().local_rank == 0 and not any(root.rglob(f"{op}.so")):
         print(f"DeepSpeed compiles {op} for this machine, once, which takes minutes: see {root}", flush=True)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from medusa_ds.errors import UserError
 from medusa_ds.training.launch import BESIDE_A_GPU, announce, share_cores
 
 
@@ -53,9 +54,13 @@ def test_an_operator_is_announced_once_a_host_and_only_where_it_is_not_there(tmp
     announce("cpu_adam")
     assert "compiles cpu_adam for this machine, once" in capsys.readouterr().out
     (tmp_path / "py311" / "cpu_adam").mkdir(parents=True)
-    (tmp_path / "py311" / "cpu_adam" / "cpu_adam.so").touch()
+    library = tmp_path / "py311" / "cpu_adam" / "cpu_adam.so"
+    library.touch()
     announce("cpu_adam")
     assert capsys.readouterr().out == ""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(library))
+    with pytest.raises(UserError, match=r"cpu_adam.so: cannot be made \(File exists\); set TORCH_EXTENSIONS_DIR"):
+        announce("cpu_adam")
 
 
 def test_one_rank_on_a_cpu_compiles_nothing(tmp_path):
