@@ -299,7 +299,7 @@ def test_labels_are_what_generation_tags_say():
 def test_the_example_of_the_manual_writes_tool_calls():
     """The template that docs/data.md gives for rows with tool calls."""
     text = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
-    recipe = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1])
+    recipe = yaml.safe_load(re.search(r"## The template\n.*?```yaml\n(.*?)```", text, re.DOTALL)[1])
     row = {
         "messages": [U, {"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "4"}, A]
     }
