@@ -128,7 +128,10 @@ def _find_turns(row: dict[str, Any]) -> tuple[str, list[Any]]:
     instruction, output = row.get("instruction"), row.get("output")
     if isinstance(instruction, str) and isinstance(output, str):
         said = [instruction, row["input"]] if row.get("input") else [instruction]
-        earlier = [text for pair in row.get("history") or [] for text in pair]
+        history: Any = parsed(row.get("history")) or []
+        if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+            raise UnusableRow("a history that is not pairs of what the user and the assistant said")
+        earlier = [text for pair in history for text in pair]
         return "instruction + output", _in_turn([*earlier, "\n".join(said), output])
     keys = ", ".join(sorted(_named(key) for key in row)[:8]) or "none"
     raise UnusableRow(f"no known layout in its keys: {keys}; known are {LAYOUTS}")

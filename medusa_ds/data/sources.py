@@ -39,7 +39,7 @@ from medusa_ds.files import DATA_SUFFIXES, digest
 
 MAX_ROW_BYTES = 16 << 20
 MAX_ARRAY_BYTES = 4 << 30
-_FORMAT = 4  # of the cached rows; counted up when their meaning changes
+_FORMAT = 5  # of the cached rows; counted up when their meaning changes
 _SAMPLE = Path(__file__).with_name("sample")
 _TEXTS = ("messages", "source", "reason", "layout")
 _FEATURES = Features({name: Value("large_string") for name in _TEXTS} | {"notes": List(Value("large_string"))})
@@ -82,14 +82,14 @@ def load_conversations(spec: DataSpec) -> Conversations:
     if isinstance(spec.validation, str):
         data, usable, key = _read("data.validation", SourceSpec(path=spec.validation), rejected)
         validation.append(data.select(usable))
-        held_texts, rows, used = set(validation[0]["messages"]), len(data), len(usable)
+        held_texts, rows, used = set(validation[0]["messages"][:]), len(data), len(usable)
         keys.append([key, "validation"])
     for number, source in enumerate(sources):
         where = "data.path" if isinstance(spec.path, str) else f"data.path.{number}.path"
         data, usable, key = _read(where, source, rejected)
         held = _held_out(data, usable, spec, source.path == "sample")
         validation.append(data.select(held))
-        held_texts.update(validation[-1]["messages"])
+        held_texts.update(validation[-1]["messages"][:])
         read.append((source, data, usable, held))
         keys.append([key, source.weight])
     for number, (source, data, usable, held) in enumerate(read):

@@ -202,6 +202,10 @@ def test_a_result_that_is_an_object_becomes_its_json(result):
         ({"messages": [U, {**A, "tool_calls": "add"}]}, "a tool call without a function name"),
         ({"messages": [U, A], "chat_template_kwargs": {"chat_template": "x"}}, "found chat_template; allowed are"),
         ({"messages": [U, A], "chat_template_kwargs": [1]}, "found no object; allowed are"),
+        *(
+            ({"instruction": "Hi", "output": "Yes", "history": history}, "a history that is not pairs")
+            for history in (["Hi", "Yes"], "Hi", {"Hi": "Yes"}, [["Hi"]], [["Hi", "Yes", "No"]], [{"a": 1, "b": 2}], 3)
+        ),
     ],
 )
 def test_what_cannot_be_read_has_a_reason(row, reason):
