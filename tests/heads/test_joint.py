@@ -14,7 +14,7 @@ from medusa_ds.heads.kinds import make_heads
 from medusa_ds.model.rows import count_targets
 
 H, V, NUM = 32, 101, 3
-SIZES = support.SIZES | {"hidden_size": H, "vocab_size": V, "max_position_embeddings": 128}
+SIZES = support.SIZES | {"hidden_size": H, "intermediate_size": 48, "vocab_size": V, "max_position_embeddings": 128}
 FAMILIES = {"llama": {}, "qwen3": {"head_dim": 8}, "qwen2": {}, "mistral": {"sliding_window": None}}
 
 
