@@ -10,6 +10,7 @@ from the newest whole checkpoint. docs/reliability.md says what every fault does
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
@@ -89,6 +90,9 @@ def _run(recipe: Recipe, recipe_file: Path, ranks: Ranks, output: Path, supervis
         )
         return
     recipe.ds_values(world_size=ranks.size)
+    for monitor in ("tensorboard", "wandb"):
+        if getattr(recipe.train, monitor) and importlib.util.find_spec(monitor) is None:
+            raise UserError(f"train.{monitor}: found it, but {monitor} is not installed; pip install {monitor}")
     if isinstance(recipe.train.wandb, WandbSpec) and recipe.train.wandb.name:
         os.environ["WANDB_NAME"] = recipe.train.wandb.name  # which DeepSpeed's monitor has no setting for
 

@@ -66,10 +66,10 @@ def fetch_whole_layers(model: JointModel) -> None:
 
 @contextmanager
 def _refused_by_deepspeed(file: str) -> Iterator[None]:
-    """Name the file of a setting that DeepSpeed does not take, here or together with others."""
+    """Name the file of a setting that DeepSpeed does not take, together with others or on this machine."""
     try:
         yield
-    except (DeepSpeedConfigError, ValueError, AssertionError, NotImplementedError) as error:
+    except (DeepSpeedConfigError, ValueError, AssertionError, NotImplementedError, ImportError, OSError) as error:
         raise UserError(f"{file}: DeepSpeed refuses it ({one_line(error)}); change or remove what it names") from error
 
 

@@ -18,7 +18,8 @@ from transformers import AutoTokenizer, Lfm2Config, Lfm2ForCausalLM
 
 from medusa_ds.config.recipe import Recipe
 from medusa_ds.errors import UserError
-from medusa_ds.programs.train import _claim, _is_free, _shipped, main
+from medusa_ds.programs.train import _claim, _is_free, _run, _shipped, main
+from medusa_ds.ranks import Ranks
 
 
 def test_recipe_trains_heads_and_says_where_they_are(tiny_recipe: Path, tmp_path: Path) -> None:
@@ -261,6 +262,17 @@ def test_names_for_weights_and_biases_may_change_and_reach_deepspeed(tiny_recipe
     config = recipe.ds_config(1, on_gpu=False)
     assert config["wandb"] == {"enabled": True, "project": "medusa", "group": "smol"}
     assert _is_free("train.wandb.name") and not _is_free("train.warmup_ratio")
+
+
+@pytest.mark.parametrize("monitor", ["wandb", "tensorboard"])
+def test_a_monitor_that_is_not_installed_is_a_line_before_anything_loads(
+    monitor: str, tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mutation: leave it to DeepSpeed, which imports it when the model is there."""
+    recipe = Recipe.load(tiny_recipe, [f"train.{monitor}=true"])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=rf"^train.{monitor}: found it, but {monitor} is not installed; pip install"):
+        _run(recipe, tiny_recipe, Ranks(), tmp_path / "out", None)
 
 
 def test_shipped_heads_of_a_model_are_named_at_the_end_of_a_first_run() -> None:
