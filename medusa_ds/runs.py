@@ -225,14 +225,15 @@ class PromptSettings(RunSettings):
         return self.load_run(saved)
 
     def write_report(self, report: dict[str, Any]) -> None:
-        """Write a report as JSON, if asked.
+        """Write a report as JSON, if asked; what could not be measured is null in it.
 
         Raises:
             UserError: it cannot be written.
         """
         if self.json_file:
             with explained(f"{self.json_file}: cannot be written", "name another file"):
-                write_json(Path(self.json_file), report)
+                finite = json.loads(json.dumps(report), parse_constant=lambda _: None)  # JSON has no NaN
+                write_json(Path(self.json_file), finite)
 
 
 def open_run(name: str | Path) -> Saved:

@@ -85,24 +85,33 @@ def card(source: Source, targets: list[str], out: str = ".", base: str | None = 
 
 
 def read_figures(run: Path, step: int | None) -> tuple[dict[str, float], str]:
-    """What was measured and on what: a run's `evaluation.json` (see `medusa-ds evaluate --json`), or in training."""
-    if step is None and (run / "evaluation.json").is_file():
-        report = read_json(run / "evaluation.json")
-        figures = {name: value for name, value in report["heads"].items() if isinstance(value, float)}
-        figures |= {f"{name}_acc": tops["top1"] for name, tops in report["heads"].items() if isinstance(tops, dict)}
-        figures["mean_tokens_per_step"] = report["accepted"]["mean_tokens_per_step"]
-        on = [_without_directories(str(report.get("prompts", {}).get("file", ""))), report.get("device", "")]
-        speed = report["speed"].items()
-        figures |= {name: value for name, value in speed if name.startswith("speed_up") and isinstance(value, float)}
-        return figures, ", ".join(filter(None, on))
-    file = run / "metrics.jsonl"
+    """What was measured and on what: a run's `evaluation.json` (see `medusa-ds evaluate --json`), or in training.
+
+    Raises:
+        UserError: the file is not what these write.
+    """
+    file = run / "evaluation.json"
     try:
+        if step is None and file.is_file():
+            return _figures_of(read_json(file))
+        file = run / "metrics.jsonl"
         records = read_json_lines(file) if file.is_file() else []
         chosen = [record for record in records if record["kind"] == "validation" and step in (None, record["step"])]
-    except (OSError, LookupError, TypeError, ValueError) as error:
+    except (AttributeError, OSError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"{file}: not what a run writes ({one_line(error)}); move it away to export without") from None
     last = chosen[-1] if chosen else {}
     return {name: value for name, value in last.items() if "acc" in name and value is not None}, ""
+
+
+def _figures_of(report: dict[str, Any]) -> tuple[dict[str, float], str]:
+    """Figures of an evaluation; a server that has no page of metrics tells no accepted tokens."""
+    heads, accepted = report["heads"], report.get("accepted", {})
+    figures = heads | {f"{name}_acc": tops["top1"] for name, tops in heads.items() if isinstance(tops, dict)}
+    figures["mean_tokens_per_step"] = accepted.get("mean_tokens_per_step")
+    figures |= {name: value for name, value in report["speed"].items() if name.startswith("speed_up")}
+    on = [_without_directories(str(report.get("prompts", {}).get("file", ""))), str(report.get("device", ""))]
+    measured = {name: value for name, value in figures.items() if isinstance(value, float)}
+    return measured, ", ".join(filter(None, on))
 
 
 def is_hub_id(name: str) -> bool:

@@ -24,3 +24,17 @@ def test_metrics_that_no_run_writes_are_a_users_mistake(tmp_path: Path, line: by
     (tmp_path / "metrics.jsonl").write_bytes(line)
     with pytest.raises(UserError, match=r"metrics\.jsonl: not what a run writes"):
         read_figures(tmp_path, None)
+
+
+def test_figures_of_a_server_without_a_page_of_metrics_are_read(tmp_path: Path) -> None:
+    """Mutation: count on accepted tokens."""
+    report = {"heads": {"full_acc_1": 0.5, "head1": {"top1": 0.25}}, "speed": {"server_tokens_per_s": 9.0}}
+    (tmp_path / "evaluation.json").write_text(json.dumps(report))
+    assert read_figures(tmp_path, None) == ({"full_acc_1": 0.5, "head1_acc": 0.25}, "")
+
+
+@pytest.mark.parametrize("report", ["[]", "{}", '{"heads": []}', '{"heads": {"a": {}}, "speed": {}}', '{"heads": 3'])
+def test_an_evaluation_that_is_none_is_a_users_mistake(tmp_path: Path, report: str) -> None:
+    (tmp_path / "evaluation.json").write_text(report)
+    with pytest.raises(UserError, match=r"evaluation\.json:"):
+        read_figures(tmp_path, None)

@@ -179,7 +179,10 @@ def test_a_tree_is_no_wider_than_the_heads_vocabulary(output, prompts):
 
 
 def test_answers_of_one_token_are_evaluated(output, prompts, capsys):
-    report = _evaluate(_settings(output, prompts) | {"max_new_tokens": 1})
+    settings = _settings(output, prompts, json_file=str(output / "evaluation.json")) | {"max_new_tokens": 1}
+    report = _evaluate(settings)
+    written = (output / "evaluation.json").read_text()
+    assert "NaN" not in written and json.loads(written)["speed"]["speed_up_decoding"] is None
     assert report["accepted"]["steps"] == 0 and report["speed"]["medusa_step_ms"] > 0
     assert "decoding alone" in capsys.readouterr().out
 
