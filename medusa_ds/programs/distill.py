@@ -365,7 +365,7 @@ def _summary(out: str, places: list[str], failed: dict[int, str], removed: dict[
     for why, count in {**report["removed_by_reason"], **report["failed_by_reason"]}.items():
         print(f"  {count:,} x {why} (first: {first[why]})")
     if any(why.endswith("cut off") for why in removed.values()):
-        print("  of answers that were cut off, --max-new-tokens lets fewer be, and --keep-unfinished keeps the rest")
+        print("  fewer are cut off with a larger --max-new-tokens; --keep-unfinished keeps those that are")
     middle = ", ".join(f"{share}%: {tokens}" for share, tokens in shares.items())
     lengths_of = f"; tokens of an answer by percentile: {middle}" if middle else ""
     print(f"{report['answers']:,} answers with {report['tokens']:,} tokens{lengths_of}")
