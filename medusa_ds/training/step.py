@@ -74,12 +74,15 @@ class Sums:
 
 
 def non_finite(what: str, step: int, rows: Iterable[list[list[str]]]) -> NonFiniteError:
-    """The error, which every rank makes together: `rows` are this rank's, empty where nothing went wrong."""
+    """The error, which every rank makes together: `rows` are this rank's, empty where nothing went wrong.
+
+    It counts steps from 1, as all that users see does, and `step` from 0.
+    """
     names = [name for sequences in rows for sources in sequences for name in sources]
     answers = Ranks().gather(names[:_MAX_SOURCES] + [f"{len(names)} in all"] * (len(names) > _MAX_SOURCES))
     where = "; ".join(f"rank {rank}: {', '.join(found)}" for rank, found in enumerate(answers) if found)
     return NonFiniteError(
-        f"step {step}: {what} is not finite, no weight was changed; rows of the batch: {where or 'none'}; look at "
+        f"step {step + 1}: {what} is not finite, no weight was changed; rows of the batch: {where or 'none'}; look at "
         "these rows, or lower train.lr or train.max_grad_norm and start from the last checkpoint"
     )
 

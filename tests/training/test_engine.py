@@ -136,7 +136,7 @@ def test_nan_on_one_rank_stops_all_before_a_weight_changes(
     name = f"{zero}-nan-{where}-{precision}"
     for rank in two_ranks.ranks:
         message = rank[name]["message"]
-        assert message.startswith(f"step 1: the {where} is not finite, no weight was changed")
+        assert message.startswith(f"step 2: the {where} is not finite, no weight was changed")
         assert "rank 1: data.jsonl:12" in message
         assert rank[name]["steps_taken"] == 1
         if where == "loss":
