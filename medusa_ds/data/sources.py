@@ -2,8 +2,8 @@
 
 Every row of a source is kept as a row here, usable or not, with where it came from and why it was rejected, so that
 rows in = rows used + rows rejected, from the cache too. JSON is parsed by `json`, strictly, a line a row, that of the
-hub too: `datasets` takes the types of all rows from the first ones, and reads a line that holds a lone surrogate or
-`1e999` as several rows.
+hub too: `datasets` takes the types of all rows from the first ones, decodes texts that spell JSON where another row has
+a list in their place, and rounds floats where columns are mixed (5.2.0, see `findings/datasets_*`).
 """
 
 import functools
