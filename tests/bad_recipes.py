@@ -289,6 +289,12 @@ BAD: dict[str, tuple[str, list[str], str | None, list[str]]] = {
         f"JSON with {key}": (GOOD, [], f'{{"{key}": {value}}}', [f"zero.json: {key}: is not supported here"])
         for key, value in (("torch_autocast", '{"enabled": true}'), ("sparse_gradients", "true"))
     },
+    "JSON with secondary partitions": (
+        GOOD,
+        [],
+        '{"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}',
+        ["zero.json: zero_optimization.zero_hpz_partition_size: found 8; allowed is 1"],
+    ),
     "JSON too deep": (GOOD, [], '{"a": ' * 2000 + "1" + "}" * 2000, ["zero.json", "not valid JSON"]),
     "unknown DeepSpeed key": (
         GOOD,

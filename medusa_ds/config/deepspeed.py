@@ -142,6 +142,10 @@ def _refusal(section: str, key: str, value: Any, kind: str) -> str | None:
     kind = kind.removeprefix("Optional[").removesuffix("]")
     if (section, key) == ("zero_optimization", "stage"):
         return None if type(value) is int and value in range(4) else "allowed is 0, 1, 2 or 3"
+    if key == "zero_hpz_partition_size" and value not in (1, "auto"):
+        return (
+            "allowed is 1: DeepSpeed makes the groups for more in one of a model's parts and refuses them in the next"
+        )
     if key == "compute_grad_norm" and value is False:
         return "clipping and the reported gradient norm need it: remove it"
     if key == "device":

@@ -280,7 +280,9 @@ def load_backbone(
             backbone, found = loaded
             if lacks := sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}):
                 raise ValueError(f"it lacks {len(lacks)} weights of its config's shapes, as {lacks[0]}")
-    except UNREADABLE as error:
+    except (*UNREADABLE, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "size mismatch" not in str(error):  # of ZeRO-3
+            raise
         raise UserError(f"model.name: {spec.name} cannot be loaded ({_why(error)})") from None
     if liger or (liger is None and on_gpu and config.model_type in FAMILIES):
         use_liger_layers(backbone)

@@ -138,6 +138,18 @@ def test_weights_that_are_missing_are_not_made_up(directory, lost):
             load_backbone(ModelSpec(name=str(directory)), torch.float32, device="cpu")
 
 
+def test_weights_of_another_shape_are_a_line_under_zero3_too(directory, monkeypatch):
+    """Where transformers raises whatever it is asked to ignore. Mutations: let it pass; catch every other as well."""
+    for text, kind in (("size mismatch for x", UserError), ("CUDA out of memory", RuntimeError)):
+
+        def fails(text=text, **_):
+            raise RuntimeError(text)
+
+        monkeypatch.setattr(module.AutoModelForCausalLM, "from_pretrained", fails)
+        with pytest.raises(kind, match=text):
+            load_backbone(ModelSpec(name=str(directory)), torch.float32, device="cpu")
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
