@@ -360,9 +360,16 @@ class Decoder:
 
 
 def end_tokens(backbone: PreTrainedModel) -> list[int]:
-    """The tokens that end a text."""
+    """The tokens that end a text.
+
+    Raises:
+        UserError: they are no numbers.
+    """
     ends = backbone.generation_config.eos_token_id if backbone.generation_config else backbone.config.eos_token_id
-    return ends if isinstance(ends, list) else [] if ends is None else [ends]
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if not all(isinstance(token, int) for token in ends):
+        raise UserError(f"generation_config.json: eos_token_id: found {ends}; allowed is a token's number or a list")
+    return ends
 
 
 def end_at(backbone: PreTrainedModel, ends: Collection[int]) -> None:
@@ -372,7 +379,8 @@ def end_at(backbone: PreTrainedModel, ends: Collection[int]) -> None:
         config = backbone.generation_config or GenerationConfig.from_model_config(backbone.config)
         config.eos_token_id = [*known, *more]
         backbone.generation_config = config
-        print(f"answers end at token {more[0]} too, as by the chat template; generation_config.json ends none there")
+        text = f"answers end at token {more[0]} too, as by the chat template; generation_config.json ends none there"
+        print(text, file=sys.stderr)
 
 
 def padded_length(tokens: int) -> int:

@@ -236,7 +236,7 @@ def _transformers_rate(run: Run, answers: list[Answer], max_new_tokens: int) -> 
     def generate(answer: Answer, limit: int) -> int:
         ids = torch.tensor([answer.prompt], device=run.backbone.device)
         out: torch.Tensor = run.backbone.generate(  # type: ignore[operator]
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=limit, do_sample=False, pad_token_id=0
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=limit, do_sample=False, num_beams=1, pad_token_id=0
         )
         return len(out[0, ids.shape[1] :].tolist())  # waits for the device
 

@@ -73,7 +73,7 @@ def test_answers_end_where_the_template_ends_them(tiny_recipe, tiny_model, tmp_p
     shutil.copytree(tiny_model, model)
     (model / "generation_config.json").write_text('{"eos_token_id": 0}')
     run(tiny_recipe, tmp_path / "out.jsonl", prompts, f"model.name={model}")
-    assert capsys.readouterr().out.count("answers end at token 2 too, as by the chat template") == 1
+    assert capsys.readouterr().err.count("answers end at token 2 too, as by the chat template") == 1
     run(tiny_recipe, tmp_path / "whole.jsonl", prompts)
     ended = [row["messages"] for row in lines(tmp_path / "whole.jsonl")]
     assert ended and all(messages in [row["messages"] for row in lines(tmp_path / "out.jsonl")] for messages in ended)

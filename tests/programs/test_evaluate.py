@@ -187,6 +187,20 @@ def test_answers_of_one_token_are_evaluated(output, prompts, capsys):
     assert "decoding alone" in capsys.readouterr().out
 
 
+def test_transformers_own_rate_is_that_of_greedy_decoding(output, prompts, monkeypatch):
+    """Whatever the model's generation_config.json asks for. Mutation: leave the beams to it."""
+    (output.parent / "model" / "generation_config.json").write_text('{"num_beams": 4, "eos_token_id": 256}')
+    monkeypatch.setattr("transformers.GenerationMixin._beam_search", lambda *_, **__: pytest.fail("beams"))
+    assert _evaluate(_settings(output, prompts) | {"max_new_tokens": 2})["speed"]["transformers_generate_tokens_per_s"]
+
+
+def test_ends_that_are_no_tokens_are_a_users_mistake(output, capsys):
+    (output.parent / "model" / "generation_config.json").write_text('{"eos_token_id": [[1]]}')
+    with pytest.raises(SystemExit, match="2"):
+        main(["generate", str(output), "--prompt", "Hi", "--device", "cpu"])
+    assert "generation_config.json: eos_token_id: found [[1]]; allowed is" in capsys.readouterr().err
+
+
 def test_tree_refuses_a_checkpoint(output, prompts):
     with pytest.raises(UserError, match="sealed"):
         _search_tree(_settings(output / "checkpoints" / "best", prompts))
