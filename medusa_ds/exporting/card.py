@@ -44,7 +44,14 @@ def card(source: Source, targets: list[str], out: str = ".", base: str | None = 
     paths = [paths] if isinstance(paths, str) else [item if isinstance(item, str) else item["path"] for item in paths]
     data = ", ".join(map(_without_directories, paths)) or "not recorded"
     results = [
-        EvalResult("text-generation", "conversations", source.measured_on or data, "accuracy", value, metric_name=name)
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="conversations",
+            dataset_name=source.measured_on or data,
+            metric_type="accuracy" if "acc" in name.split("_") else name,
+            metric_value=value,
+            metric_name=name,
+        )
         for name, value in source.figures.items()
     ]
     on_hub = is_hub_id(meta["base_model"])

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from medusa_ds.errors import UserError
-from medusa_ds.heads.files import check_token_map
+from medusa_ds.heads.files import META, check_token_map
 
 _BLOCK = re.compile(r"(?:blocks\.(?=\d+\.layers))?(\d+)\.(?:layers\.(\d+)|(\d+)\.linear)\.(weight|bias)")
 _PROJECTION = re.compile(r"(?:lm_heads\.(\d+)|(\d+)\.\d+)\.weight")
@@ -88,6 +88,8 @@ def from_other(
     layers = 1 + max((layer for _, layer, _ in blocks), default=-1)
     if unknown or num == 0 or (not own and layers == 0):
         raise UserError(f"{where}: found {(unknown or list(tensors) or ['nothing'])[0]}; not heads of a known layout")
+    if not (META["num"](num) and META["layers"](layers)):
+        raise UserError(f"{where}: found {num} heads of {layers} blocks; allowed are at most 64 of each")
     hidden_size = next(iter([*blocks.values(), *projections.values()])).shape[-1]
     if projections and (token_map is None or own):
         vocab_size = projections[min(projections)].shape[0]

