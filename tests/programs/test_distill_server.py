@@ -1,5 +1,6 @@
 """The distillation program with a server that misbehaves."""
 
+import gc
 import gzip
 import json
 import re
@@ -92,6 +93,10 @@ def server():
         yield handler, f"http://127.0.0.1:{running.server_port}/v1"
         running.shutdown()
         thread.join()
+    for asking in threading.enumerate():
+        if asking.name.startswith("ThreadPoolExecutor"):
+            asking.join(5)
+    gc.collect()  # sockets that a client has left are told here, where it is known, and not in another file's test
 
 
 pytest.importorskip("openai")
