@@ -160,6 +160,11 @@ def write_json(target: Path, value: Any) -> None:
     write(target, json.dumps(value, indent=2) + "\n")
 
 
+def with_nulls(value: Any) -> Any:
+    """Data for JSON, which has no NaN and no infinity: null in their place."""
+    return json.loads(json.dumps(value), parse_constant=lambda _: None)
+
+
 def read_json_lines(file: Path) -> list[dict[str, Any]]:
     """The rows of a file of JSON lines, to which a run may still be writing its last one.
 

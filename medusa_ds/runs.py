@@ -29,7 +29,7 @@ from medusa_ds.decoding.session import position_limit
 from medusa_ds.decoding.trees import Path as TreePath
 from medusa_ds.decoding.trees import Tree, default_tree
 from medusa_ds.errors import UserError, one_line
-from medusa_ds.files import check_writable, explained, write_json
+from medusa_ds.files import check_writable, explained, with_nulls, write_json
 from medusa_ds.heads.base import Heads
 from medusa_ds.heads.files import META, load_heads
 from medusa_ds.heads.kinds import make_heads
@@ -232,8 +232,7 @@ class PromptSettings(RunSettings):
         """
         if self.json_file:
             with explained(f"{self.json_file}: cannot be written", "name another file"):
-                finite = json.loads(json.dumps(report), parse_constant=lambda _: None)  # JSON has no NaN
-                write_json(Path(self.json_file), finite)
+                write_json(Path(self.json_file), with_nulls(report))
 
 
 def open_run(name: str | Path) -> Saved:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import os
 import sys
 import time
@@ -98,9 +97,7 @@ class Report:
     def record(self, values: dict[str, Any]) -> None:
         """Append a JSON line; NaN and infinities become null, so that every line is JSON."""
         if self.active:
-            infinite = [key for key, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
-            clean = values | dict.fromkeys(infinite)
-            self._stream.write(json.dumps(clean) + "\n")
+            self._stream.write(json.dumps(files.with_nulls(values)) + "\n")
             self._stream.flush()
 
     def step(self, step: int, values: dict[str, Any]) -> None:
