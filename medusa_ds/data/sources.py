@@ -92,9 +92,10 @@ def load_conversations(spec: DataSpec) -> Conversations:
         held_texts.update(validation[-1]["messages"][:])
         read.append((source, data, usable, held))
         keys.append([key, source.weight])
+    held_array = pa.array(held_texts, pa.large_string())
     for number, (source, data, usable, held) in enumerate(read):
         kept = np.setdiff1d(usable, held)
-        is_held = pc.is_in(data.data.column("messages"), pa.array(held_texts, pa.large_string())).to_numpy()
+        is_held = pc.is_in(data.data.column("messages"), held_array).to_numpy()
         count(rejected, "stands in data.validation too", data, kept[is_held[kept]])
         kept = kept[~is_held[kept]]
         drawn = np.random.default_rng([spec.seed, number]).permutation(kept)
