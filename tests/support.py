@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,13 @@ SIZES: dict[str, Any] = {
 }
 """Of tiny models, for the configs of transformers."""
 WORDS = "red green blue one two three four five six seven sun moon star river stone tree bird fish".split()
+
+
+class QuietServer(ThreadingHTTPServer):
+    """A server that says nothing of clients that hang up: its tracebacks would cut lines in two that a test reads."""
+
+    def handle_error(self, *_: Any) -> None:
+        """Nothing."""
 
 
 def tiny_tokenizer() -> Any:

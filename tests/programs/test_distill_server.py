@@ -7,10 +7,11 @@ import re
 import threading
 import time
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import pytest
 from distill_runs import lines, run
+from support import QuietServer
 
 from medusa_ds import cli
 from medusa_ds.distilling import server as server_module
@@ -79,15 +80,10 @@ class Faults(BaseHTTPRequestHandler):
             self.close_connection = True
 
 
-class Server(ThreadingHTTPServer):
-    def handle_error(self, *_):
-        """A client may hang up; a traceback would be written into the middle of the line that a test reads."""
-
-
 @pytest.fixture
 def server():
     handler = type("Handler", (Faults,), {"asked": Counter(), "plan": {}, "thoughts": {}})
-    with Server(("127.0.0.1", 0), handler) as running:
+    with QuietServer(("127.0.0.1", 0), handler) as running:
         thread = threading.Thread(target=running.serve_forever, args=(0.05,), daemon=True)
         thread.start()
         yield handler, f"http://127.0.0.1:{running.server_port}/v1"

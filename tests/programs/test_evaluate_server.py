@@ -3,13 +3,14 @@
 import json
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from exporting import MakeRun
+from support import QuietServer
 
 from medusa_ds.cli import main
 from medusa_ds.decoding.decoder import Decoder
@@ -20,7 +21,7 @@ from medusa_ds.runs import load_run
 NEW = 24
 
 
-class Fake(ThreadingHTTPServer):
+class Fake(QuietServer):
     """Answers plainly, and says that every request took two drafts with 2, 1 and 0 accepted tokens by position.
 
     `behaviour` names what happens to the requests from number `since` on, the first being 0.
@@ -34,9 +35,6 @@ class Fake(ThreadingHTTPServer):
         self.behaviour, self.since, self.asked, self.lock = "", 0, 0, threading.Lock()
         self.released = threading.Event()
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
-
-    def handle_error(self, *_: Any) -> None:
-        """A client may hang up; a traceback would be written into the middle of the line that a test reads."""
 
 
 class Handler(BaseHTTPRequestHandler):
