@@ -3,7 +3,8 @@
 `ours` and `eager` train through `MedusaEngine`; `ours_fp8` is `ours` with `model.frozen_precision: fp8`. `cached` reads
 hidden states from a cache, `cached_vocab` with heads of fewer tokens, `cached_fp8` the same after fp8 has filled it.
 `original` is Liger's example with its mistakes corrected, see `benchmark.original`; `torch_linear_ce` is that with
-PyTorch's own `linear_cross_entropy`. Every head's weights receive gradients in all of them.
+PyTorch's own `linear_cross_entropy`. Every head's weights receive gradients in all of them. Where the recipe says
+`heads.vocab: N`, all but the originals have heads of N tokens; random tokens are some of them.
 """
 
 from collections.abc import Sequence
@@ -77,8 +78,9 @@ class Case:
             defaults = [f"train.activation_checkpointing={'auto' if self.zero == 'auto' else 'true'}"]
         overrides = [*defaults, *self.overrides, *(f"{key}={value}" for key, value in values.items())]
         recipe = Recipe.load(self.recipe, overrides, planning=True)
-        fewer = _VOCAB if recipe.heads.vocab == "full" else recipe.heads.vocab
-        vocab = fewer if self.impl in CACHED[1:] else "full"
+        vocab: int | str = "full" if self.impl in ORIGINALS else recipe.heads.vocab
+        if vocab == "full" and self.impl in CACHED[1:]:
+            vocab = _VOCAB
         heads = recipe.heads.model_copy(update={"init_from": None, "vocab": vocab})
         return recipe.model_copy(update={"heads": heads})
 

@@ -53,6 +53,7 @@ def start(case: Case, recipe: Recipe, rank: int, folder: Path) -> Training:
     data: Data | None = None
     tokenizer: Any = None
     chosen: str | None = None
+    fewer = 0 if recipe.heads.vocab == "full" else int(recipe.heads.vocab)
     if case.part != "step":
         data, tokenizer = load_conversations(recipe)
     if case.impl in ORIGINALS:
@@ -63,18 +64,21 @@ def start(case: Case, recipe: Recipe, rank: int, folder: Path) -> Training:
         step: Step = OriginalStep(recipe, model, case.impl)
     else:
         build = build_model
-        if case.impl in CACHED and data is not None:
+        if data is None and fewer:
+            build = partial(build_model, token_map=torch.arange(fewer))
+        elif data is not None and (fewer or case.impl in CACHED):
             config = load_config(recipe.model).get_text_config()
             if len(tokenizer) > config.vocab_size:
                 raise UserError(
                     f"{case.impl}: the tokenizer has {len(tokenizer)} tokens, the model "
                     f"{config.vocab_size}; name a model with a tokenizer of its own"
                 )
-            spec = recipe.data.model_copy(update={"hidden_cache": str(folder / "hidden")})
-            recipe = recipe.model_copy(update={"data": spec})
-            tokens = token_map(recipe.heads.vocab, data, tokenizer, config)
-            ends = open_hidden_cache(recipe, data, start_process_group(recipe))
-            build = partial(build_model, token_map=tokens, ends=ends)
+            ends = None
+            if case.impl in CACHED:
+                spec = recipe.data.model_copy(update={"hidden_cache": str(folder / "hidden")})
+                recipe = recipe.model_copy(update={"data": spec})
+                ends = open_hidden_cache(recipe, data, start_process_group(recipe))
+            build = partial(build_model, token_map=token_map(recipe.heads.vocab, data, tokenizer, config), ends=ends)
         engine = MedusaEngine(recipe, TOTAL_STEPS, build)
 
         def take(batch: MicroBatch, number: int) -> float:
@@ -85,4 +89,5 @@ def start(case: Case, recipe: Recipe, rank: int, folder: Path) -> Training:
         step, model = take, engine.model
         recomputed = engine.recipe.train.activation_checkpointing if case.stage == 2 else False
         chosen = f"{Path(engine.recipe.deepspeed).stem}, recomputed: {recomputed}"
-    return Training(step, model, make_feed(case, data, model.heads.vocab_size, rank), data, chosen)
+    known = fewer if data is None and fewer else model.heads.vocab_size
+    return Training(step, model, make_feed(case, data, known, rank), data, chosen)

@@ -58,7 +58,8 @@ def measure_step(case: Case, trace: Path | None, folder: Path) -> dict[str, Any]
             _synchronize()
         ends.append(time.perf_counter())  # in between, the host may prepare a step while the GPU ends the last one
     seconds = [after - before for before, after in pairwise(ends)][0 if runs_whole else case.warmup :]
-    rows = torch.stack([count_targets(b.labels, b.position_ids, case.heads) for b in batches]).double().mean(0)
+    known_V = None if model.known_V is None else model.known_V.cpu()
+    rows = torch.stack([count_targets(b.labels, b.position_ids, case.heads, known_V) for b in batches]).double().mean(0)
     own = {
         "seconds": seconds,
         "startup_s": startup_s,

@@ -209,6 +209,17 @@ def test_stage_2_and_the_loss_of_one_head_in_this_process(place):
     assert head["rows"] == 48 and head["ways"]["ours"]["median_ms"] > 0
 
 
+def test_heads_of_fewer_tokens_learn_from_every_position(place):
+    """Mutation: draw tokens that these heads do not know; heads of all tokens."""
+    chosen = {"impl": "ours", "zero": "zero0"}
+    whole, fewer = (
+        worker.measure_step(case(overrides=(f"heads.vocab={vocab}",), **chosen), None, place) for vocab in ("full", 64)
+    )
+    assert fewer["supervised"] == whole["supervised"] == 44 and fewer["flops"] < whole["flops"]
+    assert fewer["losses"][0] < whole["losses"][0]
+    assert case(overrides=("heads.vocab=64",)).load_recipe().heads.vocab == "full"  # the original's
+
+
 def test_two_ranks_take_a_step_together(place):
     """The batch is each rank's, tokens are of both. Mutation: leave the other rank's out."""
     options = "--heads 2 --sequence 24 --batch 2 --warmup 1 --steps 2 --impl ours,original --gpus 2 --profile traces"
