@@ -21,6 +21,7 @@ from torch import Tensor
 
 from medusa_ds.errors import UserError
 from medusa_ds.heads.files import META, check_token_map
+from medusa_ds.heads.kinds import make_heads
 
 _BLOCK = re.compile(r"(?:blocks\.(?=\d+\.layers))?(\d+)\.(?:layers\.(\d+)|(\d+)\.linear)\.(weight|bias)")
 _PROJECTION = re.compile(r"(?:lm_heads\.(\d+)|(\d+)\.\d+)\.weight")
@@ -93,25 +94,23 @@ def from_other(
     hidden_size = next(iter([*blocks.values(), *projections.values()])).shape[-1]
     if projections and (token_map is None or own):
         vocab_size = projections[min(projections)].shape[0]
-    rows = vocab_size
-    if token_map is not None and own and vocab_size is not None:
-        check_token_map(token_map, vocab_size, where)
-        rows, projections = len(token_map), {h: weight[token_map] for h, weight in projections.items()}
+    tokens = token_map if own else None
+    if tokens is not None and vocab_size is not None:
+        check_token_map(tokens, vocab_size, where)
+        projections = {h: weight[tokens] for h, weight in projections.items()}
+    shape: dict[str, Any] = {"num": num, "layers": layers, "lm_head": "own" if own else "shared"}
+    shape |= {"hidden_size": hidden_size, "vocab_size": vocab_size}
+    with torch.device("meta"):
+        like = make_heads({"kind": "medusa"} | shape, token_map=None if tokens is None else tokens.to("meta"))
+    wanted = {name: tuple(parameter.shape) for name, parameter in like.named_parameters()}
     dtype = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
-    heads = {f"{h}.projection.weight": projections.get(h) for h in range(num) if own}
-    wanted: dict[str, tuple[Any, ...]] = dict.fromkeys(heads, (rows, hidden_size))
-    for h, layer in ((h, layer) for h in range(num) for layer in range(layers)):
-        prefix = f"{h}.blocks.{layer}"
-        wanted |= {f"{prefix}.weight": (hidden_size, hidden_size), f"{prefix}.bias": (hidden_size,)}
-        heads[f"{prefix}.weight"] = blocks.get((h, layer, "weight"))
-        heads[f"{prefix}.bias"] = blocks.get((h, layer, "bias"), torch.zeros(hidden_size))
-    found = {name: None if tensor is None else tuple(tensor.shape) for name, tensor in heads.items()}
-    wrong = sorted(name for name in wanted if found[name] != wanted[name])
+    heads = {f"{h}.projection.weight": weight for h, weight in projections.items() if own}
+    heads |= {f"{h}.blocks.{layer}.{part}": tensor for (h, layer, part), tensor in blocks.items()}
+    heads |= {name: torch.zeros(hidden_size) for name in wanted.keys() - heads.keys() if name.endswith(".bias")}
+    found = {name: tuple(tensor.shape) for name, tensor in heads.items()}
+    wrong = sorted(name for name in wanted if found.get(name) != wanted[name])
     if wrong or vocab_size is None:
-        text = f"{wrong[0]} is {found[wrong[0]]}, not {wanted[wrong[0]]}" if wrong else "vocab_size is not given"
+        text = f"{wrong[0]} is {found.get(wrong[0])}, not {wanted[wrong[0]]}" if wrong else "vocab_size is not given"
         raise UserError(f"{where}: {text}; the files do not form heads of one shape")
-    shape = {"num": num, "layers": layers, "lm_head": "own" if own else "shared"}
-    state = {name: tensor.to(dtype) for name, tensor in heads.items() if tensor is not None}
-    if token_map is not None and own:
-        state["token_map"] = token_map
-    return state, shape | {"hidden_size": hidden_size, "vocab_size": vocab_size}
+    state = {name: tensor.to(dtype) for name, tensor in heads.items()}
+    return state | ({} if tokens is None else {"token_map": tokens}), shape
