@@ -29,7 +29,7 @@ from medusa_ds.config.recipe import Recipe, TrainSpec
 from medusa_ds.data.dialogues import Chat
 from medusa_ds.data.layouts import UnusableRow
 from medusa_ds.data.marks import IGNORED, Encoded
-from medusa_ds.data.sources import Counts, count, load_conversations, summary, usable_rows
+from medusa_ds.data.sources import Counts, count, load_conversations, no_rows, summary, usable_rows
 from medusa_ds.errors import UserError
 
 _FORMAT = 3  # of the tokenised rows; counted up when their meaning changes
@@ -91,7 +91,7 @@ class Sequences:
     ) -> None:
         self.data, self.rows = data.with_format("numpy"), rows
         self.max_length, self.packing, self.seed, self.pad_id = max_length, packing, seed, pad_id
-        self.lengths = np.asarray(self.data["length"][:])[rows] if len(data) else np.zeros(0, int)
+        self.lengths = np.asarray(self.data["length"][:])[rows]
         self.epoch = functools.lru_cache(maxsize=2)(self._pack)
         self._sizes: dict[int, int] = {}
 
@@ -281,13 +281,13 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Data:
                     num_proc=processes if processes > 1 else None,
                 )
                 if len(part)
-                else part
+                else no_rows(_FEATURES)
             )
     rejected = dict(conversations.rejected)
     usable = [usable_rows(part, rejected) for part in parts]
     notes: Counts = {}
     for part, rows in zip(parts, usable, strict=True):
-        found = part["notes"][:] if len(part) else []
+        found = part["notes"][:]
         for row in rows:
             for note in found[row]:
                 count(notes, note, part, [row])

@@ -113,13 +113,16 @@ def load_conversations(spec: DataSpec) -> Conversations:
 
 def usable_rows(data: Dataset, rejected: Counts) -> np.ndarray:
     """Numbers of the rows without a `reason`; the others are counted into `rejected`."""
-    usable = []
-    for row, reason in enumerate(data["reason"][:] if len(data) else []):
+    reasons = data["reason"][:]
+    for row, reason in enumerate(reasons):
         if reason:
             count(rejected, reason, data, [row])
-        else:
-            usable.append(row)
-    return np.array(usable, dtype=int)
+    return np.flatnonzero([not reason for reason in reasons])
+
+
+def no_rows(features: Features) -> Dataset:
+    """A data set of these columns without a row."""
+    return Dataset.from_dict({name: [] for name in features}, features=features)
 
 
 def count(counts: Counts, text: str, data: Dataset, rows: Iterable[int]) -> None:
@@ -236,7 +239,7 @@ def _convert(rows: _Rows, key: str) -> Dataset:
     except ValueError as error:
         if "corresponds to no data" not in str(error):
             raise
-        return Dataset.from_dict({name: [] for name in _FEATURES}, features=_FEATURES)
+        return no_rows(_FEATURES)
 
 
 def _file_rows(files: list[Path]) -> Iterator[tuple[str, Any]]:
