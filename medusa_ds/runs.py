@@ -258,8 +258,9 @@ def open_run(name: str | Path) -> Saved:
             f"or {', '.join(sorted(folder.name for folder in PRETRAINED.iterdir()))}"
         )
     config, weights = load_heads(folder)
-    model, _, stage, template_args = _from_recipe(config["recipe"], folder / "heads.json")
-    if stage == 2:
+    kept = _from_recipe(config["recipe"], folder / "heads.json")
+    model = kept.model
+    if kept.stage == 2:
         tuned = folder.parent / "backbone"
         if not tuned.is_dir():
             raise UserError(f"{tuned}: missing; stage 2 tuned the backbone of these heads: keep both folders together")
@@ -271,8 +272,8 @@ def open_run(name: str | Path) -> Saved:
         weights=weights,
         dtype=getattr(torch, config["dtype"]),
         model=model,
-        stage=stage,
-        template_args=template_args,
+        stage=kept.stage,
+        template_args=kept.template_args,
         tree=config.get("tree"),
         shipped=shipped,
     )
@@ -283,11 +284,11 @@ def _open_checkpoint(folder: Path) -> Saved:
         raise UserError(*(f"{problem}; name another checkpoint" for problem in problems))
     output, reader = folder.parents[1], Reader(folder)
     text = read_text(output / "recipe.yaml")
-    model, heads, stage, template_args = _from_recipe(text, output / "recipe.yaml")
-    config, weights = load_config(model).get_text_config(), _masters(reader, "heads.")
+    kept = _from_recipe(text, output / "recipe.yaml")
+    config, weights = load_config(kept.model).get_text_config(), _masters(reader, "heads.")
     if token_map := reader.state.get("engine", {}).get("token_map"):
         weights["token_map"] = torch.tensor(token_map, dtype=torch.int64)
-    meta = {"base_model": model.name, "revision": model.revision, "recipe": text} | heads.shape
+    meta = {"base_model": kept.model.name, "revision": kept.model.revision, "recipe": text} | kept.heads.shape
     meta |= {"hidden_size": config.hidden_size, "vocab_size": config.vocab_size}
     return Saved(
         folder,
@@ -295,9 +296,9 @@ def _open_checkpoint(folder: Path) -> Saved:
         meta=meta,
         weights=weights,
         dtype=None,
-        model=model,
-        stage=stage,
-        template_args=template_args,
+        model=kept.model,
+        stage=kept.stage,
+        template_args=kept.template_args,
         checkpoint=reader,
     )
 
@@ -347,11 +348,20 @@ def save_tree(config_file: Path, paths: list[TreePath]) -> None:
         write_json(config_file, read_json(config_file) | {"tree": paths})
 
 
-def _from_recipe(text: str, where: Path) -> tuple[ModelSpec, HeadsSpec, int, dict[str, Any]]:
+class _Kept(NamedTuple):
+    """What decoding needs of the resolved recipe that a run keeps."""
+
+    model: ModelSpec
+    heads: HeadsSpec
+    stage: int
+    template_args: dict[str, Any]
+
+
+def _from_recipe(text: str, where: Path) -> _Kept:
     raw, _ = parse_yaml(text, str(where))
     try:
         model, heads = ModelSpec.model_validate(raw["model"]), HeadsSpec.model_validate(raw["heads"])
-        return model, heads, int(raw["stage"]), dict(raw["data"].get("template_args") or {})
+        return _Kept(model, heads, int(raw["stage"]), dict(raw["data"].get("template_args") or {}))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{where}: not a resolved recipe ({one_line(error)})") from None
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from medusa_ds.decoding.trees import RankCounts, Tree
 from medusa_ds.errors import UserError
-from medusa_ds.files import check_writable
+from medusa_ds.files import check_writable, explained
 
 
 def draw_evaluation(heads: dict[str, Any], distribution: dict[str, int], file: str | Path) -> None:
@@ -82,8 +82,6 @@ def save_figure(figure: Any, file: str | Path) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    try:
+    with explained(f"{file}: cannot be written", "name another file"):
         Path(file).absolute().parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(file, dpi=150)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be written ({error.strerror}); name another file") from None

@@ -140,8 +140,7 @@ class Layout(NamedTuple):
     them: heads, size, dtype if that is not the model's. Nothing of a layer that keeps nothing. `group`: most query
     heads that share a key. `masked`: layers attend by themselves or change the mask that they are given, so that they
     read prompts under one too. `near`: which positions a query sees where that is a part of the text, by sliding
-    windows or, of masked layers, by the types that the config gives them. `blocks`: layers are given a mask of blocks
-    as it is.
+    windows or, of masked layers, by the types that the config gives them.
     """
 
     kept: list[list[tuple[int, int, torch.dtype | None]]]

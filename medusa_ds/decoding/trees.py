@@ -13,6 +13,7 @@ Shape suffixes: N nodes, D depth of the deepest node + 1, M measured positions.
 """
 
 import heapq
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
@@ -132,7 +133,7 @@ def default_tree(num: int, nodes: int = 32) -> Tree:
 
 def assumed_probability(path: Path) -> float:
     """Of heads that were not measured: as if head k were right with its rank r at 0.6 x 0.85^(k-1) x 0.3^r."""
-    return _product(0.6 * 0.85**k * 0.3**r for k, r in enumerate(path))
+    return math.prod(0.6 * 0.85**k * 0.3**r for k, r in enumerate(path))
 
 
 def best_tree(probability: Callable[[Path], float], num: int, width: int, nodes: int) -> Tree:
@@ -191,7 +192,7 @@ class RankCounts:
 
     def independent_probability(self, path: Path) -> float:
         """The paper's estimate: the product of the heads' accuracies."""
-        return _product(self.marginal[k][rank] for k, rank in enumerate(path))
+        return math.prod(self.marginal[k][rank] for k, rank in enumerate(path))
 
     def joint_probability(self, path: Path) -> float:
         """The counted share, leaning on independence where little was counted."""
@@ -223,10 +224,3 @@ class RankCounts:
         """The tree of a size for greedy decoding of texts like these answers."""
         first = best_tree(self.joint_probability, self.num, self.width, nodes)
         return best_tree(self.at_steps(first).joint_probability, self.num, self.width, nodes)
-
-
-def _product(factors: Iterable[float]) -> float:
-    result = 1.0
-    for factor in factors:
-        result *= factor
-    return result
