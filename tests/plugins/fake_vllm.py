@@ -70,9 +70,15 @@ class AutoWeightsLoader:
 
 
 class MultiModuleMTPSpeculator:
-    """`_generate_drafts` of one request for each row; `passes_step`: 0.32 and later name the step to the logits too."""
+    """`_generate_drafts` of one request for each row.
+
+    Attributes:
+        passes_step: 0.32 and later name the step to the logits too.
+        use_local_argmax_reduction: tokens are asked for in place of logits.
+    """
 
     passes_step = True
+    use_local_argmax_reduction = False
 
     def _run_model(self, num_tokens: int, spec_module_idx: int) -> None: ...
 
@@ -88,9 +94,10 @@ class MultiModuleMTPSpeculator:
                 spec_step_idx=step,
             )
             known = {"spec_step_idx": step} if self.passes_step else {}
-            logits = model.compute_logits(hidden_NH, **known)
-            tokens_N = logits.argmax(-1)
-            assert model.get_top_tokens(hidden_NH, **known).equal(tokens_N)
+            if self.use_local_argmax_reduction:
+                tokens_N = model.get_top_tokens(hidden_NH, **known)
+            else:
+                tokens_N = model.compute_logits(hidden_NH, **known).argmax(-1)
             drafts.append(tokens_N)
         return torch.stack(drafts, 1)
 

@@ -65,8 +65,12 @@ def test_drafts_are_the_guesses_of_the_exported_heads(
     cut: bool,
     passes_step: bool,
 ) -> None:
-    """Turns red when every step asks the first head, or the token map's order is not kept."""
-    monkeypatch.setattr(fake_vllm.MultiModuleMTPSpeculator, "passes_step", passes_step)
+    """Turns red when every step asks the first head, or the token map's order is not kept.
+
+    And when heads that share a projection read it more than once a draft.
+    """
+    speculator = fake_vllm.MultiModuleMTPSpeculator()
+    speculator.passes_step = passes_step
     tokens = torch.arange(299, 40, -3) if cut and lm_head == "own" else None
     run = make_run("run", f"heads.lm_head={lm_head}", f"heads.layers={layers}", tokens=tokens)
     if cut and lm_head == "shared":
@@ -78,13 +82,22 @@ def test_drafts_are_the_guesses_of_the_exported_heads(
     model = load(plugin, path, target)
     hidden, ids = torch.randn(64, 32, generator=torch.Generator().manual_seed(2)), torch.arange(64)
     with torch.no_grad():
-        drafts = fake_vllm.MultiModuleMTPSpeculator().drafts(model, hidden, ids, 3)
+        with monkeypatch.context() as patch:
+            products: list[int] = []
+            project = fake_vllm.LogitsProcessor.forward
+            patch.setattr(fake_vllm.LogitsProcessor, "forward", lambda *a: products.append(len(a[2])) or project(*a))
+            drafts = speculator.drafts(model, hidden, ids, 3)
+            assert products == ([3 * 64] if lm_head == "shared" else [64] * 3)
+        speculator.use_local_argmax_reduction = True
+        assert speculator.drafts(model, hidden, ids, 3).equal(drafts)
+        speculator.use_local_argmax_reduction = False
+        assert speculator.drafts(model, hidden, ids, 2).equal(drafts[:, :2])
         logits = torch.stack([head.logits(hidden, target) for head in loaded.heads], 1)
         if cut and lm_head == "shared":
             logits = logits[..., tokens]
         guesses = logits.argmax(-1)
         assert drafts.equal(guesses if tokens is None else tokens[guesses])
-        whole = model.compute_logits(hidden, 2)
+        whole = [model.compute_logits(hidden, step) for step in range(3)][2]
     assert whole.shape == (64, 300)
     known = torch.arange(300) if tokens is None else tokens
     assert torch.allclose(whole[:, known], logits[:, 2], atol=1e-4) and (whole.isinf().sum(1) == 300 - len(known)).all()

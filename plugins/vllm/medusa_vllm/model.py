@@ -9,15 +9,18 @@ a Hydra head's layers, its blocks the others. P_k is a head's own projection, or
 cut to the tokens of `token_map`, whose logits then take their places in the vocabulary, -inf elsewhere.
 
 The forward of a step runs at every token of the batch and returns the state that the next step gets: unchanged for
-Medusa. Blocks run with the projection, at the few rows that are guessed from. Shapes are static and Python runs per
-step, never per token, so that vLLM can record all steps as one CUDA graph. Under tensor parallelism projections are
-split over the vocabulary and the rest is replicated.
+Medusa, whose heads guess independently. Where they share a projection, the first step therefore guesses for all of
+them, since a few rows more cost nothing beside reading the projection once a head. Blocks run with the projection, at
+the few rows that are guessed from. Shapes are static and Python runs per step, never per token, so that vLLM can
+record all steps as one CUDA graph. Under tensor parallelism projections are split over the vocabulary and the rest is
+replicated.
 
 Shapes: N tokens of a batch, R rows guessed from, H hidden size, V vocabulary.
 """
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +88,7 @@ class MedusaMTPModel(nn.Module):
         own = 0 if self.config.original_lm_head else self.config.medusa_num_heads
         self._set_projections(own, self.config.vocab_size)
         self.step = 0
+        self.guessed: tuple[Tensor | None, ...] = ()
 
     def _set_projections(self, number: int, rows: int) -> None:
         """Projections onto so many tokens: one a head, one for all of them, or none and vLLM sets `lm_head`."""
@@ -111,7 +115,7 @@ class MedusaMTPModel(nn.Module):
 
     def compute_logits(self, hidden_states: Tensor, spec_step_idx: int | None = None) -> Tensor | None:
         """Logits [R, V] of a step's head; without a number (vLLM up to 0.31) of the step whose forward ran last."""
-        logits = self.logits_processor(*self._projection(hidden_states, spec_step_idx))
+        logits = self._guess(self.logits_processor, hidden_states, spec_step_idx)
         if self.token_map is None or logits is None:
             return logits
         whole = logits.new_full((len(logits), self.config.vocab_size), -torch.inf)
@@ -119,13 +123,21 @@ class MedusaMTPModel(nn.Module):
 
     def get_top_tokens(self, hidden_states: Tensor, spec_step_idx: int | None = None) -> Tensor:
         """The best tokens [R] by `compute_logits`, found without gathering the ranks' logits."""
-        tokens = self.logits_processor.get_top_tokens(*self._projection(hidden_states, spec_step_idx))
+        tokens = self._guess(self.logits_processor.get_top_tokens, hidden_states, spec_step_idx)
         return tokens if self.token_map is None else self.token_map[tokens]
 
-    def _projection(self, state_RH: Tensor, step: int | None) -> tuple[nn.Module, Tensor, Tensor | None]:
-        step = self.step if step is None else step
-        head = self.lm_heads[step % len(self.lm_heads)] if self.lm_heads else self.lm_head
-        return head, self.model.blocks[step](state_RH), getattr(head, "bias", None)
+    def _guess(self, of_rows: Callable[..., Any], state_RH: Tensor, step: int | None) -> Any:
+        """Logits or tokens of a step's head; the steps after 0 of heads that share a projection are asked in order."""
+        step, blocks = self.step if step is None else step, self.model.blocks
+        projection = self.lm_heads[step % len(self.lm_heads)] if self.lm_heads else self.lm_head
+        bias = getattr(projection, "bias", None)
+        if len(self.lm_heads) > 1 or self.model.steps:
+            return of_rows(projection, blocks[step](state_RH), bias)
+        if step == 0:
+            number = self.vllm_config.speculative_config.num_speculative_tokens
+            found = of_rows(projection, torch.cat([block(state_RH) for block in blocks[:number]]), bias)
+            self.guessed = (None,) * number if found is None else found.chunk(number)
+        return self.guessed[step]
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load tensors in vLLM's layout of Medusa heads; the names of the parameters that were set."""
