@@ -11,16 +11,16 @@ from medusa_ds.heads.joint import Counters, JointModel, metrics
 from medusa_ds.model.loss import linear_argmax, linear_kl
 
 
-def student(target, own=True, temperature=1.0, chunk_mib=1, stage=1, tied=False):
-    """Stage 2: a model that has moved away from its start."""
-    plain = build(stage=stage, own=own, layers=2, tied=tied or not own)
-    start = copy.deepcopy(plain.backbone) if stage == 2 else None
-    if stage == 2:
+def student(target="label", own=True, temperature=1.0, stage=1, tied=False, kind="medusa", impl="torch"):
+    """Stage 2 beside its start: a model that has moved away from it."""
+    plain, start = build(stage=stage, own=own, layers=2, tied=tied or not own, kind=kind), None
+    if stage == 2 and target != "label":
+        start = copy.deepcopy(plain.backbone)
         with torch.no_grad():
             for parameter in plain.backbone.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     options = {"target": target, "temperature": temperature, "start": start}
-    return JointModel(plain.backbone, plain.heads, stage, loss_impl="torch", chunk_mib=chunk_mib, **options)
+    return JointModel(plain.backbone, plain.heads, stage, loss_impl=impl, chunk_mib=1, **options)
 
 
 def reference(model, target, temperature):
@@ -28,28 +28,45 @@ def reference(model, target, temperature):
     backbone = copy.deepcopy(model.backbone).double()
     start = copy.deepcopy(model.start or model.backbone).double().requires_grad_(False)
     heads = {name: p.detach().double().requires_grad_() for name, p in model.heads.named_parameters()}
-    lm_weight = backbone.get_output_embeddings().weight
+    lm_weight, embedded_VH = backbone.get_output_embeddings().weight, backbone.get_input_embeddings().weight.detach()
+    embedded_VH = embedded_VH / embedded_VH.square().mean(-1, keepdim=True).add(1e-6).sqrt()
     sums = [torch.zeros((), dtype=torch.float64) for _ in range(NUM + 1)]
     for tokens, labels in DOCS:
-        hidden = backbone.base_model(input_ids=tokens[None]).last_hidden_state[0]
+        state = backbone.base_model(input_ids=tokens[None]).last_hidden_state[0]
         teacher = start(input_ids=tokens[None]).logits[0]
         for k in range(0 if model.stage == 2 else 1, NUM + 1):
-            x = hidden
-            for layer in range(2 if k else 0):
-                x = x + F.silu(x @ heads[f"{k - 1}.blocks.{layer}.weight"].T + heads[f"{k - 1}.blocks.{layer}.bias"])
+            layers = ["blocks.0", "blocks.1"] if k else []
+            if k and model.heads.kind == "hydra":  # the states become those that saw k more tokens
+                pair = torch.cat([state[: max(len(tokens) - k, 0)], embedded_VH[tokens[k:]]], 1)
+                update = pair @ heads[f"{k - 1}.step.weight"].T + heads[f"{k - 1}.step.bias"]
+                state, layers = state[: len(pair)] + F.silu(update), ["blocks.0"]
+            x = state
+            for layer in layers:
+                x = x + F.silu(x @ heads[f"{k - 1}.{layer}.weight"].T + heads[f"{k - 1}.{layer}.bias"])
             logits = x @ heads.get(f"{k - 1}.projection.weight", lm_weight).T
             for t in range(len(tokens) - k - 1):
                 if labels[t + k + 1] == -100:
                     continue
-                if target == "argmax":
-                    sums[k] = sums[k] - logits[t].log_softmax(-1)[teacher[t + k].argmax()]
-                else:
+                if target == "distribution":
                     p = (teacher[t + k] / temperature).softmax(-1)
                     log_q = (logits[t] / temperature).log_softmax(-1)
                     sums[k] = sums[k] + temperature**2 * (p * (p.log() - log_q)).sum()
+                else:
+                    learned = labels[t + k + 1] if target == "label" else teacher[t + k].argmax()
+                    sums[k] = sums[k] - logits[t].log_softmax(-1)[learned]
     sum(w * loss for w, loss in zip((0.7, 1.0, 0.8, 0.5), sums, strict=True)).backward()
     grads = {f"backbone.{name}": p.grad for name, p in backbone.named_parameters() if p.requires_grad}
     return sums, grads | {f"heads.{name}": p.grad for name, p in heads.items()}
+
+
+def assert_losses_and_gradients_of_single_documents(model, target, temperature=1.0, closeness=2e-5):
+    output, found = gradients(model, PACKED)
+    sums, wanted = reference(model, target, temperature)
+    for k in range(2 - model.stage, NUM + 1):
+        assert output.losses[k].loss_sum.item() == pytest.approx(sums[k].item(), rel=1e-5)
+    assert found.keys() == wanted.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    for name, gradient in wanted.items():
+        assert relative(found[name], gradient) < closeness, name
 
 
 TARGETS = [("argmax", 1.0), ("distribution", 1.0), ("distribution", 2.0)]
@@ -59,14 +76,7 @@ TARGETS = [("argmax", 1.0), ("distribution", 1.0), ("distribution", 2.0)]
 @pytest.mark.parametrize(("target", "temperature"), TARGETS)
 def test_loss_and_gradients_are_those_of_single_documents(target, temperature, own):
     """Mutations: the teacher at `rows_N` or `rows_N + k + 1` in `JointModel.forward`; no T in the gradient."""
-    model = student(target, own, temperature)
-    output, found = gradients(model, PACKED)
-    sums, wanted = reference(model, target, temperature)
-    for k in range(1, NUM + 1):
-        assert output.losses[k].loss_sum.item() == pytest.approx(sums[k].item(), rel=1e-5)
-    assert found.keys() == wanted.keys()
-    for name, gradient in wanted.items():
-        assert relative(found[name], gradient) < 2e-5, name
+    assert_losses_and_gradients_of_single_documents(student(target, own, temperature), target, temperature)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -76,14 +86,8 @@ def test_stage_2_learns_from_the_frozen_start(target, temperature, tied):
     the LM head's teacher at `rows_N + 1`; no gradient through the LM head's divergence."""
     model = student(target, temperature=temperature, stage=2, tied=tied).train()
     start = {name: weight.clone() for name, weight in model.start.state_dict().items()}
-    output, found = gradients(model, PACKED)
-    sums, wanted = reference(model, target, temperature)
-    for loss, total in zip(output.losses, sums, strict=True):
-        assert loss.loss_sum.item() == pytest.approx(total.item(), rel=1e-5)
-    assert found.keys() == wanted.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
-    assert "backbone.model.embed_tokens.weight" in wanted
-    for name, gradient in wanted.items():
-        assert relative(found[name], gradient) < 5e-5, name
+    assert_losses_and_gradients_of_single_documents(model, target, temperature, 5e-5)
+    assert model.backbone.model.embed_tokens.weight.requires_grad
     assert not model.start.training
     assert all(torch.equal(weight, start[name]) for name, weight in model.start.state_dict().items())
 
