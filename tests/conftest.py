@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -162,6 +163,36 @@ def make_run(tiny_recipe: Path, tiny_model: Path, tmp_path: Path) -> Callable[..
         return tmp_path / name
 
     return make
+
+
+@pytest.fixture
+def said(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Calls `medusa-ds`; returns what it has printed."""
+    from medusa_ds.cli import main
+
+    def call(*argv: str | Path) -> str:
+        main([str(text) for text in argv])
+        return capsys.readouterr().out
+
+    return call
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Calls `medusa-ds` with what it must refuse, in so many lines (None: any) that are all it prints; returns them."""
+    from medusa_ds.cli import main
+
+    def call(*argv: str | Path, lines: int | None = 1) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main([str(text) for text in argv])
+        out, err = capsys.readouterr()
+        err = re.sub(r"(?m)^\r.*\n", "", err)  # transformers' bars, where a model was loaded before
+        assert stop.value.code == 2 and out == "" and lines in (None, len(err.splitlines()))
+        assert err and all(line.startswith("error: ") for line in err.splitlines()), err
+        return err
+
+    return call
 
 
 @pytest.fixture(autouse=True)

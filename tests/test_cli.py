@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +28,6 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    with pytest.raises(SystemExit) as stop:
-        main(argv)
-    out, err = capsys.readouterr()
-    assert stop.value.code == 2 and out == "" and len(err.splitlines()) == 1 and err.startswith("error: ")
-    return err
-
-
-def said(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    main(argv)
-    return capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("argv", "fragment"),
     [
@@ -57,13 +45,13 @@ def said(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         (["list", "--copy", "lama3_8b_stage1"], "did you mean the shipped llama3_8b_stage1?"),
     ],
 )
-def test_misuse_is_one_line(argv: list[str], fragment: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert fragment in refused(capsys, *argv)
+def test_misuse_is_one_line(argv: list[str], fragment: str, refused: Callable[..., str]) -> None:
+    assert fragment in refused(*argv)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert name in said(capsys, "--help") == said(capsys)
+def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str], said: Callable[..., str]) -> None:
+    assert name in said("--help") == said()
     with pytest.raises(SystemExit) as stop:
         main([name, "--help"])
     assert stop.value.code == 0
@@ -84,66 +72,64 @@ def test_help_says_defaults_choices_and_bounds(capsys: pytest.CaptureFixture[str
         assert [option for option in options if option not in shown] == []
 
 
-def test_list_names_every_recipe(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = {line.split()[0]: line.split() for line in said(capsys, "list").splitlines()}
+def test_list_names_every_recipe(said: Callable[..., str]) -> None:
+    rows = {line.split()[0]: line.split() for line in said("list").splitlines()}
     assert {file.stem for file in shipped("recipes").glob("*.yaml")} == rows.keys() - {"recipe"}
     assert rows["vicuna_7b_v15_stage2"][1:] == ["lmsys/vicuna-7b-v1.5", "2", "5", "x", "1", "auto"]
 
 
 def test_copied_recipe_works_where_it_is_and_is_never_overwritten(
-    place: Path, capsys: pytest.CaptureFixture[str]
+    place: Path, said: Callable[..., str], refused: Callable[..., str]
 ) -> None:
-    assert "deepspeed smollm2_135m_stage1.yaml" in said(capsys, "list", "--copy", "smollm2_135m_stage1")
+    assert "deepspeed smollm2_135m_stage1.yaml" in said("list", "--copy", "smollm2_135m_stage1")
     copy = place / "smollm2_135m_stage1.yaml"
-    assert said(capsys, "validate", copy.name).endswith("\nok\n")
+    assert said("validate", copy.name).endswith("\nok\n")
     assert Path(Recipe.load(copy.name).deepspeed).parent == shipped("ds_configs")
     copy.write_text("mine")
-    assert "exists already" in refused(capsys, "list", "--copy", "smollm2_135m_stage1")
+    assert "exists already" in refused("list", "--copy", "smollm2_135m_stage1")
     assert copy.read_text() == "mine"
 
 
-def test_shown_recipe_is_a_recipe(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_shown_recipe_is_a_recipe(place: Path, said: Callable[..., str], refused: Callable[..., str]) -> None:
     changed = ["train.lr=3e-5", "deepspeed=ds_configs/zero3.json"]
-    out = said(capsys, "show", "llama3_8b_stage2", "--world-size", "4", *changed)
+    out = said("show", "llama3_8b_stage2", "--world-size", "4", *changed)
     (place / "shown.yaml").write_text(out)
     assert Recipe.load("shown.yaml", planning=True) == Recipe.load("llama3_8b_stage2", changed, planning=True)
     lines = [line.removeprefix("# ") for line in out.splitlines() if line.startswith("#")]
     settings = json.loads("\n".join(lines[lines.index("{") :]))
     assert settings["gradient_accumulation_steps"] == 2
     assert settings["zero_optimization"]["stage"] == 3
-    assert "which 5 ranks" in refused(capsys, "show", "llama3_8b_stage2", "--world-size", "5")
+    assert "which 5 ranks" in refused("show", "llama3_8b_stage2", "--world-size", "5")
 
 
 def test_prepare_and_show_data_tell_rows_and_mark_supervised_tokens(
-    tiny_recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tiny_recipe: Path, said: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = said(capsys, "prepare", str(tiny_recipe))
+    out = said("prepare", tiny_recipe)
     assert "60 rows: 48 conversations to train on, 12 held out, 0 left out" in out
     assert "fingerprint" in out
     monkeypatch.delenv("FORCE_COLOR", raising=False)
-    plain = said(capsys, "show", str(tiny_recipe), "--data", "2")
+    plain = said("show", tiny_recipe, "--data", "2")
     assert plain.count("--- example ") == 2
     marked = plain[plain.index("[[") + 2 : plain.index("]]")]
     assert marked.endswith("<|im_end|>")
     assert "user" not in marked
     monkeypatch.setenv("FORCE_COLOR", "1")
-    assert f"\x1b[32m{marked}\x1b[0m" in said(capsys, "show", str(tiny_recipe), "--data", "1")
+    assert f"\x1b[32m{marked}\x1b[0m" in said("show", tiny_recipe, "--data", "1")
 
 
 def test_a_full_disk_and_a_cache_that_cannot_be_made_are_a_line(
-    tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tiny_recipe: Path, tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Mutation: let the command's errors of the system pass, or those of making the cache."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     with files_of_at_most(1000):
-        assert "cannot be written (File too large); make room" in refused(capsys, "prepare", str(tiny_recipe))
+        assert "cannot be written (File too large); make room" in refused("prepare", tiny_recipe)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tiny_recipe / "cache")
-    assert f"{tiny_recipe}/cache: cannot be made (Not a dir" in refused(capsys, "prepare", str(tiny_recipe))
+    assert f"{tiny_recipe}/cache: cannot be made (Not a dir" in refused("prepare", tiny_recipe)
 
 
-def test_estimate_counts_the_real_model(
-    tiny_recipe: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_estimate_counts_the_real_model(tiny_recipe: Path, tiny_model: Path, said: Callable[..., str]) -> None:
     """Parts add up to what a built model and its heads hold, tied and untied, own projections and shared."""
     from transformers import AutoModelForCausalLM
 
@@ -161,54 +147,48 @@ def test_estimate_counts_the_real_model(
         assert parts.backbone + parts.lm_head == sum(parameter.numel() for parameter in model.parameters())
         assert parts.blocks + parts.projections == count == parts.trainable(stage=1)
         assert (parts.lm_head == 0) == config.tie_word_embeddings
-    out = said(
-        capsys, "estimate", str(tiny_recipe), "--world-size", "1", "--world-size", "2", "--tokens-per-second", "9"
-    )
+    out = said("estimate", tiny_recipe, "--world-size", "1", "--world-size", "2", "--tokens-per-second", "9")
     assert "0.05 hours for 6 steps of at most 256 tokens at 9 tokens/s (stated)" in out
     assert "zero3_offload" in out
 
 
-def test_prepare_says_what_a_truncated_vocabulary_covers(tiny_recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "heads.vocab" not in said(capsys, "prepare", str(tiny_recipe))  # all usual sizes are above the model's
-    out = said(capsys, "prepare", str(tiny_recipe), "heads.vocab=64")
+def test_prepare_says_what_a_truncated_vocabulary_covers(tiny_recipe: Path, said: Callable[..., str]) -> None:
+    assert "heads.vocab" not in said("prepare", tiny_recipe)  # all usual sizes are above the model's
+    out = said("prepare", tiny_recipe, "heads.vocab=64")
     shares = re.search(r"heads.vocab: 64 of 300 tokens cover ([\d.]+)% of training labels, ([\d.]+)% of held-out", out)
     assert shares is not None and all(50 < float(share) <= 100 for share in shares.groups())
 
 
 def test_estimate_of_a_hidden_cache_is_what_filling_writes(
-    tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_recipe: Path, tmp_path: Path, said: Callable[..., str], refused: Callable[..., str]
 ) -> None:
     """Rows that `prepare --hidden` writes; without the cache's backbone in the memory of a step."""
     cache = f"data.hidden_cache={tmp_path / 'hidden'}"
-    plain, cached = (said(capsys, "estimate", str(tiny_recipe), *more) for more in ([], [cache, "--data"]))
+    plain, cached = (said("estimate", tiny_recipe, *more) for more in ([], [cache, "--data"]))
     found = re.search(r"hidden cache in bf16: ([\d.]+) GiB for ([\d,]+) positions", cached)
     assert found is not None and "hidden cache" not in plain
     cli("prepare", tiny_recipe, cache, "--hidden", log_dir=tmp_path)
     size = sum(file.stat().st_size - 88 for file in (tmp_path / "hidden").glob("*.safetensors"))
     assert int(found[2].replace(",", "")) * 32 * 4 == pytest.approx(size, rel=0.02)
     assert "heads.vocab" not in plain
-    with pytest.raises(SystemExit):
-        said(capsys, "prepare", str(tiny_recipe), "--hidden")
-    assert "--hidden: found data.hidden_cache: off" in capsys.readouterr().err
+    assert "--hidden: found data.hidden_cache: off" in refused("prepare", tiny_recipe, "--hidden")
 
 
 def test_estimate_takes_the_measured_speed_and_counts_data(
-    tiny_recipe: Path, place: Path, capsys: pytest.CaptureFixture[str]
+    tiny_recipe: Path, place: Path, said: Callable[..., str]
 ) -> None:
-    assert "run the recipe for some steps first" in said(capsys, "estimate", str(tiny_recipe))
-    assert "or --data" in said(capsys, "estimate", str(tiny_recipe), "train.steps=null")
+    assert "run the recipe for some steps first" in said("estimate", tiny_recipe)
+    assert "or --data" in said("estimate", tiny_recipe, "train.steps=null")
     (place / "out").mkdir()
     speeds = [{"kind": "train", "step": i, "tokens_per_s": speed} for i, speed in enumerate((1.0, 500.0, 700.0))]
     lines = [json.dumps(line) for line in (*speeds, {"kind": "validation", "step": 3})]
     (place / "out" / "metrics.jsonl").write_text("\n".join(lines))
-    assert "at 500 tokens/s (measured" in said(capsys, "estimate", str(tiny_recipe))
-    steps = (
-        said(capsys, "estimate", str(tiny_recipe), "train.steps=null", "--data").split(" steps of at most")[0].split()
-    )
-    report = said(capsys, "prepare", str(tiny_recipe))
+    assert "at 500 tokens/s (measured" in said("estimate", tiny_recipe)
+    steps = said("estimate", tiny_recipe, "train.steps=null", "--data").split(" steps of at most")[0].split()
+    report = said("prepare", tiny_recipe)
     assert f": {steps[-1]} steps an epoch" in report
     (place / "out" / "metrics.jsonl").write_text('{"kind": "train"}\n[1]\n')
-    assert "state a speed" in said(capsys, "estimate", str(tiny_recipe))
+    assert "state a speed" in said("estimate", tiny_recipe)
 
 
 def test_states_are_deepspeeds_own_estimate_where_all_is_trained() -> None:
@@ -243,7 +223,7 @@ def test_frozen_backbone_costs_its_weights_alone() -> None:
         assert whole - alone == 2 * 7_500_000 // share
 
 
-def test_frozen_start_costs_its_weights_alone(tiny_recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_frozen_start_costs_its_weights_alone(tiny_recipe: Path, said: Callable[..., str]) -> None:
     """Mutation: count it as trained, or in stage 1, where the backbone itself does not move."""
     from medusa_ds.model.backbone import load_config
 
@@ -256,8 +236,8 @@ def test_frozen_start_costs_its_weights_alone(tiny_recipe: Path, capsys: pytest.
         assert parts.start == (parts.backbone + parts.lm_head if overrides == stage2 else 0)
     size = parts.backbone + parts.lm_head
     assert [int(a) - b for a, b in zip(found[1], found[0], strict=True)] == [2 * size, 2 * size, 2 * size // 4]
-    assert "frozen start" in said(capsys, "estimate", str(tiny_recipe), *stage2)
-    assert "frozen start" not in said(capsys, "estimate", str(tiny_recipe), *stage2[:2])
+    assert "frozen start" in said("estimate", tiny_recipe, *stage2)
+    assert "frozen start" not in said("estimate", tiny_recipe, *stage2[:2])
 
 
 def test_smallest_gpu_leaves_room() -> None:
@@ -272,8 +252,8 @@ def test_output_into_a_closed_pipe_is_quiet() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "model:\n", "")
 
 
-def test_commands_tell_a_missing_model(capsys: pytest.CaptureFixture[str], monkeypatch: Any, place: Path) -> None:
+def test_commands_tell_a_missing_model(refused: Callable[..., str], monkeypatch: Any, place: Path) -> None:
     bare = place / "bare"
     bare.mkdir()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert "model.name" in refused(capsys, "estimate", "smollm2_135m_stage1", f"model.name={bare}")
+    assert "model.name" in refused("estimate", "smollm2_135m_stage1", f"model.name={bare}")

@@ -5,7 +5,6 @@ import re
 
 import pytest
 
-from medusa_ds.cli import main
 from medusa_ds.config.recipe import Recipe
 from medusa_ds.model.backbone import load_config
 from medusa_ds.training.gpus import GPUS
@@ -18,17 +17,12 @@ def no_hub(tmp_path, monkeypatch):
     monkeypatch.setattr("medusa_ds.model.backbone.model_path", lambda spec: pytest.fail(f"asked for {spec.name}"))
 
 
-def said(capsys, *argv):
-    main(["estimate", *argv])
-    return capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("stage", "gpu", "peak", "share", "link"), [(1, "a100-80gb", 312e12, 0.63, 300e9), (2, "h200", 989e12, 0.6, 450e9)]
 )
-def test_hours_are_flops_and_bytes_over_what_the_gpu_does(stage, gpu, peak, share, link, capsys):
+def test_hours_are_flops_and_bytes_over_what_the_gpu_does(stage, gpu, peak, share, link, said):
     """Llama-3-8B's FLOPs by hand. Mutation: leave the heads out, count one pass in stage 2, or no communication."""
-    out = said(capsys, f"llama3_8b_stage{stage}", "--gpus", "8", "--gpu", gpu, "--rows", "121000")
+    out = said("estimate", f"llama3_8b_stage{stage}", "--gpus", "8", "--gpu", gpu, "--rows", "121000")
     layer = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336
     forward = 2 * 32 * layer + 4 * 32 * 4096 * 512
     vocabulary, block = 4096 * 128256, 4096 * 4096
@@ -52,30 +46,32 @@ def test_hours_are_flops_and_bytes_over_what_the_gpu_does(stage, gpu, peak, shar
     assert int(found[4].replace(",", "")) == pytest.approx(batch * 1024 / seconds, rel=2e-3)
 
 
-def test_a_line_of_each_number_of_hosts_with_what_measured_steps_were_off_by(capsys):
+def test_a_line_of_each_number_of_hosts_with_what_measured_steps_were_off_by(said):
     """Mutation: the table of one recipe's file for another, or a host's network for all."""
     asked = ["llama3_8b_stage2", "--gpu", "h200", "--nodes", "1,16"]
-    lines = [line.split() for line in said(capsys, *asked).splitlines()]
+    lines = [line.split() for line in said("estimate", *asked).splitlines()]
     one, many = ([line for line in lines if line[:2] == [str(nodes), str(8 * nodes)]][-1] for nodes in (1, 16))
     assert one[2] == many[2] == "zero2" and float(one[-1]) > float(many[-1]) > 0.7
-    slow = said(capsys, *asked, "--network", "100", "deepspeed=ds_configs/zero3.json")
+    slow = said("estimate", *asked, "--network", "100", "deepspeed=ds_configs/zero3.json")
     row = next(line.split() for line in slow.splitlines() if line.startswith("     16   128  zero3"))
     assert float(row[-1]) < 0.2 and int(row[6].rstrip("%")) > 80
     assert "measured steps of one and two H200s were off by: stage 1 -" in slow
-    assert "a step of" not in said(capsys, "smollm2_135m_stage1", "--gpu", "rtx-3060")  # whose peak is not known
+    assert "a step of" not in said("estimate", "smollm2_135m_stage1", "--gpu", "rtx-3060")  # whose peak is not known
 
 
-def test_rows_follow_from_a_split(capsys):
+def test_rows_follow_from_a_split(said):
     asked = ["llama3_8b_stage1", "--gpu", "h200"]
-    assert "give --rows N" in said(capsys, *asked)
-    assert "for 40 steps" in said(capsys, *asked, "data.split=train[80:2080]", "train.global_batch_size=48")
-    assert "for 50 steps" in said(capsys, *asked, "--rows", "2400", "data.validation=sample")  # of which none are held
+    assert "give --rows N" in said("estimate", *asked)
+    assert "for 40 steps" in said("estimate", *asked, "data.split=train[80:2080]", "train.global_batch_size=48")
+    assert "for 50 steps" in said(
+        "estimate", *asked, "--rows", "2400", "data.validation=sample"
+    )  # of which none are held
 
 
-def test_the_micro_batch_named_is_the_largest_that_fits(capsys):
+def test_the_micro_batch_named_is_the_largest_that_fits(said):
     """Mutation: name the smallest, or one that does not divide the batch."""
     recipe = Recipe.load("smollm2_135m_stage1", ["train.global_batch_size=960"])
-    out = said(capsys, "smollm2_135m_stage1", "train.global_batch_size=960", "--gpus", "1", "--gpu", "rtx-3060")
+    out = said("estimate", "smollm2_135m_stage1", "train.global_batch_size=960", "--gpus", "1", "--gpu", "rtx-3060")
     assert "take deepspeed: ds_configs/zero2.json" in out
     largest = int(re.search(r"train.micro_batch_size up to (\d+) fits", out)[1])
     shape = {"model_type": "llama", "tie_word_embeddings": True, "vocab_size": 49152, "hidden_size": 576}
@@ -92,37 +88,35 @@ def test_the_micro_batch_named_is_the_largest_that_fits(capsys):
     assert largest == max(size for size in divisors if fits(size)) < 960
 
 
-def test_an_unknown_gpu_is_a_line(capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["estimate", "llama3_8b_stage1", "--gpu", "a100"])
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.startswith("error: --gpu: found 'a100'; allowed is") and "a100-80gb" in err
+def test_an_unknown_gpu_is_a_line(refused):
+    err = refused("estimate", "llama3_8b_stage1", "--gpu", "a100")
+    assert err.startswith("error: --gpu: found 'a100'; allowed is") and "a100-80gb" in err
 
 
 @pytest.mark.parametrize("name", ["a100-80gb", "A100 80GB", "NVIDIA A100-SXM4-80GB"])
-def test_a_gpu_is_known_by_its_words(name, capsys):
-    assert "2 x A100 80GB: take deepspeed" in said(capsys, "llama3_8b_stage1", "--gpus", "2", "--gpu", name)
+def test_a_gpu_is_known_by_its_words(name, said):
+    assert "2 x A100 80GB: take deepspeed" in said("estimate", "llama3_8b_stage1", "--gpus", "2", "--gpu", name)
 
 
-def test_auto_is_told_for_the_gpus_of_this_machine_or_how_to_ask(capsys, monkeypatch):
+def test_auto_is_told_for_the_gpus_of_this_machine_or_how_to_ask(said, monkeypatch):
     """Mutation: look for `--gpu` alone."""
     asked = ["llama3_8b_stage2", "deepspeed=auto", "train.steps=1"]
-    assert "auto takes what fits the GPUs; name them, as in --gpus 8 --gpu a100-80gb" in said(capsys, *asked)
+    assert "auto takes what fits the GPUs; name them, as in --gpus 8 --gpu a100-80gb" in said("estimate", *asked)
     here = {"is_available": True, "device_count": 4, "get_device_name": "NVIDIA H100 80GB HBM3"}
     for name, value in here.items():
         monkeypatch.setattr(f"torch.cuda.{name}", lambda value=value: value)
-    found = said(capsys, *asked)
-    assert found == said(capsys, *asked, "--gpu", "h100-80gb", "--gpus", "4")
+    found = said("estimate", *asked)
+    assert found == said("estimate", *asked, "--gpu", "h100-80gb", "--gpus", "4")
     assert "4 x H100 80GB: take deepspeed" in found
     assert re.search(r"time: about [\d.]+ minutes on 4 x H100 80GB for 1 steps", found)
-    assert "2 x H100 80GB: take" in said(capsys, *asked, "--gpus", "2")
+    assert "2 x H100 80GB: take" in said("estimate", *asked, "--gpus", "2")
 
 
-def test_activations_are_the_kinds_own(capsys):
+def test_activations_are_the_kinds_own(said):
     """Mutation: count Hydra's as Medusa's."""
     asked = ["llama3_8b_stage1", "train.micro_batch_size=16", "data.max_length=4096", "train.global_batch_size=128"]
     medusa, hydra = (
-        float(re.search(r"activations ([\d.]+)", said(capsys, *asked, f"heads.kind={kind}"))[1])
+        float(re.search(r"activations ([\d.]+)", said("estimate", *asked, f"heads.kind={kind}"))[1])
         for kind in ("medusa", "hydra")
     )
     assert hydra - medusa == pytest.approx(3 * 2 * 16 * 4096 * 4096 * 2 / GIB, abs=0.11)

@@ -194,11 +194,10 @@ def test_transformers_own_rate_is_that_of_greedy_decoding(output, prompts, monke
     assert _evaluate(_settings(output, prompts) | {"max_new_tokens": 2})["speed"]["transformers_generate_tokens_per_s"]
 
 
-def test_ends_that_are_no_tokens_are_a_users_mistake(output, capsys):
+def test_ends_that_are_no_tokens_are_a_users_mistake(output, refused):
     (output.parent / "model" / "generation_config.json").write_text('{"eos_token_id": [[1]]}')
-    with pytest.raises(SystemExit, match="2"):
-        main(["generate", str(output), "--prompt", "Hi", "--device", "cpu"])
-    assert "generation_config.json: eos_token_id: found [[1]]; allowed is" in capsys.readouterr().err
+    err = refused("generate", output, "--prompt", "Hi", "--device", "cpu")
+    assert "generation_config.json: eos_token_id: found [[1]]; allowed is" in err
 
 
 def test_tree_refuses_a_checkpoint(output, prompts):
@@ -208,7 +207,7 @@ def test_tree_refuses_a_checkpoint(output, prompts):
 
 @pytest.mark.parametrize("name", ["rank00000-00000.safetensors", "state.json", "manifest.json"])
 def test_a_damaged_checkpoint_is_refused_before_anything_is_loaded(
-    name, output, prompts, tmp_path, capsys, monkeypatch
+    name, output, prompts, tmp_path, refused, monkeypatch
 ):
     """Mutation: `runs._open_checkpoint` without `check`, and one bit decides on the figures."""
     file = output / "checkpoints" / "step-000040" / name
@@ -216,15 +215,13 @@ def test_a_damaged_checkpoint_is_refused_before_anything_is_loaded(
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     monkeypatch.setattr("medusa_ds.runs.load_backbone", None)
-    best = str(output / "checkpoints" / "best")
+    best = output / "checkpoints" / "best"
     for command in (
-        ["evaluate", best, "--prompts", str(prompts)],
+        ["evaluate", best, "--prompts", prompts],
         ["generate", best, "--prompt", "Hi"],
-        ["export", best, str(tmp_path / "exported")],
+        ["export", best, tmp_path / "exported"],
     ):
-        with pytest.raises(SystemExit, match="2"):
-            main(command)
-        error = capsys.readouterr().err
+        error = refused(*command)
         assert error.startswith(f"error: {file}: ") and error.endswith("name another checkpoint\n"), error
     assert not (tmp_path / "exported").exists()
 
@@ -334,12 +331,10 @@ def test_generate_streams_the_base_models_own_text(output, capsys):
     assert "tokens per step" in printed.err
 
 
-def test_a_prompt_over_the_limit_is_refused_before_the_model_is_loaded(output, capsys, monkeypatch):
+def test_a_prompt_over_the_limit_is_refused_before_the_model_is_loaded(output, refused, monkeypatch):
     """Mutation: leave it to the decoder."""
     monkeypatch.setattr(runs.Saved, "load_backbone", lambda *_: pytest.fail("loaded"))
-    with pytest.raises(SystemExit, match="2"):
-        main(["generate", str(output), "--prompt", "x" * 500, "--device", "cpu"])
-    assert "; the model's limit is " in capsys.readouterr().err
+    assert "; the model's limit is " in refused("generate", output, "--prompt", "x" * 500, "--device", "cpu")
 
 
 def test_generate_chats_and_keeps_the_conversation(output, capsys, monkeypatch):
@@ -350,13 +345,11 @@ def test_generate_chats_and_keeps_the_conversation(output, capsys, monkeypatch):
     assert capsys.readouterr().out == first + "\n" + _greedy(output, f"u:Hi;a:{first};u:And?;a:", 8) + "\n"
 
 
-def test_generate_names_the_run_whose_base_model_is_missing(output, capsys):
+def test_generate_names_the_run_whose_base_model_is_missing(output, refused):
     """Before it reads the prompt. Mutation: the base model's own error."""
     (output.parent / "model" / "config.json").unlink()
     for more in ([], ["--prompt", "Hi"]):
-        with pytest.raises(SystemExit, match="2"):
-            main(["generate", str(output), *more, "--device", "cpu"])
-        assert "heads: its base model: model.name: " in capsys.readouterr().err
+        assert "heads: its base model: model.name: " in refused("generate", output, *more, "--device", "cpu")
 
 
 def test_a_chat_goes_on_where_a_conversation_has_grown_over_the_limit(output, capsys, monkeypatch):

@@ -7,7 +7,7 @@ from typing import Any
 import engines
 import pytest
 import torch
-from exporting import MakeRun, assert_same, export_, tensors_of
+from exporting import MakeRun, Refused, assert_same, export_, tensors_of
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from support import files_of_at_most, tiny_tokenizer, train
@@ -97,7 +97,7 @@ def test_engines_without_token_maps_get_rows_whose_guesses_are_those_of_the_mapp
 
 
 def test_export_cuts_heads_trained_in_full_to_the_most_frequent_tokens(
-    make_run: MakeRun, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+    make_run: MakeRun, tiny_model: Path, refused: Refused
 ) -> None:
     run = make_run()
     path = export_(run, "out", "--vocab", "120")
@@ -107,9 +107,8 @@ def test_export_cuts_heads_trained_in_full_to_the_most_frequent_tokens(
     assert cut["2.projection.weight"].equal(whole["2.projection.weight"][tokens])
     assert cut["2.blocks.0.bias"].equal(whole["2.blocks.0.bias"])
     assert "guesses among the 120 most frequent of 300 tokens" in (path / "README.md").read_text()
-    with pytest.raises(SystemExit):
-        main(["export", str(path), str(run.parent / "again"), "--vocab", "100"])
-    assert "--vocab: found 100, but the heads have 120 tokens already" in capsys.readouterr().err
+    says = "--vocab: found 100, but the heads have 120 tokens already"
+    assert says in refused("export", path, run.parent / "again", "--vocab", "100")
     untrained = run.parent / "untrained"
     recipe = str(run.parent / "tiny.yaml")
     text = Path(recipe).read_text().replace("num: 3", "num: 3\n  vocab: 120")
@@ -270,15 +269,13 @@ def test_large_files_are_split_and_no_storage_is_shared(make_run: MakeRun, monke
 
 
 def test_what_is_there_is_only_replaced_with_force_and_only_when_all_went_well(
-    make_run: MakeRun, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    make_run: MakeRun, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run("run", "heads.num=2")
     path = export_(run, "out")
     before = sorted(file.name for file in path.parent.iterdir())
     for target, options, text in ((path, [], "give --force"), (run, ["--force"], "no earlier export")):
-        with pytest.raises(SystemExit):
-            main(["export", str(run), str(target), *options])
-        assert text in capsys.readouterr().err
+        assert text in refused("export", run, target, *options)
     kept = tensors_of(path)
 
     def fail(*_: Any, **__: Any) -> None:
@@ -286,9 +283,7 @@ def test_what_is_there_is_only_replaced_with_force_and_only_when_all_went_well(
 
     with monkeypatch.context() as patch:
         patch.setattr(vllm, "save_torch_state_dict", fail)
-        with pytest.raises(SystemExit):
-            main(["export", str(run), str(path), "--for", "vllm", "--force"])
-    assert "No space left on device" in capsys.readouterr().err
+        assert "No space left on device" in refused("export", run, path, "--for", "vllm", "--force")
     assert sorted(file.name for file in path.parent.iterdir()) == before and tensors_of(path).keys() == kept.keys()
     export_(run, "out", "--force", "--for", "vllm")
     assert (path / "model.safetensors").exists() and not (path / "medusa_lm_head.pt").exists()
@@ -299,51 +294,43 @@ def test_what_is_there_is_only_replaced_with_force_and_only_when_all_went_well(
 @pytest.mark.parametrize(
     "full", ["heads/heads.safetensors", "tokenizer.json", "model.safetensors", "medusa_lm_head.pt"]
 )
-def test_a_full_disk_is_one_line(
-    full: str, make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_full_disk_is_one_line(full: str, make_run: MakeRun, tmp_path: Path, refused: Refused) -> None:
     """Every file is written by another library, which says so in its own way."""
     small = ("heads.lm_head=shared", "heads.num=1") if full == "tokenizer.json" else ()
     run = make_run("run", *small)
     target = {"medusa_lm_head.pt": "fasterdecoding", "model.safetensors": "vllm"}.get(full, "transformers")
     sizes = {file: file.stat().st_size for file in export_(run, "whole", "--for", target).rglob("*.*")}
     size = next(size for file, size in sizes.items() if str(file).endswith(f"whole/{full}"))
-    capsys.readouterr()
-    with files_of_at_most(size - 1), pytest.raises(SystemExit, match="2"):
-        main(["export", str(run), str(tmp_path / "out"), "--for", target])
-    assert (
-        capsys.readouterr().err
-        == f"error: {tmp_path / 'out'}: cannot be written (File too large); name a writable directory\n"
-    )
+    with files_of_at_most(size - 1):
+        err = refused("export", run, tmp_path / "out", "--for", target)
+    assert err == f"error: {tmp_path / 'out'}: cannot be written (File too large); name a writable directory\n"
     assert sorted(file.name for file in tmp_path.iterdir() if "out" in file.name) == []
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_kind_that_a_target_does_not_name_is_not_exported_for_it(
-    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], target: str
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, refused: Refused, target: str
 ) -> None:
     """Mutation: take transformers for one that runs every kind."""
     run = make_run()
     monkeypatch.setattr(TARGETS[target], "KINDS", ("another",))
-    with pytest.raises(SystemExit, match="2"):
-        main(["export", str(run), str(run.parent / "out"), "--for", target])
-    assert f"--for {target}: found heads.kind medusa, which it does not run" in capsys.readouterr().err
+    err = refused("export", run, run.parent / "out", "--for", target)
+    assert f"--for {target}: found heads.kind medusa, which it does not run" in err
 
 
-def test_mistakes_are_named_in_a_line(make_run: MakeRun, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_mistakes_are_named_in_a_line(
+    make_run: MakeRun, capsys: pytest.CaptureFixture[str], refused: Refused, tmp_path: Path
+) -> None:
     for argv, text in (
-        (["export", str(tmp_path / "nothing"), str(tmp_path / "out")], "found no run"),
-        (["export", str(tmp_path / "out")], "--untrained RECIPE"),
-        (["import", str(tmp_path), str(tmp_path / "out")], "give --base-model"),
+        (["export", tmp_path / "nothing", tmp_path / "out"], "found no run"),
+        (["export", tmp_path / "out"], "--untrained RECIPE"),
+        (["import", tmp_path, tmp_path / "out"], "give --base-model"),
     ):
-        with pytest.raises(SystemExit):
-            main(argv)
-        error = capsys.readouterr().err
-        assert text in error and len(error.splitlines()) == 1
+        assert text in refused(*argv)
     (tmp_path / "running" / "checkpoints" / "step-000004").mkdir(parents=True)
-    with pytest.raises(SystemExit):
-        main(["export", str(tmp_path / "running"), str(tmp_path / "out")])
-    assert "not finished; name one of its checkpoints, as in" in capsys.readouterr().err
+    assert "not finished; name one of its checkpoints, as in" in refused(
+        "export", tmp_path / "running", tmp_path / "out"
+    )
     assert "builds 5 heads" in (export_(make_run(), "three", "--for", "fasterdecoding"), capsys.readouterr().out)[1]
 
 
@@ -401,12 +388,10 @@ def test_card_names_the_license_of_the_base_and_only_real_data_sets(
 
 
 def test_fasterdecoding_is_refused_heads_of_which_it_would_lose_blocks(
-    make_run: MakeRun, capsys: pytest.CaptureFixture[str]
+    make_run: MakeRun, capsys: pytest.CaptureFixture[str], refused: Refused
 ) -> None:
     run = make_run("run", "heads.layers=2")
-    with pytest.raises(SystemExit):
-        main(["export", str(run), str(run.parent / "out"), "--for", "fasterdecoding"])
-    error = capsys.readouterr().err
+    error = refused("export", run, run.parent / "out", "--for", "fasterdecoding")
     assert "keeps one of each head's 2 residual blocks" in error and "--allow-loss" in error
     main(["export", str(run), str(run.parent / "out"), "--for", "all"])
     assert "left out FasterDecoding/Medusa: it keeps one" in capsys.readouterr().out
@@ -457,7 +442,7 @@ def test_push_sends_the_backbone_to_a_repository_of_its_own(
 
 
 @pytest.mark.parametrize("lm_head", ["own", "shared"])
-def test_heads_with_a_bias_are_for_transformers_alone(tiny_recipe, tmp_path, capsys, lm_head):
+def test_heads_with_a_bias_are_for_transformers_alone(tiny_recipe, tmp_path, refused, lm_head):
     """No engine's file has a place for it. Mutation: export them all the same, and guesses are others there."""
     config = PhiConfig(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
     PhiForCausalLM(config).save_pretrained(tmp_path / "phi")
@@ -467,8 +452,7 @@ def test_heads_with_a_bias_are_for_transformers_alone(tiny_recipe, tmp_path, cap
     text = tiny_recipe.read_text().replace(name, f"  name: {tmp_path / 'phi'}")
     recipe.write_text(text.replace("heads:\n", f"heads:\n  lm_head: {lm_head}\n"))
     out = tmp_path / "exported"
-    with pytest.raises(SystemExit, match="2"):
-        main(["export", str(out), "--untrained", str(recipe), "--for", "vllm"])
-    assert "--for vllm: found heads whose projections have a bias" in capsys.readouterr().err and not out.exists()
+    err = refused("export", out, "--untrained", recipe, "--for", "vllm")
+    assert "--for vllm: found heads whose projections have a bias" in err and not out.exists()
     main(["export", str(out), "--untrained", str(recipe), "--for", "all"])
     assert not (out / "model.safetensors.index.json").exists()

@@ -1,6 +1,7 @@
 """Hydra heads through all programs: trained with and without a hidden cache, measured, decoded, exported."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from medusa_ds.cli import main
 HYDRA = ("heads.kind=hydra", "heads.layers=2", "heads.lm_head=shared")
 
 
-def test_a_run_from_recipe_to_text(tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_from_recipe_to_text(tiny_recipe: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     """Mutations: embeddings of the cached backbone other than its own; a kind that `heads.json` does not name."""
     plain, out = tmp_path / "plain", tmp_path / "out"
     train(tiny_recipe, *HYDRA, f"output={plain}", log_dir=tmp_path)
@@ -27,10 +28,8 @@ def test_a_run_from_recipe_to_text(tiny_recipe: Path, tmp_path: Path, capsys: py
         main(["evaluate", str(run), "--prompts", str(prompts), "--max-new-tokens", "24", "--json", str(report)])
         found = json.loads(report.read_text())
         assert found["texts"]["differ"] == found["texts"]["differ_by_a_tie"]
-    capsys.readouterr()
-    with pytest.raises(SystemExit, match="2"):
-        main(["export", str(out), str(tmp_path / "exported"), "--for", "tgi"])
-    assert "--for tgi: found heads.kind hydra, which it does not run" in capsys.readouterr().err
+    err = refused("export", out, tmp_path / "exported", "--for", "tgi")
+    assert "--for tgi: found heads.kind hydra, which it does not run" in err
     main(["export", str(out), str(tmp_path / "exported"), "--for", "all"])
     assert not list((tmp_path / "exported").glob("medusa_lm_head*"))
     assert json.loads((tmp_path / "exported" / "heads" / "heads.json").read_text())["kind"] == "hydra"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from exporting import MakeRun, assert_same, export_
+from exporting import MakeRun, Refused, assert_same, export_
 from safetensors.torch import save_file
 from support import files_of_at_most
 
@@ -32,15 +32,16 @@ def test_export_import_export_gives_identical_tensors(make_run: MakeRun, engine:
     assert load_run(run.parent / "back", torch.device("cpu"), torch.bfloat16).tokenizer.chat_template
 
 
-def test_published_heads_are_imported_without_biases_and_with_a_wrong_config(tiny_model: Path, tmp_path: Path) -> None:
+def test_published_heads_are_imported_without_biases_and_with_a_wrong_config(
+    tiny_model: Path, tmp_path: Path, refused: Refused
+) -> None:
     draw = torch.Generator().manual_seed(0)
     old = {f"medusa_head.{h}.0.linear.weight": torch.randn(32, 32, generator=draw) for h in range(5)}
     old |= {f"medusa_head.{h}.1.weight": torch.randn(300, 32, generator=draw) for h in range(5)}
     (tmp_path / "old").mkdir()
     torch.save(old, tmp_path / "old" / "medusa_lm_head.pt")
     (tmp_path / "old" / "config.json").write_text(json.dumps({"medusa_num_heads": 2, "medusa_num_layers": 1}))
-    with pytest.raises(SystemExit):
-        main(["import", str(tmp_path / "old"), str(tmp_path / "new")])
+    assert "give --base-model" in refused("import", tmp_path / "old", tmp_path / "new")
     main(["import", str(tmp_path / "old"), str(tmp_path / "new"), "--base-model", str(tiny_model)])
     config, heads = load_heads(tmp_path / "new")
     assert (config["num"], config["layers"]) == (5, 1)
@@ -102,13 +103,9 @@ def test_hostile_damaged_and_foreign_files_are_refused(tmp_path: Path, monkeypat
     assert "model.embed_tokens.weight; not heads" in refusal()
 
 
-def test_a_full_disk_leaves_nothing_and_is_one_line(
-    make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_full_disk_leaves_nothing_and_is_one_line(make_run: MakeRun, tmp_path: Path, refused: Refused) -> None:
     exported = export_(make_run(), "exported", "--for", "vllm")
-    capsys.readouterr()
-    with files_of_at_most(9000), pytest.raises(SystemExit, match="2"):
-        main(["import", str(exported), str(tmp_path / "back")])
-    error = capsys.readouterr().err
+    with files_of_at_most(9000):
+        error = refused("import", exported, tmp_path / "back")
     assert error == f"error: {tmp_path / 'back'}: cannot be written (File too large); name a writable directory\n"
     assert not (tmp_path / "back").exists()

@@ -14,14 +14,6 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def refused(capsys, *argv):
-    with pytest.raises(SystemExit) as stop:
-        main(["init", *argv])
-    out, err = capsys.readouterr()
-    assert stop.value.code == 2 and out == "" and len(err.splitlines()) == 1
-    return err
-
-
 def test_a_recipe_for_a_model_and_data_of_ones_own(tiny_model, place, capsys):
     """Mutation: leave the model's positions aside, or the launch stub out."""
     (place / "mine.jsonl").write_text(json.dumps({"messages": []}) + "\n")
@@ -38,9 +30,9 @@ def test_a_recipe_for_a_model_and_data_of_ones_own(tiny_model, place, capsys):
     main(["validate", "mine.yaml", "--world-size", "2"])
 
 
-def test_nothing_is_overwritten_and_nothing_wrong_is_left(tiny_model, place, capsys):
+def test_nothing_is_overwritten_and_nothing_wrong_is_left(tiny_model, place, refused):
     (place / "mine.yaml").write_text("mine")
-    assert "mine.yaml: exists already" in refused(capsys, str(tiny_model), "--out", "mine.yaml")
+    assert "mine.yaml: exists already" in refused("init", tiny_model, "--out", "mine.yaml")
     assert (place / "mine.yaml").read_text() == "mine"
-    assert "data.path" in refused(capsys, str(tiny_model), "--data", "none.jsonl", "--out", "other.yaml")
+    assert "data.path" in refused("init", tiny_model, "--data", "none.jsonl", "--out", "other.yaml")
     assert not (place / "other.yaml").exists()

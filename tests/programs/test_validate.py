@@ -2,7 +2,6 @@
 
 import pytest
 
-from medusa_ds.cli import main
 from medusa_ds.config.recipe import shipped
 from medusa_ds.model import backbone
 
@@ -17,14 +16,9 @@ HYBRID = """{model_type: lfm2, hidden_size: 32, intermediate_size: 64, num_hidde
 
 
 @pytest.fixture
-def said(capsys, tmp_path, monkeypatch):
+def said(said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-    def say(command, *overrides):
-        main([command, "smollm2_135m_stage1", *overrides])
-        return capsys.readouterr().out.splitlines()
-
-    return say
+    return lambda command, *overrides: said(command, "smollm2_135m_stage1", *overrides).splitlines()
 
 
 def test_a_shipped_models_facts_need_no_hub(said, monkeypatch):
@@ -71,8 +65,7 @@ def test_a_model_with_a_state_is_told_in_four_lines(said):
     )
 
 
-def test_packing_that_a_model_cannot_do_is_an_error(said, capsys):
+def test_packing_that_a_model_cannot_do_is_an_error(refused):
     """Mutation: pack what comes."""
-    with pytest.raises(SystemExit):
-        said("validate", "model.init=random", f"model.config={HYBRID}", "data.packing=true")
-    assert "data.packing: found true, but lfm2 does not keep documents" in capsys.readouterr().err
+    err = refused("validate", "smollm2_135m_stage1", "model.init=random", f"model.config={HYBRID}", "data.packing=true")
+    assert "data.packing: found true, but lfm2 does not keep documents" in err
