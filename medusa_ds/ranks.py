@@ -15,6 +15,19 @@ from typing import Any, TypeVar
 from medusa_ds.errors import UserError
 
 T = TypeVar("T")
+_MEND = "start the ranks with the deepspeed launcher or torchrun, which set it, or unset it"
+
+
+def number_of(variable: str, default: int = 0) -> int:
+    """What a launcher's variable says; the default where it is missing or empty.
+
+    Raises:
+        UserError: it is no whole number of at least 0.
+    """
+    found = os.environ.get(variable) or str(default)
+    if not (found.isascii() and found.isdigit()):
+        raise UserError(f"{variable}: found {found!r}; allowed is a whole number: {_MEND}", one_rank=True)
+    return int(found)
 
 
 class Ranks:
@@ -24,11 +37,23 @@ class Ranks:
         rank, size: of this process, and how many there are.
         local_rank: among those of this host.
         local_size: how many of them the stock launcher started on this host; 0 without it.
+
+    Raises:
+        UserError: a variable that no launcher would set so.
     """
 
     def __init__(self) -> None:
-        self.rank, self.size = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
-        self.local_rank, self.local_size = (int(os.environ.get(f"LOCAL_{name}") or 0) for name in ("RANK", "SIZE"))
+        self.size = number_of("WORLD_SIZE", 1)
+        self.rank, self.local_rank, self.local_size = map(number_of, ("RANK", "LOCAL_RANK", "LOCAL_SIZE"))
+        port = number_of("MASTER_PORT")  # torch reads it where ranks meet
+        unset = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+        problems = {
+            f"RANK: found {self.rank}, but WORLD_SIZE is {self.size}": self.rank >= self.size,
+            f"WORLD_SIZE: found {self.size} without {', '.join(unset)}": self.size > 1 and bool(unset),
+            f"MASTER_PORT: found {port}; allowed are ports up to 65535": port > 65535,
+        }
+        for problem in (text for text, holds in problems.items() if holds):
+            raise UserError(f"{problem}: {_MEND}", one_rank=True)
 
     def join(self) -> None:
         """Wait until all processes are there, in a group for work in which a rank may be hours behind another."""
@@ -88,7 +113,8 @@ def exit_on_user_error() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        if error.one_rank or Ranks().local_rank == 0:
+        local_rank = os.environ.get("LOCAL_RANK", "")
+        if error.one_rank or not local_rank.isdigit() or int(local_rank) == 0:
             sys.stdout.flush()
             for problem in error.problems:
                 print(f"error: {problem}", file=sys.stderr, flush=True)

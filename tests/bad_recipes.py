@@ -360,6 +360,18 @@ BAD: dict[str, tuple[str, list[str], str | None, list[str]]] = {
         '{"zero_optimization": {"offload_param": {"device": "gpu"}}}',
         ["found 'gpu'"],
     ),
+    "NVMe that ZeRO 2 would not use": (
+        GOOD,
+        [],
+        '{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme", "nvme_path": "/disk"}}}',
+        ["zero.json: zero_optimization.offload_optimizer.device: found 'nvme'", "set stage to 3"],
+    ),
+    "NVMe without a place": (
+        GOOD,
+        [],
+        '{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}',
+        ["zero.json: zero_optimization.offload_param.nvme_path: found no directory"],
+    ),
     "secret in DeepSpeed JSON": (
         GOOD,
         [],

@@ -1,14 +1,16 @@
 """What ranks learn from the environment."""
 
 import sys
+from pathlib import Path
 
 import pytest
 
+from medusa_ds.errors import UserError
 from medusa_ds.programs import train
-from medusa_ds.ranks import Ranks
+from medusa_ds.ranks import Ranks, exit_on_user_error
 
 VARIABLES = (
-    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "SLURM_NTASKS"),
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_NTASKS"),
     *("SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID"),
 )
 
@@ -40,3 +42,49 @@ def test_slurm_without_scontrol_asks_for_the_master(
         with pytest.raises(SystemExit, match="2"):
             train.main()
         assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"RANK": "abc"}, "RANK: found 'abc'; allowed is a whole number"),
+        ({"WORLD_SIZE": "2.0"}, "WORLD_SIZE: found '2.0'; allowed"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK: found '-1'; allowed"),
+        ({"LOCAL_SIZE": "two"}, "LOCAL_SIZE: found 'two'; allowed"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT: found 'http'; allowed"),
+        ({"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NTASKS": "2(x2)"}, "SLURM_NTASKS: found '2(x2)'; allowed"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT: found 70000; allowed are ports up to 65535"),
+        ({"RANK": "3"}, "RANK: found 3, but WORLD_SIZE is 1"),
+        ({"WORLD_SIZE": "0"}, "RANK: found 0, but WORLD_SIZE is 0"),
+        ({"WORLD_SIZE": "2", "RANK": "1"}, "WORLD_SIZE: found 2 without LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
+    ],
+)
+def test_what_no_launcher_sets_is_a_line_before_a_model_is_asked(
+    variables: dict[str, str],
+    says: str,
+    tiny_recipe: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Mutation: read one with `int`."""
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["medusa_ds", str(tiny_recipe)])
+    with pytest.raises(SystemExit, match="2"):
+        train.main()
+    said, error = capsys.readouterr()
+    assert said == ""
+    assert error.startswith(f"error: {says}") and "unset it" in error and error.count("\n") == 1
+
+
+def test_a_mistake_is_told_whatever_the_local_rank(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Mutation: ask `Ranks` who shall tell it."""
+    for name, value in (("LOCAL_RANK", "abc"), ("RANK", "abc")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match="2"), exit_on_user_error():
+        raise UserError("a mistake")
+    assert capsys.readouterr().err == "error: a mistake\n"

@@ -112,6 +112,11 @@ def _problems(settings: dict[str, Any]) -> Iterator[str]:
             allowed = _refusal(name, key, value, known.get(key, ""))
             if allowed:
                 yield f"{name}.{key}: found {value!r}; {allowed}"
+        if holder.get("device") == "nvme":
+            if settings["zero_optimization"].get("stage") != 3:  # ZeRO 1 and 2 would take the CPU's memory
+                yield f"{name}.device: found 'nvme' without stage 3; allowed is none or cpu, or set stage to 3"
+            if not isinstance(holder.get("nvme_path"), str):
+                yield f"{name}.nvme_path: found no directory; name one on the NVMe disk"
 
 
 @functools.cache

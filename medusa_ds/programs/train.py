@@ -28,7 +28,7 @@ from medusa_ds.config.parsing import parse_yaml, read_json, read_text
 from medusa_ds.config.recipe import Recipe, WandbSpec, find_recipe
 from medusa_ds.config.settings import RecipeSettings, parse
 from medusa_ds.errors import UserError
-from medusa_ds.ranks import Ranks, exit_on_user_error
+from medusa_ds.ranks import Ranks, exit_on_user_error, number_of
 
 if TYPE_CHECKING:
     from medusa_ds.training.engine import MedusaEngine
@@ -49,7 +49,7 @@ def main(recipe_file: str | None = None) -> None:
     arguments = [text for text in sys.argv[1:] if not text.startswith("--local_rank=")]
     given = arguments if recipe_file is None else [recipe_file, *arguments]
     with exit_on_user_error():
-        slurm = os.environ.get("SLURM_STEP_NODELIST") and int(os.environ.get("SLURM_NTASKS") or 1) > 1
+        slurm = os.environ.get("SLURM_STEP_NODELIST") and number_of("SLURM_NTASKS", 1) > 1
         if slurm and not os.environ.get("RANK"):
             _adopt_slurm()
         run(parse(RecipeSettings, given, "deepspeed --module medusa_ds", __doc__))
@@ -155,7 +155,7 @@ def _adopt_slurm() -> None:
             raise UserError(f"MASTER_ADDR: missing, and scontrol names no host; {mend}")
         slurm["MASTER_ADDR"] = hosts[0]
     os.environ.update(RANK=slurm["SLURM_PROCID"], LOCAL_RANK=slurm["SLURM_LOCALID"], WORLD_SIZE=slurm["SLURM_NTASKS"])
-    os.environ.setdefault("MASTER_PORT", str(20000 + int(slurm.get("SLURM_JOB_ID", "0")) % 20000))
+    os.environ.setdefault("MASTER_PORT", str(20000 + number_of("SLURM_JOB_ID") % 20000))
 
 
 def _claim(output: Path, recipe: Recipe, stack: ExitStack) -> None:

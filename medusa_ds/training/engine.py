@@ -22,6 +22,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from torch import nn
 from transformers.integrations import HfDeepSpeedConfig
@@ -73,6 +74,18 @@ def _refused_by_deepspeed(file: str) -> Iterator[None]:
         raise UserError(f"{file}: DeepSpeed refuses it ({one_line(error)}); change or remove what it names") from error
 
 
+def _prepare_nvme(config: dict[str, Any], file: str) -> None:
+    """Refuse offload to NVMe where DeepSpeed cannot compile what reads and writes it, before a model is loaded."""
+    zero = config.get("zero_optimization") or {}
+    keys = [key for key in ("offload_param", "offload_optimizer") if (zero.get(key) or {}).get("device") == "nvme"]
+    if keys and not AsyncIOBuilder().is_compatible():
+        mend = "install libaio-dev (libaio-devel), or name its place in CFLAGS and LDFLAGS, or offload to cpu"
+        key = f"zero_optimization.{keys[0]}.device"
+        raise UserError(f"{file}: {key}: found nvme, but DeepSpeed finds no libaio to compile async_io with; {mend}")
+    if keys:
+        announce("async_io")
+
+
 class MedusaEngine:
     """A model in training on this rank's device.
 
@@ -102,6 +115,7 @@ class MedusaEngine:
         self.ds_config = config = complete_config(config, recipe)
         with _refused_by_deepspeed(recipe.deepspeed):
             DeepSpeedConfig(config)
+        _prepare_nvme(config, recipe.deepspeed)
         self.accumulation: int = config["gradient_accumulation_steps"]
         self._zero_stage, (offloads_optimizer, _) = zero_settings(config)
         share_cores(on_gpu, offloads_optimizer)

@@ -233,7 +233,9 @@ def test_ranks_share_the_rows_and_leave_what_one_process_leaves(tiny_recipe, tmp
 
 
 def test_a_server_is_asked_by_one_process(tiny_recipe, tmp_path, prompts, refused, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    launch = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in launch.items():
+        monkeypatch.setenv(name, value)
     server = ("--server", "http://localhost:1/v1")
     assert "--server: found 2 ranks" in refused(*arguments(tiny_recipe, tmp_path / "out.jsonl", prompts, *server))
     assert not list(tmp_path.glob("out*"))

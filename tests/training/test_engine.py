@@ -198,7 +198,7 @@ def test_export_writes_an_ordinary_backbone_and_loadable_heads(zero: str, two_ra
 
 
 def test_launch_errors_name_the_settings(tmp_path: Path, two_ranks: Runs) -> None:
-    """Batch sizes, heads of another shape, what DeepSpeed refuses, and out-of-memory, on one rank."""
+    """Batch sizes, heads of another shape, what DeepSpeed refuses, no libaio, and out-of-memory, on one rank."""
     source = str(two_ranks.folder / "zero2-export")
     jobs = [("errors", "launch_errors", {"source": source})]
     found = run_ranks(1, tmp_path, jobs)[0]["errors"]
@@ -208,6 +208,8 @@ def test_launch_errors_name_the_settings(tmp_path: Path, two_ranks: Runs) -> Non
     assert found["loaded"] == []
     for name, key in (("early", "reduce_bucket_size"), ("late", "gradient_predivide_factor")):
         assert f"{name}.json: DeepSpeed refuses it" in found[name] and key in found[name]
+    nvme = "nvme.json: zero_optimization.offload_optimizer.device: found nvme, but"
+    assert nvme in found["nvme"] and "install libaio-dev" in found["nvme"]
     assert found["warm_start"] is True
     for key in ("train.micro_batch_size (now 1)", "loss.chunk_mib (now 1024)", "data.max_length (now 1024)"):
         assert key in found["memory"]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.utils import get_z3_leaf_modules
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -290,7 +291,10 @@ def launch_errors(out: Path, source: Path) -> dict[str, Any]:
         except UserError as error:
             found[name] = str(error)
     out.mkdir(parents=True, exist_ok=True)
+    nvme = {"device": "nvme", "nvme_path": str(out / "nvme")}
+    compatible, AsyncIOBuilder.is_compatible = AsyncIOBuilder.is_compatible, lambda *_, **__: False
     refused = {
+        "nvme": {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}, "offload_optimizer": nvme}},
         "early": {"zero_optimization": {"stage": 2, "reduce_bucket_size": 0}},
         "late": {"zero_optimization": {"stage": 3}, "gradient_predivide_factor": 2.0},
     }
@@ -301,7 +305,8 @@ def launch_errors(out: Path, source: Path) -> dict[str, Any]:
             MedusaEngine(make_recipe(out).model_copy(update={"deepspeed": str(file)}), STEPS)
         except UserError as error:
             found[name] = str(error)
-        builder.load_backbone = load_backbone
+        if name == "early":
+            builder.load_backbone, AsyncIOBuilder.is_compatible = load_backbone, compatible
     engine = MedusaEngine(make_recipe(out, heads=heads), STEPS)
     wanted = load_heads(source)[1]
     found["warm_start"] = all(torch.equal(w, wanted[n]) for n, w in engine.model.heads.state_dict().items())
