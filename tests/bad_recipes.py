@@ -28,7 +28,7 @@ def edit(old: str, new: str) -> str:
 BAD: dict[str, tuple[str, list[str], str | None, list[str]]] = {
     # YAML
     "syntax": (edit("num: 3", "num: [3"), [], None, ["r.yaml:5", "not valid YAML"]),
-    "tab": (edit("  num: 3", "\tnum: 3"), [], None, ["r.yaml:4", "not valid YAML"]),
+    "tab": (edit("  num: 3", "\tnum: 3"), [], None, ["r.yaml:4", "not valid YAML", "write spaces in place of the tab"]),
     "duplicate key": (
         edit("  num: 3", "  num: 3\n  num: 4"),
         [],
@@ -94,7 +94,19 @@ BAD: dict[str, tuple[str, list[str], str | None, list[str]]] = {
     "stage 3": (edit("stage: 1", "stage: 3"), [], None, ["stage", "found 3", "allowed is 1 or 2"]),
     "no for false": (edit("jsonl", "jsonl\n  packing: no"), [], None, ["r.yaml:8: data.packing", "true or false"]),
     "list for a section": (edit("heads:\n  num: 3", "heads: [3]"), [], None, ["r.yaml:3: heads", "found [3]"]),
-    "null for a section": (edit("heads:\n  num: 3", "heads:"), [], None, ["r.yaml:3: heads", "found null"]),
+    "null for a section with needed keys": (edit("  name: owner/model\n", ""), [], None, ["model.name: missing"]),
+    "no for a switch of the template": (
+        edit("jsonl", "jsonl\n  template_args: {enable_thinking: no}"),
+        [],
+        None,
+        ["r.yaml:8", "found no, which is text here", "write true or false, or quote it"],
+    ),
+    "off for a switch of the template": (
+        GOOD,
+        ["data.template_args.enable_thinking=off"],
+        None,
+        ["data.template_args.enable_thinking (from the command line)", "found off, which is text here"],
+    ),
     "below range": (edit("num: 3", "num: 0"), [], None, ["heads.num", "found 0", "of at least 1"]),
     "above range": (edit("num: 3", "num: 99"), [], None, ["heads.num", "found 99", "at most 16"]),
     "zero rate": (edit("1e-3", "0"), [], None, ["train.lr", "found 0", "above 0"]),

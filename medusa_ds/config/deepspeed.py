@@ -72,7 +72,12 @@ def load(path: Path) -> dict[str, Any]:
     problems += [redact(f"{path}: {text}") for text in _problems(settings)]
     if problems:
         raise UserError(*problems)
-    return _without_auto(settings)
+    settings = _without_auto(settings)
+    zero = settings.get("zero_optimization", {})
+    for old, key in (("cpu_offload", "offload_optimizer"), ("cpu_offload_param", "offload_param")):
+        if zero.pop(old, None):  # names of DeepSpeed's first versions
+            zero.setdefault(key, {"device": "cpu"})
+    return settings
 
 
 def _without_auto(node: Any) -> Any:
@@ -85,7 +90,7 @@ def _problems(settings: dict[str, Any]) -> Iterator[str]:
     for key, value in settings.items():
         if key not in _REFUSED:
             yield from _unknown(key, TOP_LEVEL)
-        elif not _is_off(value):
+        elif not _is_off(value) and (key, value) != ("sequence_parallel_size", 1):
             yield f"{key}: is not supported here; remove it"
         if key in _COUNTS and value != "auto" and not (type(value) is int and value >= 1):
             yield f'{key}: found {value!r}; allowed is a whole number of at least 1, or "auto"'
@@ -169,7 +174,7 @@ def _refusal(section: str, key: str, value: Any, kind: str) -> str | None:
 
 def _is_off(value: Any) -> bool:
     if isinstance(value, dict):
-        return not value or value.get("enabled") is False
+        return not value or value.get("enabled") is False or value.get("enabled") == "auto"
     return value in (None, "auto") or value is False
 
 

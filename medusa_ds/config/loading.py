@@ -15,7 +15,7 @@ from medusa_ds.config.parsing import KeyPath, parse_yaml, read_object, read_text
 from medusa_ds.errors import UserError
 from medusa_ds.files import DATA_SUFFIXES
 
-STUB_FIRST = re.compile(r'^_: r"""[^"]*$')
+STUB_FIRST = '_: r"""'
 STUB_LAST = '# """; from medusa_ds.train import main; main(__file__)'
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -79,7 +79,7 @@ def read_recipe(file: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
     if first is not None:
         above = [row for row in rows[:first] if row.strip() and not row.startswith("#")]
         quotes = text.count('"""')
-        if above or rows[-1] != STUB_LAST or not STUB_FIRST.match(rows[first]) or quotes != 2:
+        if above or rows[-1] != STUB_LAST or not rows[first].startswith(STUB_FIRST) or quotes != 2:
             raise UserError(
                 f'{file}:{first + 1}: the launch stub is damaged (found """ {quotes} times; allowed are the two of the '
                 f'stub); the first line is `_: r"""  # a comment`, the last is `{STUB_LAST}`'
@@ -100,7 +100,7 @@ def apply_overrides(raw: dict[str, Any], overrides: list[str] | tuple[str, ...])
             problems.append(f"{text}: not an override; write key.path=value, as in train.lr=1e-3")
             continue
         try:
-            parsed, _ = parse_yaml(value, f"{key} (from the command line)")
+            parsed, _ = parse_yaml(value, f"{key} (from the command line)", tuple(key.split(".")))
         except UserError as error:
             problems += error.problems
             continue
@@ -214,6 +214,19 @@ def config_at_hand(name: str, overrides: dict[str, Any]) -> dict[str, Any]:
     config = config if isinstance(config, dict) else {}
     inner = config.get("text_config")
     return {**config, **(inner if isinstance(inner, dict) else {}), **overrides}
+
+
+def positions_of(config: dict[str, Any]) -> int | None:
+    """Tokens of a text that a model was made for, by its config: those of its rotary embeddings once stretched.
+
+    With `linear` and `yarn` published configs name the positions before or after; those of the others are after.
+    """
+    positions: int | None = config.get("max_position_embeddings")
+    rope = config.get("rope_parameters") or config.get("rope_scaling")
+    if positions and isinstance(rope, dict) and rope.get("rope_type", rope.get("type")) in ("linear", "yarn"):
+        before = rope.get("original_max_position_embeddings") or positions
+        positions = max(positions, int((rope.get("factor") or 1) * before))
+    return positions
 
 
 def saved_heads(path: Path) -> tuple[Path, dict[str, Any]]:

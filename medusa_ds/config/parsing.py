@@ -23,10 +23,14 @@ MAX_BYTES = 1 << 20
 MAX_DEPTH = 50
 KeyPath = tuple[str | int, ...]
 _SECRET = re.compile(
-    r"\b(hf_[A-Za-z0-9]{16,}|sk-[\w-]{16,}|gh[pousr]_\w{16,}|github_pat_\w{16,}|wandb_v1_\w{16,}|AKIA[A-Z0-9]{16})"
+    r"\b(hf_[A-Za-z0-9]{16,}|sk-(?=[\w-]*[A-Za-z0-9]{16})[\w-]+|gh[pousr]_\w{16,}|github_pat_\w{16,}"
+    r"|wandb_v1_\w{16,}|AKIA[A-Z0-9]{16})"
     r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
 )
 _WANDB_KEY = re.compile(r"[0-9a-f]{40}")  # commits look the same: they stand under `revision` or inside a path
+_OPEN = {("model", "config"), ("data", "template_args")}
+"""Sections whose values are not of known types, so that no type refuses a text in place of a switch."""
+_SWITCH = re.compile("yes|no|on|off", re.IGNORECASE)
 _SECRET_NAME = re.compile(r"(^|_)(api_?key|passwd|password|secret|(access|auth|hf|hub)_token)$", re.IGNORECASE)
 
 
@@ -45,8 +49,10 @@ def finite(text: str) -> float:
     return value
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false)$"), list("tf"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(~|null|)$"), ["~", "n", ""])
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
@@ -78,8 +84,10 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8 text") from None
 
 
-def parse_yaml(text: str, where: str) -> tuple[Any, dict[KeyPath, int]]:
+def parse_yaml(text: str, where: str, path: KeyPath = ()) -> tuple[Any, dict[KeyPath, int]]:
     """The data of a YAML document, and the line (from 1) of every key path in it; messages say `where` it is from.
+
+    `path` is where in a recipe the document stands.
 
     Raises:
         UserError: all duplicate keys and non-text keys, or the first alias, tag or syntax error.
@@ -95,7 +103,7 @@ def parse_yaml(text: str, where: str) -> tuple[Any, dict[KeyPath, int]]:
         lines: dict[KeyPath, int] = {}
         problems: list[str] = []
         if node is not None:
-            _walk(node, (), lines, problems, where)
+            _walk(node, path, lines, problems, where)
         if problems:
             raise UserError(*problems)
         return (None if node is None else loader.construct_document(node)), lines
@@ -103,7 +111,8 @@ def parse_yaml(text: str, where: str) -> tuple[Any, dict[KeyPath, int]]:
         mark = getattr(error, "problem_mark", None)
         at = f":{mark.line + 1}" if mark else ""
         what = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{where}{at}: not valid YAML ({what}); mend or quote the value") from None
+        mend = "write spaces in place of the tab" if r"'\t'" in what else "mend or quote the value"
+        raise UserError(f"{where}{at}: not valid YAML ({what}); {mend}") from None
     finally:
         if loader is not None:
             loader.dispose()
@@ -131,6 +140,9 @@ def _walk(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], problems: l
             _walk(child, here, lines, problems, where)
     elif any("\ud800" <= char <= "\udfff" for char in node.value):
         problems.append(f"{where}:{node.start_mark.line + 1}: found half a surrogate pair; write the character itself")
+    elif path[:2] in _OPEN and len(path) > 2 and getattr(node, "style", "") is None and _SWITCH.fullmatch(node.value):
+        text = f"found {node.value}, which is text here and true to a template; write true or false, or quote it"
+        problems.append(f"{where}:{node.start_mark.line + 1}: {text}")
 
 
 def read_json(path: Path) -> Any:

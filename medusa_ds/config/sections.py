@@ -6,11 +6,11 @@ The docstring under a key is its manual: `medusa-ds show --keys` prints it, and 
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from medusa_ds.config.loading import config_at_hand, saved_heads
+from medusa_ds.config.loading import config_at_hand, positions_of, saved_heads
 from medusa_ds.config.types import Count, Fraction, Positive, Seed, Split
 from medusa_ds.errors import UserError
 
@@ -21,6 +21,16 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_empty_sections(cls, data: Any) -> Any:
+        """A section whose keys are all commented out, which is null in YAML, is an empty one."""
+        if not isinstance(data, dict):
+            return data
+        kinds = {name: field.annotation for name, field in cls.model_fields.items()}
+        sections = {name for name, kind in kinds.items() if get_origin(kind) is dict or isinstance(kind, type(Section))}
+        return {name: {} if value is None and name in sections else value for name, value in data.items()}
 
     def _contradictions(self, recipe: Any) -> Iterator[tuple[str, str]]:
         """Keys that do not fit the rest of the recipe, each with what is wrong."""
@@ -241,7 +251,7 @@ class DataSpec(Section):
         if self.max_length <= heads + 1:
             text = f"found {self.max_length} with {heads} heads; the last head needs more than {heads + 1} tokens"
             yield "max_length", text
-        positions = config_at_hand(recipe.model.name, recipe.model.config).get("max_position_embeddings")
+        positions = positions_of(config_at_hand(recipe.model.name, recipe.model.config))
         if positions is not None and self.max_length > positions:
             yield "max_length", f"found {self.max_length}; the model has {positions} positions: use at most that many"
         if self.path == []:

@@ -52,7 +52,14 @@ class Chat:
                 f"{self.name}: its tokenizer has no chat template; choose a chat model, or write a Jinja template as "
                 "data.template_args.chat_template"
             )
-        self.template = tokenizer.get_chat_template(template_args.get("chat_template"), None)
+        try:
+            self.template = tokenizer.get_chat_template(template_args.get("chat_template"), None)
+        except ValueError:
+            named = ", ".join(tokenizer.chat_template)
+            raise UserError(
+                f"{self.name}: its tokenizer has the chat templates {named}, of which none is called default; write "
+                "the text of one as data.template_args.chat_template"
+            ) from None
 
     def check(self) -> None:
         """Try the template on a plain conversation of two rounds.

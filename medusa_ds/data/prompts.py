@@ -35,7 +35,7 @@ def load_prompts(where: str, path: str, split: str = "train") -> Iterator[tuple[
     at = None
     for at, row in open_source(where, SourceSpec(path=path, split=split))[0]():
         try:
-            turns, category = (row.get("turns"), row.get("category", "")) if isinstance(row, dict) else (None, "")
+            turns, category = (row.get("turns"), row.get("category")) if isinstance(row, dict) else (None, None)
             if isinstance(turns, list):
                 row = {"messages": [{"role": "user", "content": turn} for turn in turns]}
             messages = [message for message in read_row(row).messages if message["role"] != "assistant"]
@@ -44,7 +44,7 @@ def load_prompts(where: str, path: str, split: str = "train") -> Iterator[tuple[
             if not any(message["role"] == "user" for message in messages):
                 raise UnusableRow("no user turn")
             json.dumps(messages, ensure_ascii=False).encode()
-            yield at, Prompt(messages, category)
+            yield at, Prompt(messages, "" if category is None else category)
         except UnusableRow as error:
             yield at, str(error)
         except (TypeError, ValueError, RecursionError):

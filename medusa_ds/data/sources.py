@@ -182,6 +182,10 @@ def open_source(where: str, source: SourceSpec) -> tuple[_Rows, str]:
         return _open_hub(where, source)
     if source.split != "train":
         raise UserError(f"{where}: {path}: found split {source.split!r}, which only hub datasets have; remove it")
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        raise UserError(
+            f"{where}: {path}: found a data set of save_to_disk; write it with its to_parquet, and name that"
+        )
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     files = [file for file in files if file.suffix in DATA_SUFFIXES and file.is_file()]
     if not files:
@@ -273,6 +277,9 @@ def _line_rows(file: Path) -> Iterator[tuple[str, Any]]:
                     row = DECODER.decode(line.decode("utf-8-sig"))
                 except (ValueError, RecursionError):
                     row = UnusableRow("not valid JSON")
+                    if number == 1 and line.strip() == b"{" and handle.peek().lstrip().startswith(b'"'):
+                        yield f"{file}:1", UnusableRow("one JSON object over several lines, which is no row a line")
+                        return
             while len(line) > MAX_ROW_BYTES and not line.endswith(b"\n"):
                 line = handle.readline(MAX_ROW_BYTES + 1) or b"\n"  # the rest of it
             yield f"{file}:{number}", row

@@ -30,6 +30,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicIndexedLayer
 
+from medusa_ds.config.loading import positions_of
 from medusa_ds.config.recipe import ModelSpec
 from medusa_ds.decoding.kernels.packed import pack_projections
 from medusa_ds.decoding.kernels.tree_attention import applies, tree_attention
@@ -439,7 +440,7 @@ def position_limit(config: PretrainedConfig) -> tuple[int, bool]:
     if (reason := why_not_decoded(asked)) is not None:
         raise UserError(f"model.name: not decoded: {reason}; its heads can be trained and exported")
     limit = find_facts(asked).limit
-    return limit or getattr(config, "max_position_embeddings", None) or 1 << 30, limit is not None
+    return limit or positions_of(config.to_dict()) or 1 << 30, limit is not None
 
 
 def describe(spec: ModelSpec) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from medusa_ds.config.loading import STUB_LAST
+from medusa_ds.config.loading import STUB_LAST, positions_of
 from medusa_ds.config.recipe import Recipe
 from medusa_ds.config.settings import Positional, ProgramSettings
 from medusa_ds.data.dialogues import Chat
@@ -62,7 +62,7 @@ def run(settings: Settings) -> None:
     }
     recipe = Recipe.model_validate(values)
     config = load_config(recipe.model).get_text_config()
-    positions = getattr(config, "max_position_embeddings", None) or recipe.data.max_length
+    positions = positions_of(config.to_dict()) or recipe.data.max_length
     values["data"]["max_length"] = min(recipe.data.max_length, positions)
     values["train"]["lr"] = 1e-3 if config.hidden_size >= 2048 else 3e-3
     recipe, parts = Recipe.model_validate(values), count_parameters(recipe, config)

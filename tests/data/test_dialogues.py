@@ -363,6 +363,9 @@ def test_a_tokenizer_without_a_template():
         encode(TWO, tokenizer, {})
     given = "{% for m in messages %}{{ m.role + ':' + m.content + eos_token }}{% endfor %}"
     assert encode(TWO, tokenizer, {"chat_template": given}).input_ids[-1] == tokenizer.eos_token_id
+    tokenizer.chat_template = {"chat": given, "rag": "{{ 'x' }}"}
+    with pytest.raises(UserError, match="has the chat templates chat, rag, of which none is called default; write the"):
+        encode(TWO, tokenizer, {})
 
 
 def test_describe_colours_what_is_supervised():

@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import load_dataset_builder
+from datasets import Dataset, load_dataset_builder
 
 from medusa_ds.config.recipe import DataSpec, SourceSpec
 from medusa_ds.data import sources
@@ -256,6 +256,8 @@ def test_a_changed_file_is_read_again(tmp_path):
         ("{tmp}/empty.jsonl", {}, "data.path: .*empty.jsonl: no usable conversation in 0 rows: nothing in it"),
         ("{tmp}/empty.json", {}, "data.path: .*empty.json: no usable conversation in 0 rows: nothing in it"),
         ("{tmp}/bad.jsonl", {}, "bad.jsonl: no usable conversation in 1 rows: 1 x not valid JSON, first .*bad.jsonl:1"),
+        ("{tmp}/one.json", {}, "in 1 rows: 1 x one JSON object over several lines, which is no row a line, first"),
+        ("{tmp}/saved", {}, "data.path: .*saved: found a data set of save_to_disk; write it with its to_parquet, and"),
         ("{tmp}/nothing", {}, r"nothing: found no file that ends with .json, .jsonl, .parquet"),
         ("{tmp}/x.csv", {}, r"x.csv: found no file that ends with"),
         ("{tmp}/good.jsonl", {"split": "test"}, "good.jsonl: found split 'test', which only hub datasets have"),
@@ -265,6 +267,8 @@ def test_a_source_that_cannot_be_used(tmp_path, path, spec, found):
     write(tmp_path / "empty.jsonl")
     write(tmp_path / "empty.json", "[ ]")
     write(tmp_path / "bad.jsonl", "{")
+    write(tmp_path / "one.json", json.dumps({"data": [row()]}, indent=1))
+    Dataset.from_list([row()]).save_to_disk(tmp_path / "saved")
     write(tmp_path / "x.csv", "a,b")
     write(tmp_path / "good.jsonl", row())
     (tmp_path / "nothing").mkdir()

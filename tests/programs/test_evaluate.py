@@ -262,7 +262,14 @@ def test_stage_two_takes_the_tuned_backbone(output, prompts):
 
 def test_every_bad_row_of_prompts_is_left_out_and_named(tmp_path, capsys):
     file = tmp_path / "bad.jsonl"
-    lines = ['{"turns": ["a"]}', "{", "[]", '{"turns": []}', '{"turns": ["a", 3]}', '{"turns": ["a"], "category": 1}']
+    lines = [
+        '{"turns": ["a"], "category": null}',
+        "{",
+        "[]",
+        '{"turns": []}',
+        '{"turns": ["a", 3]}',
+        '{"turns": ["a"], "category": 1}',
+    ]
     lines.append('{"turns": ["a", " "]}')
     file.write_text("\n".join(lines))
     assert read_prompts("--prompts", str(file)) == [Prompt([{"role": "user", "content": "a"}], "")]
