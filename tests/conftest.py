@@ -165,6 +165,19 @@ def make_run(tiny_recipe: Path, tiny_model: Path, tmp_path: Path) -> Callable[..
     return make
 
 
+@pytest.fixture(scope="module")
+def group_of_one() -> Iterator[None]:
+    """A process group of this process alone; one that an earlier test's engine made is used and left as it is."""
+    import torch.distributed as dist
+
+    made = not dist.is_initialized()
+    if made:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    if made:
+        dist.destroy_process_group()
+
+
 @pytest.fixture
 def said(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Calls `medusa-ds`; returns what it has printed."""

@@ -33,6 +33,12 @@ SIZES: dict[str, Any] = {
 WORDS = "red green blue one two three four five six seven sun moon star river stone tree bird fish".split()
 
 
+def heads_meta(num: int, layers: int, hidden_size: int, vocab_size: int, **more: Any) -> dict[str, Any]:
+    """What saved heads with projections of their own say of themselves, for `save_heads`."""
+    sizes = {"num": num, "layers": layers, "hidden_size": hidden_size, "vocab_size": vocab_size}
+    return {"base_model": "owner/model", "revision": None, "lm_head": "own", "recipe": "stage: 1\n", **sizes, **more}
+
+
 class QuietServer(ThreadingHTTPServer):
     """A server that says nothing of clients that hang up: its tracebacks would cut lines in two that a test reads."""
 
@@ -73,19 +79,6 @@ def files_of_at_most(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-@contextlib.contextmanager
-def group_of_one() -> Iterator[None]:
-    """A process group of this process alone; one that an earlier test's engine made is used and left as it is."""
-    import torch.distributed as dist
-
-    made = not dist.is_initialized()
-    if made:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    if made:
-        dist.destroy_process_group()
 
 
 @dataclass

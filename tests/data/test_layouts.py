@@ -6,11 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from small_tokenizers import FAMILIES, tokenizer_of
+from test_packing import load
 
-from medusa_ds.config.recipe import DataSpec, HeadsSpec, ModelSpec, Recipe, TrainSpec
 from medusa_ds.data.dialogues import Chat
 from medusa_ds.data.layouts import LAYOUTS, UnusableRow, read_row
-from medusa_ds.data.packing import load_data
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 U, A = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}
@@ -249,9 +248,8 @@ def test_every_layout_gives_what_chat_messages_give(family, seed):
         assert encoded["messages"].input_ids == chat.tokenizer.apply_chat_template(turns, return_dict=False)
 
 
-def test_rows_in_are_rows_used_and_rows_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_rows_in_are_rows_used_and_rows_left_out(tmp_path: Path):
     """And what used rows say that is not followed is counted with its first row. Mutation: drop the notes."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     draw = np.random.default_rng(26)
     rows: list[dict] = []
     for number in range(120):
@@ -265,15 +263,7 @@ def test_rows_in_are_rows_used_and_rows_left_out(tmp_path: Path, monkeypatch: py
     rows.append({"messages": [U, {**A, "reasoning": "hm"}]})
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    recipe = Recipe(
-        model=ModelSpec(name="x"),
-        heads=HeadsSpec(),
-        stage=1,
-        data=DataSpec(path=str(file), max_length=256, validation=0.1),
-        output="out",
-        train=TrainSpec(global_batch_size=4, lr=1e-3),
-    )
-    data = load_data(recipe, tokenizer_of("smollm2"))
+    data = load(file, "smollm2", max_length=256)
     rejected = data.report["rejected"]
     assert data.report["rows"] == 126 == data.report["used"] + sum(count for count, _ in rejected.values())
     assert {reason.split(":")[0]: found for reason, found in rejected.items()} == {

@@ -20,11 +20,6 @@ from medusa_ds.errors import UserError
 WORDS = "two four Hi there what is said brief chat user name".split()
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-
-
 def conversation(draw: np.random.Generator) -> dict:
     def say(longest: int) -> str:
         return " ".join(draw.choice(WORDS, draw.integers(1, longest)))

@@ -15,11 +15,6 @@ from medusa_ds.data.sources import Conversations, load_conversations
 from medusa_ds.errors import UserError
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-
-
 def row(question: str = "Hi", answer: str = "Yes") -> dict:
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 

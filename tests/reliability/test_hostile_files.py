@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import group_of_one
+from support import heads_meta
 
 from medusa_ds.config import deepspeed as ds_config
 from medusa_ds.config.recipe import Recipe
@@ -27,6 +27,8 @@ from medusa_ds.heads.files import load_heads, save_heads
 from medusa_ds.heads.medusa import MedusaHeads
 from medusa_ds.training import checkpoint
 from medusa_ds.training.checkpoint import encode_manifest, write_file
+
+pytestmark = pytest.mark.usefixtures("group_of_one")
 
 RECIPE = (Path(__file__).parents[2] / "recipes" / "smollm2_135m_stage1.yaml").read_text()
 ZERO = json.loads((Path(__file__).parents[2] / "ds_configs" / "zero3_offload.json").read_text())
@@ -182,16 +184,7 @@ def test_data_row(folder: Path, row: Any, changes: Any, raw: bool) -> None:
             json.loads(read_conversation(found).text())
 
 
-META = {
-    "base_model": "m",
-    "revision": None,
-    "num": 2,
-    "layers": 1,
-    "lm_head": "own",
-    "hidden_size": 4,
-    "vocab_size": 7,
-    "recipe": "x: 1\n",
-}
+META = heads_meta(2, 1, 4, 7)
 
 
 @fuzz(
@@ -226,13 +219,6 @@ def test_saved_heads(folder: Path, name: str, changes: Any, key: str, value: Any
         assert all(torch.is_tensor(tensor) for tensor in tensors.values())
     except UserError as error:
         answered(error)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def alone():
-    """A process group of this process alone."""
-    with group_of_one():
-        yield
 
 
 @fuzz(

@@ -22,6 +22,11 @@ def run_ranks(world: int, folder: Path, jobs: list[tuple[str, str, dict[str, Any
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world)]
 
 
+def numbers(values: list[str]) -> list[float]:
+    """What the worker wrote as hexadecimal text."""
+    return [float.fromhex(value) for value in values]
+
+
 class Runs:
     """Results and files of the worker's jobs."""
 

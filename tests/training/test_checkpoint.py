@@ -10,18 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from support import group_of_one
 
 from medusa_ds.errors import UserError
 from medusa_ds.training import checkpoint
 from medusa_ds.training.checkpoint import encode_manifest, write_file
 
-
-@pytest.fixture(autouse=True, scope="module")
-def alone():
-    """A process group of this process alone."""
-    with group_of_one():
-        yield
+pytestmark = pytest.mark.usefixtures("group_of_one")
 
 
 def tensors(step: int) -> list[tuple[str, torch.Tensor]]:

@@ -4,7 +4,12 @@ import json
 
 import pytest
 import torch
+from conftest import numbers
 from safetensors.torch import load_file
+
+
+def figures(run):
+    return numbers(run["loss"] + run["grad_norm"])
 
 
 @pytest.mark.parametrize("zero", ["zero0", "zero3"])
@@ -13,25 +18,13 @@ from safetensors.torch import load_file
 def test_two_ranks_train_as_one_does(zero, target, lm_head, two_ranks, one_rank) -> None:
     """Mutation: call the teacher once a chunk instead of once a head; ranks with other numbers of rows then hang."""
     two, one = f"{zero}-{target}-{lm_head}", f"zero0-{target}-{lm_head}"
-    for key in ("loss", "grad_norm"):
-        numbers = [[float.fromhex(text) for text in values] for values in (two_ranks[two][key], one_rank[one][key])]
-        assert numbers[0] == pytest.approx(numbers[1], rel=1e-5)
-    before, after, wanted = (
-        load_file(folder / file)
-        for folder, file in (
-            (two_ranks.folder / two, "before.safetensors"),
-            (two_ranks.folder / two, "after.safetensors"),
-            (one_rank.folder / one, "after.safetensors"),
-        )
-    )
+    assert figures(two_ranks[two]) == pytest.approx(figures(one_rank[one]), rel=1e-5)
+    before, after = (load_file(two_ranks.folder / two / f"{when}.safetensors") for when in ("before", "after"))
+    wanted = load_file(one_rank.folder / one / "after.safetensors")
     for name, weight in wanted.items():
         if name.startswith("backbone."):
             assert torch.equal(after[name], before[name]), name
         assert (after[name] - weight).norm() <= 1e-4 * weight.norm(), name
-
-
-def numbers(run):
-    return [float.fromhex(text) for key in ("loss", "grad_norm") for text in run[key]]
 
 
 @pytest.mark.parametrize("zero", ["zero0", "zero2_offload", "zero3"])
@@ -39,7 +32,7 @@ def numbers(run):
 def test_the_frozen_start_teaches_two_ranks_as_one(zero, target, two_ranks, one_rank) -> None:
     """Mutation: teach by the model in training, whose divergence from itself is zero."""
     two, one = f"{zero}-{target}-stage2", f"zero0-{target}-stage2"
-    assert numbers(two_ranks[two]) == pytest.approx(numbers(one_rank[one]), rel=1e-5)
+    assert figures(two_ranks[two]) == pytest.approx(figures(one_rank[one]), rel=1e-5)
     before, after = (load_file(two_ranks.folder / two / f"{when}.safetensors") for when in ("before", "after"))
     wanted = load_file(one_rank.folder / one / "after.safetensors")
     assert {name.split(".")[0] for name in wanted} == {"backbone", "heads", "start"}
@@ -63,7 +56,7 @@ def test_the_frozen_start_is_in_no_checkpoint_and_comes_from_the_recipes_model(t
     assert names[0] == names[1]
     assert not any("start." in name for name in names[1])
     whole, resumed = two_ranks[source], one_rank["start-elsewhere"]
-    assert numbers(resumed) == pytest.approx(numbers({key: whole[key][2:] for key in ("loss", "grad_norm")}), rel=1e-5)
+    assert figures(resumed) == pytest.approx(figures({key: whole[key][2:] for key in ("loss", "grad_norm")}), rel=1e-5)
     first = load_file(two_ranks.folder / source / "before.safetensors")
     after = load_file(one_rank.folder / "start-elsewhere" / "after.safetensors")
     assert all(torch.equal(after[name], first[name]) for name in after if name.startswith("start."))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import SIZES, group_of_one
+from support import SIZES
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from medusa_ds import files
@@ -24,13 +24,9 @@ from medusa_ds.model.lm_head import read_ends
 from medusa_ds.model.rows import any_head_rows, head_rows
 from medusa_ds.training import hidden_cache as hidden
 
+pytestmark = pytest.mark.usefixtures("group_of_one")
+
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def one_rank():
-    with group_of_one():
-        yield
 
 
 @pytest.fixture

@@ -2,15 +2,10 @@
 
 import pytest
 import torch
-from support import group_of_one
 
 from medusa_ds.training.step import clip
 
-
-@pytest.fixture
-def alone():
-    with group_of_one():
-        yield
+pytestmark = pytest.mark.usefixtures("group_of_one")
 
 
 def steps(gradients, max_norm, fused, dtype):
@@ -31,7 +26,7 @@ def steps(gradients, max_norm, fused, dtype):
 
 
 @pytest.mark.parametrize("max_norm", [0.0, 0.3, 2.0, 100.0])
-def test_weights_are_those_of_pytorchs_clipping(alone, max_norm):
+def test_weights_are_those_of_pytorchs_clipping(max_norm):
     """Mutation: dividing by the norm also where it is small, or leaving out `grad_scale`."""
     draw = torch.Generator().manual_seed(1)
     gradients = [[torch.randn(5, 3, generator=draw), torch.randn(7, generator=draw)] for _ in range(4)]
@@ -45,7 +40,7 @@ def test_weights_are_those_of_pytorchs_clipping(alone, max_norm):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_nothing_changes_where_a_gradient_is_not_finite(alone, bad):
+def test_nothing_changes_where_a_gradient_is_not_finite(bad):
     """Mutation: without `found_inf` the weights become NaN."""
     good = [torch.ones(5, 3), torch.ones(7)]
     before, _, _ = steps([good], 1.0, True, torch.float32)

@@ -1,7 +1,7 @@
 """Heads onto some tokens only, under DeepSpeed: as many ranks and stages as you like, and no other map on the way."""
 
 import pytest
-from conftest import run_ranks
+from conftest import numbers, run_ranks
 
 TOKENS = list(range(40))
 
@@ -21,10 +21,6 @@ def runs(tmp_path_factory):
         ("other", "other_maps", {"source": source}),
     ]
     return two, run_ranks(1, folders[1], [*jobs, *more])[0]
-
-
-def numbers(values):
-    return [float.fromhex(value) for value in values]
 
 
 @pytest.mark.parametrize("name", ["zero0", "zero2", "zero3", "stage2"])
