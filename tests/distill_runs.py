@@ -6,23 +6,8 @@ from medusa_ds import cli
 
 
 def arguments(recipe, out, prompts, *more):
-    return [
-        "distill",
-        str(recipe),
-        "--out",
-        str(out),
-        "--prompts",
-        str(prompts),
-        "--max-new-tokens",
-        "24",
-        "--max-prompt-tokens",
-        "120",
-        "--temperature",
-        "1",
-        "--device",
-        "cpu",
-        *more,
-    ]
+    options = "--max-new-tokens 24 --max-prompt-tokens 120 --temperature 1 --device cpu".split()
+    return ["distill", str(recipe), "--out", str(out), "--prompts", str(prompts), *options, *more]
 
 
 def lines(file):

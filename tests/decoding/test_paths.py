@@ -3,6 +3,7 @@
 import pytest
 import torch
 from decoding_models import NUM, VOCAB, build, reference
+from support import heads_meta
 from torch import nn
 
 from medusa_ds.decoding.decoder import Decoder
@@ -90,8 +91,7 @@ def test_heads_that_learned_a_text_are_accepted_along_the_path():
 def test_plain_transformers_guesses_the_same_chain(tmp_path, own):
     """Mutations: the embedding as it is; the state behind the blocks for the next head."""
     model, heads = build("llama"), random_heads(own, torch.arange(119, 20, -1) if own else None)
-    shape = {"kind": "hydra", "num": NUM, "layers": 2, "lm_head": "own" if own else "shared", "hidden_size": 32}
-    meta = {"base_model": "owner/model", "revision": None, "vocab_size": VOCAB, "recipe": "stage: 1\n", **shape}
+    meta = heads_meta(NUM, 2, 32, VOCAB, kind="hydra", lm_head="own" if own else "shared")
     save_heads(tmp_path / "heads", heads.state_dict(), meta)
     hidden_BH, root_B = torch.randn(2, 32), torch.tensor([9, 40])
     wanted = Decoder(model, heads, chain(3))._propose(hidden_BH, root_B)[:, 1:]

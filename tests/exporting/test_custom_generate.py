@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from exporting import MakeRun, export_
+from support import heads_meta
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, StoppingCriteria
 
 from medusa_ds.exporting import custom_generate
@@ -207,17 +208,7 @@ def test_sampling_with_heads_has_the_models_distribution(
     model = LlamaForCausalLM(config).eval()
     heads = MedusaHeads(2, 1, 16, 4)
     heads.initialize(model.lm_head.weight)
-    meta = {
-        "base_model": "x",
-        "revision": None,
-        "num": 2,
-        "layers": 1,
-        "lm_head": "own",
-        "hidden_size": 16,
-        "vocab_size": 4,
-        "recipe": "",
-    }
-    save_heads(tmp_path / "out" / "heads", heads.state_dict(), meta)
+    save_heads(tmp_path / "out" / "heads", heads.state_dict(), heads_meta(2, 1, 16, 4))
     (tmp_path / "out" / "custom_generate").mkdir()
     shutil.copy(custom_generate.__file__, tmp_path / "out" / "custom_generate" / "generate.py")
 
@@ -248,8 +239,7 @@ def run_of(asked: Asked, path: Path) -> tuple[Any, MedusaHeads]:
     heads = MedusaHeads(2, 1, size, vocab, logits=vocabulary_projection(model).logits)
     heads.initialize(model.get_output_embeddings().weight, model.get_output_embeddings().bias)
     torch.nn.init.normal_(heads[0].blocks[0].weight)
-    shape = {"num": 2, "layers": 1, "lm_head": "own", "hidden_size": size, "vocab_size": vocab}
-    save_heads(path / "heads", heads.state_dict(), {"base_model": "x", "revision": None, "recipe": "", **shape})
+    save_heads(path / "heads", heads.state_dict(), heads_meta(2, 1, size, vocab))
     return model, heads
 
 

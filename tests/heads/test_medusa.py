@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support import heads_meta
 from torch import nn
 
 from medusa_ds.errors import UserError
@@ -75,16 +76,7 @@ def test_a_head_without_rows_gives_every_parameter_a_zero_gradient():
     assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in heads[0].parameters())
 
 
-META = {
-    "base_model": "owner/model",
-    "revision": None,
-    "num": 3,
-    "layers": 2,
-    "lm_head": "own",
-    "hidden_size": H,
-    "vocab_size": V,
-    "recipe": "stage: 1\n",
-}
+META = heads_meta(3, 2, H, V)
 
 
 @pytest.fixture

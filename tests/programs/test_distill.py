@@ -146,23 +146,8 @@ def test_openings_begin_the_made_prompts_in_turn(tiny_recipe, tmp_path, prompts,
     assert any(len(prompt) > len("one two") for prompt in made.values())
     asked = {row["row"]: row["messages"][0]["content"] for row in lines(out) if row["row"] > 0}
     assert asked and all(made[row].strip() == prompt for row, prompt in asked.items())
-    cli.main(
-        [
-            "distill",
-            str(tiny_recipe),
-            "--out",
-            str(tmp_path / "ours.jsonl"),
-            "--synthesize",
-            "6",
-            "--openings",
-            "--max-new-tokens",
-            "4",
-            "--max-prompt-tokens",
-            "120",
-            "--device",
-            "cpu",
-        ]
-    )
+    options = "--synthesize 6 --openings --max-new-tokens 4 --max-prompt-tokens 120 --device cpu".split()
+    cli.main(["distill", str(tiny_recipe), "--out", str(tmp_path / "ours.jsonl"), *options])
     shipped = {row["row"]: row["prompt"] for row in lines(tmp_path / "ours.jsonl.progress") if "prompt" in row}
     ours = (Path(cli.__file__).parent / "data" / "openings.txt").read_text().splitlines()
     assert sum(map(bool, shipped.values())) > 1 and len(set(ours)) == len(ours) > 1000

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import SIZES
+from support import SIZES, heads_meta
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -68,14 +68,7 @@ def output(tmp_path):
     heads.initialize(model.lm_head.weight)
     spec = {"num": NUM, "layers": 1, "lm_head": "own"}
     recipe = RECIPE.format(model=json.dumps({"name": str(tmp_path / "model")}), heads=json.dumps(spec), stage=1)
-    meta = {
-        **spec,
-        "base_model": "tiny",
-        "revision": None,
-        "hidden_size": HIDDEN,
-        "vocab_size": VOCAB,
-        "recipe": recipe,
-    }
+    meta = heads_meta(NUM, 1, HIDDEN, VOCAB, recipe=recipe)
     save_heads(tmp_path / "run" / "heads", heads.state_dict(), meta)
     (tmp_path / "run" / "recipe.yaml").write_text(recipe)
     _save_checkpoint(tmp_path / "run", [(f"heads.{name}", t) for name, t in heads.named_parameters()], 40)
@@ -371,24 +364,9 @@ def test_a_chat_goes_on_where_a_conversation_has_grown_over_the_limit(output, ca
 
 
 @pytest.mark.parametrize("rule", ["typical", "exact"])
-def test_other_rules_evaluate_without_comparing_texts(output, prompts, capsys, rule):
-    main(
-        [
-            "evaluate",
-            str(output),
-            "--prompts",
-            str(prompts),
-            "--max-new-tokens",
-            "12",
-            "--acceptance",
-            rule,
-            "--temperature",
-            "0.8",
-            "--device",
-            "cpu",
-        ]
-    )
-    assert "differ" not in capsys.readouterr().out
+def test_other_rules_evaluate_without_comparing_texts(output, prompts, said, rule):
+    options = f"--max-new-tokens 12 --acceptance {rule} --temperature 0.8 --device cpu".split()
+    assert "differ" not in said("evaluate", output, "--prompts", prompts, *options)
 
 
 @pytest.mark.parametrize("place", ["heads", "checkpoints/best"])
