@@ -16,11 +16,21 @@ class Progress(tqdm):
     """How many of `total` items are done, their tokens and the time left, on standard error; nothing where `silent`."""
 
     def __init__(self, total: int, unit: str, silent: bool = False) -> None:
-        plain = not sys.stderr.isatty()
-        form = f"{{n:,}} of {{total:,}} {unit}{{postfix}} in {{elapsed}}, {{remaining}} left" + "\n" * plain
-        every = LINE_EVERY_S if plain else 0.5
-        super().__init__(total=total, bar_format=form, mininterval=every, delay=every * plain, disable=silent)
+        self._is_bar, self._told = sys.stderr.isatty(), 0
+        form = f"{{n:,}} of {{total:,}} {unit}{{postfix}} in {{elapsed}}, {{remaining}} left"
+        every, delay = (0.5, 0.0) if self._is_bar else (LINE_EVERY_S, LINE_EVERY_S)
+        shown = {"mininterval": every, "delay": delay, "leave": self._is_bar}
+        super().__init__(total=total, bar_format=form, disable=silent, **shown)
         self.tokens, self.began = 0, time.monotonic()
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        """Draw the bar, as tqdm asks for; elsewhere write a line, unless the last one says as much."""
+        if self._is_bar:
+            return super().display(msg, pos)
+        if self.n > self._told:
+            print(self, file=sys.stderr, flush=True)
+            self._told = self.n
+        return False
 
     def add(self, items: int, tokens: int) -> None:
         """Count items that have ended, and tokens."""

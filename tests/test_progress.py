@@ -17,15 +17,22 @@ def clock(monkeypatch):
 
 
 def test_a_pipe_gets_a_line_now_and_then_and_nothing_of_what_is_short(clock, capsys):
-    """Mutation: print at every item, or rewrite a line that nobody can rewrite."""
+    """Mutation: print at every item, the last one twice, or rewrite a line that nobody can rewrite."""
     for _ in progress.progress(range(10), "prompts"):
         clock[0] += 1
     assert capsys.readouterr().err == ""
     for _ in progress.progress(range(4), "prompts"):
         clock[0] += 10
-    lines = capsys.readouterr().err.replace("\r", "").split("\n")
-    assert "2 of 4 prompts in 00:20, 00:20 left" in [line.strip() for line in lines]
-    assert len([line for line in lines if line.strip()]) <= 3
+    halfway, end = "2 of 4 prompts in 00:20, 00:20 left\n", "4 of 4 prompts in 00:40, 00:00 left\n"
+    assert capsys.readouterr().err == halfway + end
+    with progress.Progress(4, "prompts") as bar:
+        clock[0] += 20
+        bar.update(3)
+        bar.update(1)
+    assert [line.split(" in ")[0] for line in capsys.readouterr().err.splitlines()] == [
+        "3 of 4 prompts",
+        "4 of 4 prompts",
+    ]
 
 
 def test_a_terminal_gets_a_bar_and_rows_their_tokens(clock, capsys, monkeypatch):
