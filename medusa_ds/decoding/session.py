@@ -474,6 +474,9 @@ def _obstacle(twin: PreTrainedModel) -> str:
         kept = DynamicCache(config=twin.config.get_text_config()).layers
     if twin._is_stateful or any(hasattr(layer, "conv_states") for layer in kept):
         return f"layers of {kind} carry a state that cannot go back to an earlier token"
+    with suppress(Exception):  # as above
+        if not _cache_agrees(twin):
+            return f"{kind} attends otherwise through transformers' cache than without it"
     try:
         hidden_SH = hidden_states(twin, ids, positions)
         if not differ(hidden_states(twin, ids, 2 * positions), hidden_SH):
@@ -491,6 +494,16 @@ def _obstacle(twin: PreTrainedModel) -> str:
 
 
 @torch.no_grad()
+def _cache_agrees(twin: PreTrainedModel) -> bool:
+    """Whether a token read through a cache of transformers gets the hidden state that it has in the whole text."""
+    own, (ids, positions) = DynamicCache(config=twin.config.get_text_config()), tokens_of_documents(9)
+    for part in (slice(0, 8), slice(8, 9)):
+        inputs = {"input_ids": ids[:, part], "position_ids": positions[:, part], **cache_arguments(twin, own)}
+        last_1H = base_model(twin)(**inputs).last_hidden_state[:, -1]
+    return not differ(last_1H[0], hidden_states(twin, ids, positions)[-1])
+
+
+@torch.no_grad()
 def _steps_agree(twin: PreTrainedModel, reference: PreTrainedModel) -> bool:
     pack_projections(twin)  # which counts on the order in which layers call them
     tree, texts = Tree([(0,), (1,), (0, 0), (0, 1)]), [tokens_of_documents(length)[0][0] for length in (9, 4)]
@@ -500,11 +513,7 @@ def _steps_agree(twin: PreTrainedModel, reference: PreTrainedModel) -> bool:
         inputs = {"input_ids": ids, "position_ids": torch.arange(9).expand(2, 9), **session.prompt_mask(9)}
         base_model(twin)(**inputs, **session.cache_arguments)
     session.length_B.copy_(torch.tensor([9, 4]))
-    own, (ids, positions) = DynamicCache(config=reference.config.get_text_config()), tokens_of_documents(9)
-    for part in (slice(0, 8), slice(8, 9)):  # some attend otherwise through a cache of their own than without
-        inputs = {"input_ids": ids[:, part], "position_ids": positions[:, part], **cache_arguments(reference, own)}
-        last_1H = base_model(reference)(**inputs).last_hidden_state[:, -1]
-    good &= not differ(last_1H[0], hidden_states(reference, ids, positions)[-1])
+    good &= _cache_agrees(reference)
     for step in range(2):
         tokens_BN = torch.arange(10).view(2, 5) + 20 + 10 * step
         position_BN = session.length_B[:, None] + tree.depth_N

@@ -11,8 +11,9 @@ LLAMA = [
     "attention: sdpa",
     "decoding: with heads and without",
 ]
-HYBRID = """{model_type: lfm2, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 4, num_attention_heads: 4,
-  num_key_value_heads: 2, layer_types: [conv, full_attention, conv, full_attention], vocab_size: 99}"""
+SIZES = """hidden_size: 32, intermediate_size: 64, num_hidden_layers: 4, num_attention_heads: 4,
+  num_key_value_heads: 2, vocab_size: 99"""
+HYBRID = f"{{model_type: lfm2, {SIZES}, layer_types: [conv, full_attention, conv, full_attention]}}"
 
 
 @pytest.fixture
@@ -69,3 +70,16 @@ def test_packing_that_a_model_cannot_do_is_an_error(refused):
     """Mutation: pack what comes."""
     err = refused("validate", "smollm2_135m_stage1", "model.init=random", f"model.config={HYBRID}", "data.packing=true")
     assert "data.packing: found true, but lfm2 does not keep documents" in err
+
+
+@pytest.mark.parametrize(
+    ("family", "why"),
+    [
+        ("model_type: mistral, sliding_window: 1", "mistral attends otherwise through transformers' cache than"),
+        ("model_type: phimoe, sliding_window: 8, num_local_experts: 4", "phimoe gives other hidden states in steps"),
+    ],
+)
+def test_what_is_not_decoded_is_told_why_and_what_it_can_do(family, why, said):
+    """Within a window of one token no position matters. Mutation: ask first whether positions count."""
+    decoding = said("validate", "model.init=random", f"model.config={{{family}, {SIZES}}}")[3]
+    assert decoding.startswith(f"decoding: none: {why}") and decoding.endswith("; heads can be trained and exported")
