@@ -127,6 +127,13 @@ BAD: dict[str, tuple[str, list[str], str | None, list[str]]] = {
         None,
         ["data.path.1 (from", "found 3; allowed is text or a section of the keys path, split, weight"],
     ),
+    "number for a text": (GOOD, ["model.revision=1234567"], None, ["found 1234567", "allowed is text in quotes"]),
+    "comment on the command line": (
+        GOOD,
+        ["output=runs/my #2"],
+        None,
+        ["output (from the command line): found a #, which begins a comment in YAML; quote the value"],
+    ),
     "neither a switch nor a section": (GOOD, ["train.wandb=[1]"], None, ["train.wandb (from", "found [1]", "project"]),
     "unknown key of a switch's section": (
         GOOD,

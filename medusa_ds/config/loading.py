@@ -99,6 +99,11 @@ def apply_overrides(raw: dict[str, Any], overrides: list[str] | tuple[str, ...])
         if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", key, re.ASCII):
             problems.append(f"{text}: not an override; write key.path=value, as in train.lr=1e-3")
             continue
+        if re.match(r"[^'\"\[{|>].*\s#", value):
+            problems.append(
+                f"{key} (from the command line): found a #, which begins a comment in YAML; quote the value"
+            )
+            continue
         try:
             parsed, _ = parse_yaml(value, f"{key} (from the command line)", tuple(key.split(".")))
         except UserError as error:

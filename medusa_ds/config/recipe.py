@@ -240,7 +240,8 @@ def _explain(error: ValidationError, raw: dict[str, Any], at: Origin) -> list[st
         elif kind == "missing":
             problems[key] = "missing; it has no default"
         elif not (key == "data.path" and isinstance(item["input"], list)):  # its items say what is wrong
-            problems[key] = f"found {found}; allowed is {_allowed(loc)}"
+            mend = " in quotes" if _allowed(loc) == "text" and isinstance(item["input"], int | float) else ""
+            problems[key] = f"found {found}; allowed is {_allowed(loc)}{mend}"
     return [at.say(key, text) for key, text in problems.items()]
 
 

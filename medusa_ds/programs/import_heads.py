@@ -5,6 +5,7 @@ Example:
 """
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,8 @@ def run(settings: Settings) -> None:
         save_heads(work / "heads", heads, {"base_model": base, "revision": None, "recipe": recipe, **shape})
         if (path / "tokenizer_config.json").is_file():
             AutoTokenizer.from_pretrained(path).save_pretrained(work / "heads")
-    print(f"imported {shape['num']} heads of {base}; next: medusa-ds generate {settings.out} --prompt 'Hello'")
+    command = f"medusa-ds generate {shlex.quote(settings.out)} --prompt 'Hello'"
+    print(f"imported {shape['num']} heads of {base}; next: {command}")
 
 
 def _check_shape(shape: dict[str, Any], config: dict[str, Any], path: Path) -> None:

@@ -7,6 +7,7 @@ Example:
 import json
 import math
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,8 @@ def run(settings: Settings) -> None:
     except UserError as error:
         out.unlink()
         raise UserError(*(text.removeprefix(f"{out.absolute()}:") for text in error.problems)) from None
-    print(f"wrote {out}; next: medusa-ds show {out} --data 2, medusa-ds estimate {out} --data, deepspeed {out}")
+    at = shlex.quote(str(out))
+    print(f"wrote {out}; next: medusa-ds show {at} --data 2, medusa-ds estimate {at} --data, deepspeed {at}")
 
 
 def _look_at_template(recipe: Recipe) -> str:

@@ -1,5 +1,6 @@
 """The training loop: steps, validations and checkpoints between the two ends of a run."""
 
+import shlex
 import signal
 import sys
 import time
@@ -156,6 +157,7 @@ class Loop:
         if self.recipe.stage == 2:
             lines.append(f"tuned backbone saved in {output / 'backbone'}")
         lines.append(f"time: {clock(self.report.seconds)} since this start; all figures in {output / 'report.html'}")
-        lines.append(f"next: medusa-ds generate {output} --prompt 'What is the capital of France?'")
-        lines.append(f"      medusa-ds evaluate {output} --prompts FILE")
+        at = shlex.quote(str(output))
+        lines.append(f"next: medusa-ds generate {at} --prompt 'What is the capital of France?'")
+        lines.append(f"      medusa-ds evaluate {at} --prompts FILE")
         return "\n".join(lines)

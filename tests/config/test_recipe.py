@@ -260,9 +260,9 @@ def test_switches_and_nulls_are_read_in_every_spelling_of_yaml(place: Path) -> N
     assert Recipe.load("r.yaml", ["train.tensorboard=True", "train.steps=NULL"]).train.tensorboard
 
 
-def test_a_name_that_begins_like_a_key_of_an_engine_is_no_secret(place: Path) -> None:
-    for name in ("runs/sk-SK-conversations-2024", "sk-learn_baseline_run_number_1"):
-        assert Recipe.load("r.yaml", [f"output={name}"]).output == str(place / name)
+def test_names_of_directories_that_only_look_like_something_else(place: Path) -> None:
+    for name in ("runs/sk-SK-conversations-2024", "sk-learn_baseline_run_number_1", "'my #2'", "a#b"):
+        assert Recipe.load("r.yaml", [f"output={name}"]).output == str(place / name.strip("'"))
 
 
 def test_positions_of_stretched_rotary_embeddings_count(place: Path) -> None:

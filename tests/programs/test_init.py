@@ -30,6 +30,11 @@ def test_a_recipe_for_a_model_and_data_of_ones_own(tiny_model, place, capsys):
     main(["validate", "mine.yaml", "--world-size", "2"])
 
 
+def test_the_commands_to_go_on_with_can_be_pasted(tiny_model, place, capsys):
+    main(["init", str(tiny_model), "--out", "my own.yaml"])
+    assert "deepspeed 'my own.yaml'" in capsys.readouterr().out
+
+
 def test_nothing_is_overwritten_and_nothing_wrong_is_left(tiny_model, place, refused):
     (place / "mine.yaml").write_text("mine")
     assert "mine.yaml: exists already" in refused("init", tiny_model, "--out", "mine.yaml")
