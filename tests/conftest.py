@@ -19,7 +19,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from forks import PORTS
-from support import SIZES, WORDS, tiny_tokenizer
+from support import SIZES, WORDS, tiny_tokenizer, write_recipe
 
 LONG = (
     "test_train",
@@ -107,30 +107,7 @@ def conversations(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny_recipe(tiny_model: Path, conversations: Path, tmp_path: Path) -> Path:
     """A stage-1 recipe of the tiny model: 6 steps of 4 sequences; output beside it."""
-    file = tmp_path / "tiny.yaml"
-    file.write_text(
-        f"""_: r\"\"\"  # launch stub
-model:
-  name: {tiny_model}
-heads:
-  num: 3
-stage: 1
-data:
-  path: {conversations}
-  max_length: 64
-  validation: 0.2
-train:
-  global_batch_size: 4
-  micro_batch_size: 2
-  steps: 6
-  lr: 1e-2
-  save_every: 2
-deepspeed: ds_configs/zero2.json
-output: {tmp_path / "out"}
-# \"\"\"; from medusa_ds.train import main; main(__file__)
-"""
-    )
-    return file
+    return write_recipe(tmp_path, tiny_model, conversations)
 
 
 @pytest.fixture

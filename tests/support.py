@@ -39,6 +39,34 @@ def heads_meta(num: int, layers: int, hidden_size: int, vocab_size: int, **more:
     return {"base_model": "owner/model", "revision": None, "lm_head": "own", "recipe": "stage: 1\n", **sizes, **more}
 
 
+def write_recipe(folder: Path, model: Path, conversations: Path) -> Path:
+    """A stage-1 recipe in a folder: 6 steps of 4 sequences; output beside it."""
+    file = folder / "tiny.yaml"
+    file.write_text(
+        f"""_: r\"\"\"  # launch stub
+model:
+  name: {model}
+heads:
+  num: 3
+stage: 1
+data:
+  path: {conversations}
+  max_length: 64
+  validation: 0.2
+train:
+  global_batch_size: 4
+  micro_batch_size: 2
+  steps: 6
+  lr: 1e-2
+  save_every: 2
+deepspeed: ds_configs/zero2.json
+output: {folder / "out"}
+# \"\"\"; from medusa_ds.train import main; main(__file__)
+"""
+    )
+    return file
+
+
 class QuietServer(ThreadingHTTPServer):
     """A server that says nothing of clients that hang up: its tracebacks would cut lines in two that a test reads."""
 

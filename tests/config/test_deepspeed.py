@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from fuzz import FUZZ
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medusa_ds.config import deepspeed as ds_config
@@ -194,26 +195,14 @@ VALUES = st.recursive(
 KEYS = st.sampled_from([*sorted(ds_config.TOP_LEVEL), "elasticity", "amp", "unknown"])
 
 
-@settings(
-    derandomize=True,
-    deadline=None,
-    database=None,
-    max_examples=200,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@FUZZ
 @given(st.dictionaries(KEYS, VALUES, max_size=6))
 def test_any_json_is_a_config_or_refused(place: Path, data: dict[str, Any]) -> None:
     with contextlib.suppress(UserError):
         ds_config.fill_sizes(load(place, data).ds_config(1, True), 64)
 
 
-@settings(
-    derandomize=True,
-    deadline=None,
-    database=None,
-    max_examples=300,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(FUZZ, max_examples=300)
 @given(st.binary(max_size=40) | st.text(alphabet='{}[]",:\\ue0 truefalsn1-.', max_size=60).map(str.encode))
 def test_any_bytes_are_json_or_refused(place: Path, data: bytes) -> None:
     (place / "ds.json").write_bytes(data)

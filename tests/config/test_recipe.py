@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 from bad_recipes import BAD, GOOD, SECRET, edit
-from hypothesis import HealthCheck, given, settings
+from fuzz import FUZZ
+from hypothesis import given
 from hypothesis import strategies as st
 
 from medusa_ds.cli import main
@@ -320,13 +321,6 @@ SCALARS = (
 )
 VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
-)
-FUZZ = settings(
-    derandomize=True,
-    deadline=None,
-    database=None,
-    max_examples=200,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 import pytest
-from support import Run, fault, launch, launched, losses_of, metrics_of, train
+from support import Run, fault, launch, launched, losses_of, metrics_of, train, write_recipe
 
 from medusa_ds.errors import UserError
 from medusa_ds.programs.train import _claim
@@ -53,12 +53,7 @@ def checkpoints(out: Path) -> list[str]:
 def straight(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, conversations: Path) -> Path:
     """A run of two ranks that nothing disturbs, with secrets in its environment."""
     folder = tmp_path_factory.mktemp("straight")
-    recipe = folder / "tiny.yaml"
-    recipe.write_text(
-        f"model:\n  name: {tiny_model}\nheads:\n  num: 3\nstage: 1\ndata:\n  path: {conversations}\n"
-        "  max_length: 64\n  validation: 0.2\ntrain:\n  global_batch_size: 4\n  micro_batch_size: 2\n  steps: 6\n"
-        f"  lr: 1e-2\n  save_every: 2\ndeepspeed: ds_configs/zero2.json\noutput: {folder / 'out'}\n"
-    )
+    recipe = write_recipe(folder, tiny_model, conversations)
     secrets = {"HF_TOKEN": "hf_" + "Q" * 34, "WANDB_API_KEY": "c0ffee" * 6 + "abcd"}
     text = launched(recipe, *STEPS, ranks=2, module=True, env=secrets, log_dir=folder)
     written = b"".join(file.read_bytes() for file in (folder / "out").rglob("*") if file.is_file()) + text.encode()

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from fuzz import FUZZ
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import heads_meta
@@ -40,14 +41,8 @@ def fuzz(*strategies: st.SearchStrategy[Any]) -> Callable[[Any], Any]:
 
     def make(function: Any) -> Any:
         def run(folder: Path, examples: int) -> None:
-            body = settings(
-                max_examples=examples,
-                derandomize=True,
-                deadline=None,
-                database=None,
-                suppress_health_check=list(HealthCheck),
-            )(given(st.tuples(*strategies))(lambda drawn: function(folder, *drawn)))
-            body()
+            asked = settings(FUZZ, max_examples=examples, suppress_health_check=list(HealthCheck))
+            asked(given(st.tuples(*strategies))(lambda drawn: function(folder, *drawn)))()
 
         @pytest.mark.parametrize("examples", [60, pytest.param(2000, marks=pytest.mark.long)])
         def test(tmp_path: Path, examples: int) -> None:
