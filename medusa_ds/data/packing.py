@@ -267,22 +267,8 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Data:
             tokenizer.special_tokens_map,
         ]
         key = files.digest(json.dumps(state, default=str))
-        tokenise = functools.partial(_tokenise, chat=chat, max_length=spec.max_length)
-        parts = []
-        for name, part in (("train", conversations.train), ("validation", conversations.validation)):
-            processes = min(os.cpu_count() or 1, len(part) // _MAP_ROWS_PER_PROCESS)
-            parts.append(
-                part.map(
-                    tokenise,
-                    remove_columns=part.column_names,
-                    features=_FEATURES,
-                    desc=f"tokenise {name}",
-                    new_fingerprint=f"{key[:32]}{name}",
-                    num_proc=processes if processes > 1 else None,
-                )
-                if len(part)
-                else no_rows(_FEATURES)
-            )
+        splits = {"train": conversations.train, "validation": conversations.validation}
+        parts = [_tokenised(part, name, key, chat, spec.max_length) for name, part in splits.items()]
     rejected = dict(conversations.rejected)
     usable = [usable_rows(part, rejected) for part in parts]
     notes: Counts = {}
@@ -311,6 +297,21 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Data:
         for part, rows in zip(parts, usable, strict=True)
     )
     return Data(train, validation, report)
+
+
+def _tokenised(conversations: Dataset, name: str, key: str, chat: Chat, max_length: int) -> Dataset:
+    """Rows of tokens, from the cache where the same state of data and settings, told by the key, has left them."""
+    if not len(conversations):
+        return no_rows(_FEATURES)
+    processes = min(os.cpu_count() or 1, len(conversations) // _MAP_ROWS_PER_PROCESS)
+    return conversations.map(
+        functools.partial(_tokenise, chat=chat, max_length=max_length),
+        remove_columns=conversations.column_names,
+        features=_FEATURES,
+        desc=f"tokenise {name}",
+        new_fingerprint=f"{key[:32]}{name}",
+        num_proc=processes if processes > 1 else None,
+    )
 
 
 def _tokenise(row: dict[str, Any], chat: Chat, max_length: int) -> dict[str, Any]:
