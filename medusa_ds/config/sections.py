@@ -112,7 +112,8 @@ class HeadsSpec(Section):
     """`N`: own projections have rows for the N most frequent tokens of the training labels alone, special tokens always
     among them. Targets outside are dropped from the loss and count as misses in every accuracy."""
     init_from: str | None = None
-    """Output directory of a finished run (or its `heads` folder) whose heads are the start; weights only."""
+    """Output directory of a finished run (or its `heads` folder) whose heads are the start; weights only. With
+    `vocab: N` they keep their own N tokens, whatever the training labels."""
 
     @property
     def shape(self) -> dict[str, Any]:

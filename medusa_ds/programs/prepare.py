@@ -16,6 +16,7 @@ from medusa_ds.config.settings import RecipeSettings
 from medusa_ds.data.packing import Data, load_data
 from medusa_ds.data.vocabulary import always_in, coverage, label_counts, most_frequent
 from medusa_ds.errors import UserError
+from medusa_ds.heads.files import load_heads
 from medusa_ds.model.backbone import load_config, load_tokenizer, settled
 from medusa_ds.ranks import Ranks
 from medusa_ds.training.report import quiet_libraries
@@ -58,7 +59,8 @@ def run(settings: Settings) -> None:
 
 def _vocabulary(recipe: Recipe, data: Data, tokenizer: Any) -> list[str]:
     """What a truncated vocabulary covers, for the recipe's size or, where it has all tokens, for some."""
-    config, chosen = load_config(recipe.model).get_text_config(), recipe.heads.vocab
+    config, chosen, start = load_config(recipe.model).get_text_config(), recipe.heads.vocab, recipe.heads.init_from
+    kept = load_heads(start)[1].get("token_map") if start and chosen != "full" else None
     splits = {"training": data.train, "held-out": data.validation}
     counts = {name: label_counts(sequences, config.vocab_size) for name, sequences in splits.items()}
     always, lines = always_in(tokenizer, config), []
@@ -66,7 +68,7 @@ def _vocabulary(recipe: Recipe, data: Data, tokenizer: Any) -> list[str]:
         [chosen] if isinstance(chosen, int) else [size for size in _SIZES if len(always) <= size < config.vocab_size]
     )
     for size in sizes:
-        tokens = most_frequent(counts["training"], size, always)
+        tokens = most_frequent(counts["training"], size, always) if kept is None else kept.numpy()
         shares = ", ".join(f"{coverage(of, tokens):.2%} of {name} labels" for name, of in counts.items() if of.any())
         lines.append(f"heads.vocab: {size:,} of {config.vocab_size:,} tokens cover {shares}")
     return lines

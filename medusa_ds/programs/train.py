@@ -113,7 +113,8 @@ def _run(recipe: Recipe, recipe_file: Path, ranks: Ranks, output: Path, supervis
     steps = data.steps(recipe.train)
     say(_describe_data(data.report, steps), flush=True)
     uses_cache = recipe.data.hidden_cache != "off"
-    tokens = token_map(recipe.heads.vocab, data, tokenizer, load_config(recipe.model).get_text_config())
+    vocab = "full" if recipe.heads.init_from else recipe.heads.vocab  # those heads keep the tokens that they have
+    tokens = token_map(vocab, data, tokenizer, load_config(recipe.model).get_text_config())
 
     try:
         with memory_hint(recipe):

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from medusa_ds.config import deepspeed as ds_config
 from medusa_ds.config.recipe import Recipe
 from medusa_ds.errors import UserError
-from medusa_ds.heads.files import different_maps, load_heads
+from medusa_ds.heads.files import load_heads
 from medusa_ds.heads.joint import JointModel
 from medusa_ds.heads.kinds import make_heads
 from medusa_ds.model.backbone import facts_of, lm_head_weight, load_backbone, load_config
@@ -48,7 +48,8 @@ def build_model(
         device: of all weights.
         partitioned: context in which modules are constructed partitioned (ZeRO-3), where there is one.
         gathered: context in which the given parameters are whole; what rank 0 leaves there is what all ranks get.
-        token_map: tokens that heads project onto, see `data.vocabulary`; None: all.
+        token_map: tokens that heads project onto, see `data.vocabulary`; None: all. Heads of `heads.init_from` keep
+            their own.
         ends: of the backbone where the hidden states come from a cache, so that no backbone is loaded.
 
     Raises:
@@ -56,7 +57,10 @@ def build_model(
             backbone is loaded.
     """
     shape = _shape(recipe)
-    start = _start(Path(recipe.heads.init_from), shape, token_map) if recipe.heads.init_from else None
+    start = None
+    if recipe.heads.init_from:
+        start = _start(Path(recipe.heads.init_from), shape | {"vocab": recipe.heads.vocab})
+        token_map = start.get("token_map")
     own, sizes = recipe.heads.lm_head == "own", (shape["vocab_size"], shape["hidden_size"])
     backbone = load_frozen(recipe, dtype, None if partitioned else device) if ends is None else None
     tokens = None if token_map is None else token_map.to(device)
@@ -155,18 +159,15 @@ def complete_config(config: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     return config
 
 
-def _start(directory: Path, shape: dict[str, Any], token_map: torch.Tensor | None) -> dict[str, torch.Tensor]:
-    """Weights of a finished run's heads, of the wanted shape and onto the wanted tokens."""
+def _start(directory: Path, shape: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Weights of a finished run's heads, of the wanted shape and onto as many tokens."""
     config, tensors = load_heads(directory)
+    config["vocab"] = len(tensors["token_map"]) if "token_map" in tensors else "full"
     differ = [key for key, value in shape.items() if config[key] != value]
     if differ:
         found = ", ".join(f"{key} {config[key]}" for key in differ)
         wanted = ", ".join(f"{key} {shape[key]}" for key in differ)
         raise UserError(f"heads.init_from: {directory}: found {found}; this recipe has {wanted}: make them equal")
-    maps = [None if each is None else each.tolist() for each in (tensors.get("token_map"), token_map)]
-    if problem := different_maps(*maps):
-        mend = "train on the data whose labels chose them, or start from heads of all tokens"
-        raise UserError(f"heads.init_from: {directory}: heads.vocab: {problem}; {mend}")
     return tensors
 
 

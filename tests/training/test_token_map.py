@@ -42,5 +42,10 @@ def test_checkpoint_with_a_map_resumes_elsewhere_and_no_other_map_does(runs):
     assert "heads.vocab: found projections onto 40 tokens; this recipe has all tokens" in found["full"]
     assert "heads.vocab: found projections onto 40 tokens; this recipe has 10 tokens" in found["fewer"]
     assert "step-000002: heads.vocab: found 1 other tokens among its 40, as 0" in found["other"]
-    assert "heads.init_from" in found["start"] and "found 1 other tokens among its 40, as 0" in found["start"]
+
+
+def test_heads_of_a_finished_run_keep_their_tokens_on_other_data(runs):
+    """Mutation: heads onto the tokens that the data at hand counts."""
+    found = runs[1]["other"]
+    assert "found vocab 40; this recipe has vocab full: make them equal" in found["start"]
     assert found["kept"] == TOKENS

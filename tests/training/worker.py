@@ -337,11 +337,13 @@ def other_maps(out: Path, source: Path) -> dict[str, Any]:
     engine.resume_newest("fingerprint")
     engine.export(source)
     end(engine)
+    recipe = make_recipe(out, heads={"init_from": str(source)})
     try:
-        make_engine(make_recipe(out, heads={"init_from": str(source)}), list(range(1, 41)))
+        make_engine(recipe, list(range(40)))
     except UserError as error:
         found["start"] = str(error)
-    engine = make_engine(make_recipe(out, heads={"init_from": str(source)}), list(range(40)))
+    heads = recipe.heads.model_copy(update={"vocab": 40})
+    engine = make_engine(recipe.model_copy(update={"heads": heads}), list(range(1, 41)))
     found["kept"] = engine.model.heads.token_map.tolist()
     end(engine)
     return found
