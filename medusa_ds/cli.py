@@ -25,9 +25,12 @@ COMMANDS = {"list": "list_recipes", **{name: name for name in _NAMED_ALIKE}, "im
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a subcommand; a user's mistake is a line on standard error and exit status 2."""
-    # transformers imports deepspeed, which warns when there is no GPU
-    for name in ("DeepSpeed", "torch.utils.cpp_extension"):
+    # transformers imports deepspeed, which warns when there is no GPU; Liger tells which kernels it has not
+    for name in ("DeepSpeed", "torch.utils.cpp_extension", "liger_kernel.backends.registry"):
         logging.getLogger(name).addFilter(lambda record: record.levelno > logging.WARNING)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     with exit_on_user_error(), storage("a file"):
         given = sys.argv[1:] if argv is None else argv
         # the launcher names the rank: `deepspeed --module medusa_ds.cli prepare RECIPE --hidden`

@@ -25,20 +25,20 @@ from medusa_ds.training.step import StepResult
 
 
 def quiet_libraries(rank: int) -> None:
-    """Silence what users cannot act on: other ranks' logs, load bars, DeepSpeed's info lines."""
+    """Silence what users cannot act on: other ranks' logs, bars where there is no terminal, DeepSpeed's info lines."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|deepspeed|transformers)\b.*")
     for name in ("DeepSpeed", "deepspeed", "transformers", "datasets", "torch.distributed", "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR if rank else logging.WARNING)
+    logging.getLogger("liger_kernel").setLevel(logging.ERROR)  # it tells which kernels it has not
     import datasets
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     if rank or not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
         datasets.disable_progress_bars()
 
 
