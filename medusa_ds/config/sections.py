@@ -158,7 +158,7 @@ class HeadsSpec(Section):
             for key in ("hidden_size", "vocab_size")
             if key in saved and key in config and saved[key] != config[key]
         ]
-        if isinstance(base, str) and base != name and not (os.path.isdir(base) or os.path.isdir(name)):
+        if isinstance(base, str) and base != name and not (os.path.isabs(base) or os.path.isdir(name)):
             unlike.insert(0, "two models")
         if unlike:
             text = f"found heads of {base or 'another model'} for model.name {name} ({', '.join(unlike)})"

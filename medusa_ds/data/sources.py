@@ -106,7 +106,8 @@ def load_conversations(spec: DataSpec) -> Conversations:
         rows, used = rows + len(data), used + len(held) + len(np.unique(chosen))
     joined = [concatenate_datasets(parts).remove_columns("reason") for parts in (train, validation)]
     if not len(joined[0]):
-        raise UserError("data: no conversation is left to train on; lower data.validation or raise the weights")
+        mend = "hold out fewer in data.validation, or raise the weights"
+        raise UserError(f"data: no conversation is left to train on: {summary(rejected)}; {mend}")
     state = [keys, spec.validation, spec.validation_max, spec.seed]
     return Conversations(joined[0], joined[1], rejected, rows, used, _key(state))
 

@@ -176,6 +176,13 @@ def test_a_directory_says_its_positions_and_sizes(place: Path) -> None:
         Recipe.load("r.yaml", ["model.name=model", "data.max_length=100", "heads.init_from=old", "heads.num=5"])
 
 
+def test_heads_of_a_directory_that_is_not_here_may_be_those_of_a_hub_model(place: Path) -> None:
+    """They were trained where the model lay in a directory. Mutation: compare the names of both."""
+    file = place / "old" / "heads" / "heads.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model": "/elsewhere/llama"}))
+    Recipe.load("r.yaml", ["heads.init_from=old", "heads.num=5"])
+
+
 def test_defaults_follow_the_stage(place: Path) -> None:
     first = Recipe.load("r.yaml")
     assert (first.model.frozen, first.loss.coefficient, first.train.lr_multiplier) == (True, None, None)

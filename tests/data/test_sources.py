@@ -271,6 +271,14 @@ def test_a_source_that_cannot_be_used(tmp_path, path, spec, found):
         load(path.format(tmp=tmp_path), **spec)
 
 
+def test_data_held_out_as_a_whole_is_told_of(tmp_path):
+    file = write(tmp_path / "x.jsonl", row())
+    with pytest.raises(
+        UserError, match=r"left to train on: 1 x stands in data.validation too, first .*x.jsonl:1; hold"
+    ):
+        load(file, validation=str(file))
+
+
 def hub(monkeypatch, kind: str, *files: Path) -> None:
     """The hub itself is out of reach of tests: local files stand in for those that it names."""
     data_files = {"train": [str(file) for file in files]}
