@@ -117,16 +117,18 @@ def _temporary(target: Path, prefix: str = TEMPORARY) -> Path:
 
 
 def check_writable(target: Path, where: str, directory: bool = False) -> None:
-    """Refuse a place before the work whose result nobody could write there; its directories need not exist.
+    """Refuse a place before the work whose result nobody could write there; its directories, if missing, will be made.
 
-    `where` is the option that names it; it may be a directory itself if `directory` says so.
+    `where` is the option that names it; it is or will be a directory itself if `directory` says so.
 
     Raises:
-        UserError: it is one and may not, or lies in a file, or in a directory that cannot be written.
+        UserError: it is one and may not, or the other way round; or it lies in a file, or in a directory that cannot be
+            written.
     """
     above = next(parent for parent in target.absolute().parents if parent.exists())
     problems = {
         f"{target} is a directory": target.is_dir() and not directory,
+        f"{target} is no directory": directory and target.is_file(),
         f"{above} is no directory": not above.is_dir(),
         f"{above} is not writable": not os.access(above, os.W_OK | os.X_OK),
     }

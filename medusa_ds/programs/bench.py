@@ -7,7 +7,6 @@ Example:
     medusa-ds bench --heads 3 --sequence 2048 --impl ours,original
 """
 
-import json
 import signal
 import sys
 import time
@@ -26,7 +25,7 @@ from medusa_ds.config.recipe import Recipe
 from medusa_ds.config.settings import Commas, Positional, ProgramSettings
 from medusa_ds.config.types import Count, Stage
 from medusa_ds.errors import UserError
-from medusa_ds.files import explained, write
+from medusa_ds.files import check_writable, explained, write_json
 
 
 class Settings(ProgramSettings):
@@ -76,11 +75,14 @@ def run(settings: Settings) -> None:
         UserError: a case that its recipe does not allow, a file cannot be read or written, or not one
             case could be measured.
     """
+    check_writable(Path(settings.json_file), "--json")
+    for option, place in (("--pictures", settings.pictures), ("--profile", settings.profile)):
+        if place:
+            check_writable(Path(place), option, directory=True)
     if settings.drawn:
         _draw(_read(settings.drawn), settings.pictures or "pictures")
         return
     _plan(settings)  # every mistake before anything is measured
-    _write(settings.json_file, {})
     report: dict[str, Any] = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv, "results": []}
     with _stopped_by_signals():
         with closing(Workers(None)) as machine:
@@ -200,7 +202,4 @@ def _trace_file(directory: str | None, case: Case) -> Path | None:
 
 def _write(file: str, report: dict[str, Any]) -> None:
     with explained(f"--json: {file}: cannot be written", "name another file"):
-        with open(file, "a"):
-            pass  # a directory that is missing is a mistake, which `write` would make
-        if report:
-            write(Path(file), json.dumps(report, indent=1) + "\n")
+        write_json(Path(file), report)

@@ -19,7 +19,7 @@ from medusa_ds.config.recipe import Recipe
 from medusa_ds.config.settings import Positional, ProgramSettings
 from medusa_ds.data.dialogues import Chat
 from medusa_ds.errors import UserError
-from medusa_ds.files import check_writable, explained
+from medusa_ds.files import check_writable, explained, write
 from medusa_ds.model.backbone import load_config, load_tokenizer
 from medusa_ds.training.gpus import GPUS
 from medusa_ds.training.memory import GIB, choose, count_parameters
@@ -92,7 +92,7 @@ def run(settings: Settings) -> None:
         last=STUB_LAST,
     )
     with explained(f"{out}: cannot be written", "name another file with --out"):
-        out.write_text(text, encoding="utf-8")
+        write(out, text)
     try:
         Recipe.load(out)
     except UserError as error:

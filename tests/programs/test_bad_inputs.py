@@ -59,6 +59,16 @@ def test_a_place_that_cannot_be_made_is_refused_first(make_run, tiny_model, tiny
     assert "output" in refused("validate", tiny_recipe, "output=afile/x")
 
 
+@pytest.mark.parametrize("argv", ["evaluate RUN -q --json NEW", "export RUN NEW", "init MODEL --out NEW.yaml"])
+def test_directories_that_a_report_or_recipe_lacks_are_made(argv, make_run, tiny_model, place):
+    """Mutation: write into a directory that nobody made."""
+    names = {"RUN": str(make_run()), "-q": " ".join(ASKED), "MODEL": str(tiny_model), "NEW": "a/b/file"}
+    for name, text in names.items():
+        argv = argv.replace(name, text)
+    main(argv.split())
+    assert [file.stat().st_size > 0 for file in (place / "a" / "b").iterdir()] == [True]
+
+
 def test_a_directory_that_only_others_may_write_is_refused_first(make_run, tiny_model, refused, place, monkeypatch):
     """Root may write everywhere, so it is the system's answer that is another one."""
     run = make_run()

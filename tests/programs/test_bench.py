@@ -69,7 +69,12 @@ def case(**changes):
         (["--zero", "zero7"], "zero7.json"),
         (["tiny.yml"], "tiny.yml: no such recipe file"),
         (["tiny.yaml", "train.lrr=1"], "did you mean lr?"),
-        (["tiny.yaml", "--json", "no/where.json"], "--json: no/where.json: cannot be written"),
+        (["tiny.yaml", "--json", "tiny.yaml/x.json"], "--json: tiny.yaml/x.json: cannot be written"),
+        (
+            ["tiny.yaml", "--pictures", "tiny.yaml"],
+            "--pictures: tiny.yaml: cannot be written (tiny.yaml is no directory",
+        ),
+        (["tiny.yaml", "--profile", "tiny.yaml/x"], "--profile: tiny.yaml/x: cannot be written"),
     ],
 )
 def test_misuse_is_a_line(argv, fragment, capsys):
@@ -157,7 +162,7 @@ def test_a_run_that_is_cut_off_keeps_what_it_has(place, monkeypatch, capsys, num
     monkeypatch.setattr(FakeWorkers, "last", "1 48")
     monkeypatch.setattr(FakeWorkers, "number", number)
     before = signal.getsignal(number)
-    options = "--heads 2 --sequence 24,48 --batch 2 --impl ours --gpus 1,2,4,8 --pictures drawn"
+    options = "--heads 2 --sequence 24,48 --batch 2 --impl ours --gpus 1,2,4,8 --pictures drawn --json made/bench.json"
     with pytest.raises(SystemExit) as stop:
         main(["bench", "tiny.yaml", *options.split()])
     assert stop.value.code == 128 + number and signal.getsignal(number) == before
@@ -165,7 +170,7 @@ def test_a_run_that_is_cut_off_keeps_what_it_has(place, monkeypatch, capsys, num
     out, err = capsys.readouterr()
     assert "left out, as this machine has 2: all cases of 4 GPUs" in out and "all cases of 8 GPUs" in out
     assert "ending with what was measured" in err
-    results = json.loads((place / "bench.json").read_text())["results"]
+    results = json.loads((place / "made" / "bench.json").read_text())["results"]
     assert [(result["gpus"], result["sequence"]) for result in results] == [(2, 24), (1, 24), (2, 48)]
     assert results[0]["times_one_gpu"] == 2.0
     assert sum(line.startswith("step ") and line.endswith(" 2.00") for line in out.splitlines()) == 1
