@@ -12,6 +12,7 @@ import pytest
 from support import cli, files_of_at_most
 
 from medusa_ds.cli import COMMANDS, main
+from medusa_ds.config.deepspeed import Zero
 from medusa_ds.config.recipe import Recipe, shipped
 from medusa_ds.training import memory
 
@@ -204,11 +205,11 @@ def test_states_are_deepspeeds_own_estimate_where_all_is_trained() -> None:
     for ranks in (1, 2, 8):
         for optimizer in (False, True):
             cpu, gpu = zero2(total, ranks, 1, cpu_offload=optimizer)
-            found = memory.states_bytes(parts, 2, 2, (optimizer, False), ranks, 2)
+            found = memory.states_bytes(parts, 2, Zero(2, optimizer), ranks, 2)
             assert found == pytest.approx((gpu, cpu if optimizer else 0), rel=1e-6)
             for parameters in (False, True) if optimizer else (False,):
                 cpu, gpu, _ = zero3(total, parts.largest, ranks, 1, optimizer, parameters)
-                found = memory.states_bytes(parts, 2, 3, (optimizer, parameters), ranks, 2)
+                found = memory.states_bytes(parts, 2, Zero(3, optimizer, parameters), ranks, 2)
                 assert found == pytest.approx((gpu, cpu if optimizer else 0), rel=1e-6)
 
 
@@ -218,8 +219,8 @@ def test_frozen_backbone_costs_its_weights_alone() -> None:
     )
     heads = memory.Parameters(backbone=0, lm_head=0, blocks=50_000, projections=1_500_000, largest=500_000)
     for zero, share in ((0, 1), (1, 1), (2, 1), (3, 4)):
-        whole = memory.states_bytes(parts, 1, zero, (False, False), 4, 2)[0]
-        alone = memory.states_bytes(heads, 1, zero, (False, False), 4, 2)[0]
+        whole = memory.states_bytes(parts, 1, Zero(zero), 4, 2)[0]
+        alone = memory.states_bytes(heads, 1, Zero(zero), 4, 2)[0]
         assert whole - alone == 2 * 7_500_000 // share
 
 
@@ -232,7 +233,7 @@ def test_frozen_start_costs_its_weights_alone(tiny_recipe: Path, said: Callable[
     for overrides in (stage2[:2], stage2, stage2[2:]):
         recipe = Recipe.load(tiny_recipe, overrides, planning=True)
         parts = memory.count_parameters(recipe, load_config(recipe.model))
-        found.append([memory.states_bytes(parts, recipe.stage, zero, (False, False), 4, 2)[0] for zero in (0, 2, 3)])
+        found.append([memory.states_bytes(parts, recipe.stage, Zero(zero), 4, 2)[0] for zero in (0, 2, 3)])
         assert parts.start == (parts.backbone + parts.lm_head if overrides == stage2 else 0)
     size = parts.backbone + parts.lm_head
     assert [int(a) - b for a, b in zip(found[1], found[0], strict=True)] == [2 * size, 2 * size, 2 * size // 4]

@@ -14,7 +14,7 @@ import functools
 import importlib.util
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from medusa_ds.config.parsing import read_object, redact, secret_keys
 from medusa_ds.errors import UserError
@@ -252,15 +252,23 @@ def fill_sizes(config: dict[str, Any], hidden_size: int) -> dict[str, Any]:
 
 def clips_in_adam(config: dict[str, Any]) -> bool:
     """Whether PyTorch's fused AdamW clips: under ZeRO 2, whose reduced gradients are on the device before the step."""
-    stage, (offloads_optimizer, _) = zero_settings(config)
-    return stage == 2 and not offloads_optimizer
+    zero = zero_settings(config)
+    return zero.stage == 2 and not zero.offloads_optimizer
 
 
-def zero_settings(config: dict[str, Any]) -> tuple[int, tuple[bool, bool]]:
-    """ZeRO stage of a DeepSpeed config, and whether optimizer and parameters are offloaded."""
+class Zero(NamedTuple):
+    """The ZeRO stage, and what lives in CPU memory or on a disk."""
+
+    stage: int
+    offloads_optimizer: bool = False
+    offloads_parameters: bool = False
+
+
+def zero_settings(config: dict[str, Any]) -> Zero:
+    """What a DeepSpeed config says of ZeRO."""
     zero = config.get("zero_optimization") or {}
     devices = [(zero.get(key) or {}).get("device", "none") for key in ("offload_optimizer", "offload_param")]
-    return zero.get("stage", 0), (devices[0] != "none", devices[1] != "none")
+    return Zero(zero.get("stage", 0), *(device != "none" for device in devices))
 
 
 def _unknown(key: str, known: Collection[str], prefix: str = "") -> Iterator[str]:

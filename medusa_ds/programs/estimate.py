@@ -155,7 +155,7 @@ def _print_memory(recipe: Recipe, parts: Parameters, config: Any, world_sizes: l
     for ranks in world_sizes:
         cells, fits, cpu_own = [], "", 0
         for name, file in files.items():
-            gpu, cpu = states_bytes(resident, recipe.stage, *zero_settings(ds_config.load(file)), ranks, width)
+            gpu, cpu = states_bytes(resident, recipe.stage, zero_settings(ds_config.load(file)), ranks, width)
             cells.append(f"{(gpu + work) / GIB:>{max(8, len(name))}.1f}")
             if file == own:
                 fits, cpu_own = smallest_gpu(gpu + work), cpu

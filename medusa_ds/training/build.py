@@ -143,7 +143,7 @@ def complete_config(config: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     sums (ZeRO 3 knows only averages), norm and clipping to `step.clip` where it can (see `ds_config.clips_in_adam`).
     """
     config = ds_config.fill_sizes(config, load_config(recipe.model).get_text_config().hidden_size)
-    zero_stage, _ = ds_config.zero_settings(config)
+    zero_stage = ds_config.zero_settings(config).stage
     micro_batches = config["gradient_accumulation_steps"]
     if config["bf16"]["enabled"] and zero_stage > 0 and micro_batches > 1:
         # DeepSpeed's default adds micro-batches up in bf16; ZeRO 0 knows nothing else

@@ -48,7 +48,7 @@ def sent_bytes(
     In stage 1 all gradients exist before the backward pass, so none is sent beside it. `ranks` are GPUs,
     `micro_batches` of a step on each of them; `width` is bytes of a working weight, and of its gradient on the way.
     """
-    zero, _ = zero_settings(deepspeed)
+    zero = zero_settings(deepspeed).stage
     section = {key: value for key, value in (deepspeed.get("zero_optimization") or {}).items() if value != "auto"}
     overlaps, trained = section.get("overlap_comm"), parts.trainable(stage)
     share = width * (ranks - 1) / ranks * (micro_batches if zero >= 2 else 1)
@@ -107,10 +107,11 @@ def estimate_step(
         again = replace(flops, passes=1).total(1, length / 2, 0, 0) * share
     tokens = micro_batches * train.micro_batch_size * length
     kind = GPUS[gpu]
-    offloads = any(zero_settings(settings)[1])
+    zero = zero_settings(settings)
+    offloads = zero.offloads_optimizer or zero.offloads_parameters
     compute_s = tokens * (a_token + again) / (kind.tflops * 1e12 * EFFICIENCY[recipe.stage, offloads])
     optimizer_s = 0.0 if offloads else _OPTIMIZER_S * parts.trainable(recipe.stage)
-    shared_s = optimizer_s / (gpus * nodes if zero_settings(settings)[0] else 1)
+    shared_s = optimizer_s / (gpus * nodes if zero.stage else 1)
     gb_per_s = _LINK_SHARE * kind.link
     if nodes > 1:  # every ring of NCCL's passes each host's cards once
         gb_per_s = min(gb_per_s, _NETWORK_SHARE * (network_gbps or kind.network) / 8)

@@ -117,7 +117,7 @@ class MedusaEngine:
             DeepSpeedConfig(config)
         _prepare_nvme(config, recipe.deepspeed)
         self.accumulation: int = config["gradient_accumulation_steps"]
-        self._zero_stage, (offloads_optimizer, _) = zero_settings(config)
+        self._zero_stage, offloads_optimizer, _ = zero_settings(config)
         share_cores(on_gpu, offloads_optimizer)
         partitioned: Partitioned | None = None
         if self._zero_stage == 3:

@@ -15,7 +15,7 @@ import psutil
 import torch
 from transformers import AutoModelForCausalLM
 
-from medusa_ds.config.deepspeed import load, zero_settings
+from medusa_ds.config.deepspeed import Zero, load, zero_settings
 from medusa_ds.config.recipe import Recipe, shipped
 from medusa_ds.heads.kinds import KINDS, make_heads
 from medusa_ds.model.backbone import load_config
@@ -73,35 +73,31 @@ def count_parameters(recipe: Recipe, config: Any) -> Parameters:
     )
 
 
-def states_bytes(
-    parts: Parameters, stage: int, zero: int, offload: tuple[bool, bool], ranks: int, width: int
-) -> tuple[int, int]:
+def states_bytes(parts: Parameters, stage: int, zero: Zero, ranks: int, width: int) -> tuple[int, int]:
     """Bytes of weights, gradients and optimizer states on each of `ranks` GPUs of a node.
 
-    `zero` is the ZeRO stage, `offload` whether the optimizer, and the parameters, live in CPU memory, and `width` bytes
-    of a working weight: 2 for bf16, 4 for fp32.
+    `width` are bytes of a working weight: 2 for bf16, 4 for fp32.
 
     Returns:
         On each GPU; and in the node's CPU memory where something is offloaded (else 0).
     """
     trained, frozen = parts.trainable(stage), parts.frozen(stage)
-    optimizer, parameters = offload
     full = 16 * trained  # fp32 weight, gradient and two moments
     cpu = 0.0
-    if optimizer:
-        least = 4 * ranks if zero < 3 else 0
-        cpu = OFFLOAD_FACTOR * trained * max(least, 16 + (width if parameters else 0))
-        cpu += OFFLOAD_FACTOR * frozen * width if parameters else 0
-    if zero == 3:
+    if zero.offloads_optimizer:
+        least = 4 * ranks if zero.stage < 3 else 0
+        cpu = OFFLOAD_FACTOR * trained * max(least, 16 + (width if zero.offloads_parameters else 0))
+        cpu += OFFLOAD_FACTOR * frozen * width if zero.offloads_parameters else 0
+    if zero.stage == 3:
         gpu: float = 2 * width * parts.largest
-        gpu += 0 if parameters else width * (trained + frozen) / ranks
-        gpu += 0 if optimizer else full / ranks
+        gpu += 0 if zero.offloads_parameters else width * (trained + frozen) / ranks
+        gpu += 0 if zero.offloads_optimizer else full / ranks
     else:
         gpu = width * (trained + frozen)
-        if not optimizer:
+        if not zero.offloads_optimizer:
             gradients = width * trained
-            gpu += gradients / ranks if zero == 2 else gradients
-            gpu += full / ranks if zero else full
+            gpu += gradients / ranks if zero.stage == 2 else gradients
+            gpu += full / ranks if zero.stage else full
     return int(gpu), int(cpu)
 
 
@@ -197,7 +193,7 @@ def choose(recipe: Recipe, parts: Parameters, config: Any, ranks: int, gpu_bytes
     files = files if recipe.deepspeed == "auto" else [Path(recipe.deepspeed)]
     tried: list[Choice] = []
     for file in files:
-        gpu, cpu = states_bytes(parts, recipe.stage, *zero_settings(load(file)), ranks, width)
+        gpu, cpu = states_bytes(parts, recipe.stage, zero_settings(load(file)), ranks, width)
         for recomputed in counts:
             work = activations_bytes(recipe, config, recomputed) + loss_bytes(recipe, config)
             need = int((gpu + work + CONTEXT_BYTES) * MARGIN)
