@@ -202,8 +202,9 @@ def _estimate_step(
 ) -> tuple[Choice, Step]:
     """What the recipe trains with on so many hosts, and a step of it."""
     found = choose(recipe, parts, config, settings.gpus * nodes, GPUS[gpu].gib * GIB, math.inf)
-    options = (found.deepspeed, found.recomputed, gpu, settings.gpus, nodes, settings.network)
-    return found, estimate_step(recipe, parts, config, *options)
+    chosen: dict[str, Any] = {"deepspeed": found.deepspeed, "recomputed": found.recomputed, "gpu": gpu}
+    hosts: dict[str, Any] = {"gpus": settings.gpus, "nodes": nodes, "network_gbps": settings.network}
+    return found, estimate_step(recipe, parts, config, **chosen, **hosts)
 
 
 def _print_steps(settings: Settings, recipe: Recipe, parts: Parameters, config: Any, gpu: str) -> None:

@@ -84,6 +84,7 @@ def estimate_step(
     recipe: Recipe,
     parts: Parameters,
     config: Any,
+    *,
     deepspeed: Path,
     recomputed: int | None,
     gpu: str,
@@ -145,6 +146,8 @@ def measured_errors() -> dict[str, list[float]]:
         if heads not in parts:
             parts[heads] = count_parameters(recipe, config)
         file = shipped("ds_configs") / f"{zero}.json"
-        step = estimate_step(recipe, parts[heads], config, file, recomputed, measured["gpu"], gpus)
+        step = estimate_step(
+            recipe, parts[heads], config, deepspeed=file, recomputed=recomputed, gpu=measured["gpu"], gpus=gpus
+        )
         errors.setdefault(group, []).append(1e3 * step.seconds / ms - 1)
     return errors

@@ -110,7 +110,8 @@ def planned(zero, tmp_path, gpus=8, **options):
     config = load_config(recipe.model.model_copy(update={"config": shape})).get_text_config()
     file = tmp_path / "ds.json"
     file.write_text(json.dumps({"zero_optimization": zero}))
-    return estimate_step(recipe, count_parameters(recipe, config), config, file, None, "H100 80GB", gpus, **options)
+    options |= {"deepspeed": file, "recomputed": None, "gpu": "H100 80GB", "gpus": gpus}
+    return estimate_step(recipe, count_parameters(recipe, config), config, **options)
 
 
 def test_communication_beside_matrix_products_takes_what_they_leave_over(tmp_path):
