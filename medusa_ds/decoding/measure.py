@@ -47,7 +47,7 @@ def head_ranks(backbone: PreTrainedModel, heads: Heads, prompt: list[int], answe
         own_KM = logits_KMV.gather(-1, rows_KM.clamp(min=0)[..., None])
         number_V = torch.arange(logits_KMV.shape[-1], device=rows_KM.device)
         before_KMV = (logits_KMV > own_KM) | ((logits_KMV == own_KM) & (number_V < rows_KM[..., None]))
-        ranks_KM = before_KMV.sum(-1).masked_fill(rows_KM < 0, backbone.config.vocab_size)
+        ranks_KM = before_KMV.sum(-1).masked_fill(rows_KM < 0, len(lm_head.weight))
         ranks.append(ranks_KM.T.cpu())
     return torch.cat(ranks)
 

@@ -440,7 +440,7 @@ def position_limit(config: PretrainedConfig) -> tuple[int, bool]:
     if (reason := why_not_decoded(asked)) is not None:
         raise UserError(f"model.name: not decoded: {reason}; its heads can be trained and exported")
     limit = find_facts(asked).limit
-    return limit or positions_of(config.to_dict()) or 1 << 30, limit is not None
+    return limit or positions_of(config.get_text_config().to_dict()) or 1 << 30, limit is not None
 
 
 def describe(spec: ModelSpec) -> list[str]:

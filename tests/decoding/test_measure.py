@@ -1,9 +1,12 @@
 import pytest
 import torch
 from decoding_models import NUM, random_heads, reference
+from support import SIZES
+from transformers import AutoModelForCausalLM, Gemma3Config
 
 from medusa_ds.decoding.decoder import Decoder
 from medusa_ds.decoding.measure import Difference, first_difference, head_ranks, plain_step_bytes, step_ms
+from medusa_ds.decoding.session import position_limit
 from medusa_ds.decoding.trees import RankCounts, Tree, default_tree
 
 
@@ -49,6 +52,18 @@ def test_tokens_that_heads_do_not_know_are_misses_of_every_rank(llama):
             token = (prompt + answer)[place + k + 1]
             order = known[heads[k - 1].logits(hidden[place]).argsort(descending=True)].tolist()
             assert rank == (order.index(token) if token in order else 120)
+
+
+def test_a_model_of_several_parts_is_measured_like_one_of_text():
+    """The config of such a model names no vocabulary. Mutation: read `config.vocab_size`."""
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**SIZES, "vocab_size": 120, "head_dim": 8, "max_position_embeddings": 64}
+    config = Gemma3Config(text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    ranks = head_ranks(model, random_heads(token_map=torch.arange(1, 120, 2)), [9, 40], [1, 2, 3, 4, 5, 6, 8])
+    unknown = [[True, False, True], [False, True, False], [True, False, True], [False, True, True]]
+    assert (ranks == 120).tolist() == unknown
+    assert position_limit(config)[0] == 64
 
 
 def test_a_walk_over_ranks_begins_steps_where_decoding_does(llama):
