@@ -19,3 +19,8 @@ class UserError(Exception):
 def one_line(text: Any, most: int = 200) -> str:
     """What an error or a text says, in one line of at most so many characters."""
     return " ".join(str(text).split())[:most]
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things in words, as in `1 step` and `1,200 steps`."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"

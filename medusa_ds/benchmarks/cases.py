@@ -13,6 +13,7 @@ from itertools import product
 from typing import Any, Literal, get_args
 
 from medusa_ds.config.recipe import Recipe
+from medusa_ds.errors import counted
 
 CACHED, ORIGINALS = ("cached", "cached_vocab", "cached_fp8"), ("original", "torch_linear_ce")
 Impl = Literal["ours", "ours_fp8", "eager", "cached", "cached_vocab", "cached_fp8", "original", "torch_linear_ce"]
@@ -88,7 +89,7 @@ class Case:
     def name(self) -> str:
         """For people."""
         gpus = f", {self.gpus} GPUs" if self.gpus > 1 else ""
-        sizes = f"stage {self.stage}, {self.heads} heads, {self.batch} x {self.sequence}"
+        sizes = f"stage {self.stage}, {counted(self.heads, 'head')}, {self.batch} x {self.sequence}"
         return f"{self.part}: {sizes}, {self.impl}, {self.zero}{gpus}"
 
     def to_json(self) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from medusa_ds.config.sections import (
     WandbSpec,
 )
 from medusa_ds.config.types import Stage, allowed, parts
-from medusa_ds.errors import UserError
+from medusa_ds.errors import UserError, counted
 
 _MANUAL_HEAD = """\
 # Keys of a recipe
@@ -188,7 +188,7 @@ class Recipe(Section):
         if world_size is not None:
             if train.global_batch_size % (train.micro_batch_size * world_size):
                 raise UserError(
-                    f"train.global_batch_size: found {train.global_batch_size}, which {world_size} ranks x "
+                    f"train.global_batch_size: found {train.global_batch_size}, which {counted(world_size, 'rank')} x "
                     f"train.micro_batch_size {train.micro_batch_size} do not divide; allowed here: multiples of "
                     f"{train.micro_batch_size * world_size}"
                 )

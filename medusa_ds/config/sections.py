@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from medusa_ds.config.loading import config_at_hand, positions_of, saved_heads
 from medusa_ds.config.types import Count, Fraction, Positive, Seed, Split
-from medusa_ds.errors import UserError
+from medusa_ds.errors import UserError, counted
 
 
 class Section(BaseModel):
@@ -250,7 +250,7 @@ class DataSpec(Section):
     def _contradictions(self, recipe: Any) -> Iterator[tuple[str, str]]:
         heads = recipe.heads.num
         if self.max_length <= heads + 1:
-            text = f"found {self.max_length} with {heads} heads; the last head needs more than {heads + 1} tokens"
+            text = f"found {self.max_length} with {counted(heads, 'head')}; the last needs more than {heads + 1} tokens"
             yield "max_length", text
         positions = positions_of(config_at_hand(recipe.model.name, recipe.model.config))
         if positions is not None and self.max_length > positions:

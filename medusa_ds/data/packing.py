@@ -30,7 +30,7 @@ from medusa_ds.data.dialogues import Chat
 from medusa_ds.data.layouts import UnusableRow
 from medusa_ds.data.marks import IGNORED, Encoded
 from medusa_ds.data.sources import Counts, count, load_conversations, no_rows, summary, usable_rows
-from medusa_ds.errors import UserError
+from medusa_ds.errors import UserError, counted
 
 _FORMAT = 3  # of the tokenised rows; counted up when their meaning changes
 _MAP_ROWS_PER_PROCESS = 10_000
@@ -224,12 +224,12 @@ class Data:
         """What became of the rows, for people."""
         report, train = self.report, self.train
         return (
-            f"{report['rows']:,} rows: {report['train_rows']:,} conversations to train on, "
+            f"{counted(report['rows'], 'row')}: {counted(report['train_rows'], 'conversation')} to train on, "
             f"{report['validation_rows']:,} held out, {report['rows'] - report['used']:,} left out{told(report)}\n"
             f"{report['tokens']:,} tokens to train on, {report['supervised_tokens']:,} of them supervised, in "
-            f"{len(train):,} sequences of up to {train.max_length} tokens: "
-            f"{train.steps_per_epoch(global_batch_size):,} steps an epoch; {report['cut']:,} conversations were cut at "
-            "the end"
+            f"{counted(len(train), 'sequence')} of up to {train.max_length} tokens: "
+            f"{counted(train.steps_per_epoch(global_batch_size), 'step')} an epoch; "
+            f"cut at the end: {counted(report['cut'], 'conversation')}"
         )
 
 
@@ -290,7 +290,7 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Data:
         "validation_rows": len(usable[1]),
     }
     if not report["supervised_tokens"]:
-        raise UserError(f"data: no supervised token in {conversations.rows} rows: {summary(rejected)}")
+        raise UserError(f"data: no supervised token in {counted(conversations.rows, 'row')}: {summary(rejected)}")
     pad = tokenizer.pad_token_id or 0
     train, validation = (
         Sequences(part, rows, max_length=spec.max_length, packing=spec.packing is not False, seed=spec.seed, pad_id=pad)

@@ -34,7 +34,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from medusa_ds.config.recipe import DataSpec, SourceSpec
 from medusa_ds.data.layouts import DECODER, Row, UnusableRow, read_row
-from medusa_ds.errors import UserError
+from medusa_ds.errors import UserError, counted
 from medusa_ds.files import DATA_SUFFIXES, digest
 
 MAX_ROW_BYTES = 16 << 20
@@ -163,7 +163,9 @@ def _read(where: str, source: SourceSpec, rejected: Counts) -> tuple[Dataset, np
     data = _convert(rows, key)
     usable = usable_rows(data, rejected)
     if not len(usable):
-        raise UserError(f"{where}: {source.path}: no usable conversation in {len(data)} rows: {summary(rejected)}")
+        raise UserError(
+            f"{where}: {source.path}: no usable conversation in {counted(len(data), 'row')}: {summary(rejected)}"
+        )
     return data, usable, key
 
 

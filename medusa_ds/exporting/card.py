@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, model_info
 from huggingface_hub import errors as hub_errors
 
 from medusa_ds.config.parsing import read_json
-from medusa_ds.errors import UserError, one_line
+from medusa_ds.errors import UserError, counted, one_line
 from medusa_ds.exporting.source import Source
 from medusa_ds.exporting.targets import TARGETS
 from medusa_ds.files import read_json_lines
@@ -84,9 +84,10 @@ def card(source: Source, targets: list[str], out: str = ".", base: str | None = 
     on = f"On {source.measured_on}:\n\n" if source.measured_on and figures else ""
     recipe = yaml.safe_dump(_relative(source.recipe), sort_keys=False, allow_unicode=True)
     return ModelCard(
-        f"---\n{info.to_yaml()}\n---\n\n# Medusa heads for {named}\n\n{meta['num']} heads of {meta['layers']} residual "
-        f"blocks, LM head {meta['lm_head']}{tokens}. Base model of the heads: {base}. Data: {data}. Exported with "
-        f"{versions}.\n\n## Use\n\n{here}{uses}{more}\n\n## Measured\n\n{on}{figures or 'Nothing.'}\n\n## Recipe\n\n"
+        f"---\n{info.to_yaml()}\n---\n\n# Medusa heads for {named}\n\n{counted(meta['num'], 'head')} of "
+        f"{counted(meta['layers'], 'residual block')}, LM head {meta['lm_head']}{tokens}. Base model "
+        f"of the heads: {base}. Data: {data}. Exported with {versions}.\n\n## Use\n\n"
+        f"{here}{uses}{more}\n\n## Measured\n\n{on}{figures or 'Nothing.'}\n\n## Recipe\n\n"
         f"```yaml\n{recipe.strip()}\n```\n"
     )
 

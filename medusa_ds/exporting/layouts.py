@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medusa_ds.errors import UserError
+from medusa_ds.errors import UserError, counted
 from medusa_ds.heads.files import META, check_token_map
 from medusa_ds.heads.kinds import make_heads
 
@@ -90,7 +90,9 @@ def from_other(
     if unknown or num == 0 or (not own and layers == 0):
         raise UserError(f"{where}: found {(unknown or list(tensors) or ['nothing'])[0]}; not heads of a known layout")
     if not (META["num"](num) and META["layers"](layers)):
-        raise UserError(f"{where}: found {num} heads of {layers} blocks; allowed are at most 64 of each")
+        raise UserError(
+            f"{where}: found {counted(num, 'head')} of {counted(layers, 'block')}; allowed are at most 64 of each"
+        )
     hidden_size = next(iter([*blocks.values(), *projections.values()])).shape[-1]
     if projections and (token_map is None or own):
         vocab_size = projections[min(projections)].shape[0]

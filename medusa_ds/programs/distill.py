@@ -36,7 +36,7 @@ from medusa_ds.distilling.requests import MAKE_PROMPT, Engine, Reply, Request, S
 from medusa_ds.distilling.sampler import Sampler
 from medusa_ds.distilling.server import Server, check_url
 from medusa_ds.distilling.texts import Excluded, Seen, read_openings, repetitive
-from medusa_ds.errors import UserError
+from medusa_ds.errors import UserError, counted
 from medusa_ds.files import digest
 from medusa_ds.model.backbone import load_backbone, load_config, load_tokenizer
 from medusa_ds.progress import Progress
@@ -223,7 +223,7 @@ def _make_prompts(
     begin = chat.before_prompt()
     texts = {row: begin + openings[row % len(openings)] for row in missing}
     if todo := deque(Request(row, MAKE_PROMPT, texts[row], []) for row in ranks.share(missing)):
-        bar = _count(f"making {len(missing):,} prompts", len(todo), ranks)
+        bar = _count(f"making {counted(len(missing), 'prompt')}", len(todo), ranks)
         before = max(len(chat.tokenizer(begin + each, add_special_tokens=False)["input_ids"]) for each in openings)
         sampling = replace(
             engines.sampling,
@@ -358,7 +358,7 @@ def _summary(out: str, places: list[str], failed: dict[int, str], removed: dict[
         "failed_by_reason": dict(Counter(failed.values())),
     }
     print(
-        f"{len(places):,} rows asked = {report['written']:,} written to {out} + {len(removed):,} removed + "
+        f"{counted(len(places), 'row')} asked = {report['written']:,} written to {out} + {len(removed):,} removed + "
         f"{len(failed):,} failed"
     )
     first = {why: places[number] for number, why in sorted({**removed, **failed}.items(), reverse=True)}
@@ -368,7 +368,7 @@ def _summary(out: str, places: list[str], failed: dict[int, str], removed: dict[
         print("  fewer are cut off with a larger --max-new-tokens; --keep-unfinished keeps those that are")
     middle = ", ".join(f"{share}%: {tokens}" for share, tokens in shares.items())
     lengths_of = f"; tokens of an answer by percentile: {middle}" if middle else ""
-    print(f"{report['answers']:,} answers with {report['tokens']:,} tokens{lengths_of}")
+    print(f"{counted(report['answers'], 'answer')} with {counted(report['tokens'], 'token')}{lengths_of}")
     if failed:
         print("the same command asks the failed rows again")
     return report

@@ -19,7 +19,7 @@ from medusa_ds.config.deepspeed import zero_settings
 from medusa_ds.config.recipe import Recipe, shipped
 from medusa_ds.config.settings import Commas, RecipeSettings
 from medusa_ds.config.types import Count, Positive, either
-from medusa_ds.errors import UserError
+from medusa_ds.errors import UserError, counted
 from medusa_ds.files import read_json_lines
 from medusa_ds.training.communication import Step, estimate_step, measured_errors
 from medusa_ds.training.gpus import GPUS, find_gpu
@@ -261,16 +261,16 @@ def _hours(settings: Settings, recipe: Recipe, steps: int | None, gpu: str | Non
     if steps is None:
         return "time: train.steps is not set; give --rows N, or --data to tokenise the data and count its steps"
     tokens = steps * recipe.train.global_batch_size * recipe.data.max_length
-    counted = f"{steps:,} steps of at most {tokens // steps:,} tokens"
+    spread = f"{counted(steps, 'step')} of at most {tokens // steps:,} tokens"
     if speed:
         source = "stated" if settings.tokens_per_second else "measured in the recipe's output"
-        return f"time: {tokens / speed / 3600:.2f} hours for {counted} at {speed:,.0f} tokens/s ({source})"
+        return f"time: {tokens / speed / 3600:.2f} hours for {spread} at {speed:,.0f} tokens/s ({source})"
     if step is None:
         more = "or run the recipe for some steps first"
-        return f"time: {counted}; name a GPU with --gpu, state a speed with --tokens-per-second, {more}"
+        return f"time: {spread}; name a GPU with --gpu, state a speed with --tokens-per-second, {more}"
     hours = tokens / step.tokens_per_s / 3600
     takes = f"{hours:.1f} hours" if hours >= 0.1 else f"{60 * hours:.1f} minutes"
     return (
-        f"time: about {takes} on {settings.gpus} x {gpu} for {counted}, "
+        f"time: about {takes} on {settings.gpus} x {gpu} for {spread}, "
         f"{step.token_gflop:.1f} GFLOP a token, at {step.tokens_per_s:,.0f} tokens/s (estimated)"
     )

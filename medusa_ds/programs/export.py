@@ -23,7 +23,7 @@ from medusa_ds.config.settings import Commas, Positional, ProgramSettings
 from medusa_ds.config.types import Count
 from medusa_ds.data.packing import load_data
 from medusa_ds.data.vocabulary import token_map
-from medusa_ds.errors import UserError, one_line
+from medusa_ds.errors import UserError, counted, one_line
 from medusa_ds.exporting import fasterdecoding
 from medusa_ds.exporting.card import card, read_figures
 from medusa_ds.exporting.source import Source
@@ -100,7 +100,7 @@ def run(settings: Settings) -> None:
         card(source, chosen).save(work / "README.md")
         for file in work.rglob("*.safetensors"):  # safetensors lets only its owner read a file
             shutil.copymode(work / "config.json", file)
-    print(f"exported {source.meta['num']} heads to {settings.out}; README.md there says how to use them")
+    print(f"exported {counted(source.meta['num'], 'head')} to {settings.out}; README.md there says how to use them")
     if "fasterdecoding" in chosen and source.meta["num"] != 5:
         print(f"warning: FasterDecoding/Medusa builds 5 heads whatever the files say; these are {source.meta['num']}")
     if settings.push_to_hub:

@@ -10,7 +10,7 @@ import sys
 from medusa_ds.config.types import Count, Seed
 from medusa_ds.decoding.acceptance import AcceptanceSettings
 from medusa_ds.decoding.decoder import Decoder, Generation, StopStrings
-from medusa_ds.errors import UserError
+from medusa_ds.errors import UserError, counted
 from medusa_ds.runs import Run, RunSettings, Saved, encode, open_run
 
 HELP = """/clear begins anew, /exit leaves, /help prints this; all else is said to the model
@@ -99,7 +99,7 @@ def _answer(settings: Settings, run: Run, decoder: Decoder, messages: list[dict[
     ended_by = {"end": "the model", "length": "the limit of tokens", "stop": "--stop", "": "Ctrl-C"}[row.finish]
     rate = f", then {sum(row.accepted) / row.decode_s:.1f} tokens/s" if row.decode_s else ""
     print(
-        f"[{len(row.tokens)} tokens, {sum(row.accepted) / steps:.2f} tokens per step; the first after "
+        f"[{counted(len(row.tokens), 'token')}, {sum(row.accepted) / steps:.2f} tokens per step; the first after "
         f"{row.prefill_s:.2f} s{rate}; ended by {ended_by}]",
         file=sys.stderr,
     )

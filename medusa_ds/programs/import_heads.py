@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from medusa_ds.config.parsing import read_object
 from medusa_ds.config.settings import Positional, ProgramSettings
-from medusa_ds.errors import UserError, one_line
+from medusa_ds.errors import UserError, counted, one_line
 from medusa_ds.exporting.layouts import from_other
 from medusa_ds.files import check_writable, explained, replacing
 from medusa_ds.heads.files import save_heads
@@ -66,14 +66,14 @@ def run(settings: Settings) -> None:
         if (path / "tokenizer_config.json").is_file():
             AutoTokenizer.from_pretrained(path).save_pretrained(work / "heads")
     command = f"medusa-ds generate {shlex.quote(settings.out)} --prompt 'Hello'"
-    print(f"imported {shape['num']} heads of {base}; next: {command}")
+    print(f"imported {counted(shape['num'], 'head')} of {base}; next: {command}")
 
 
 def _check_shape(shape: dict[str, Any], config: dict[str, Any], path: Path) -> None:
     """Refuse other sizes or fewer heads than the config names; published configs name fewer heads than there are."""
     hidden_size, num = config.get("hidden_size"), config.get("medusa_num_heads") or 0
     if (hidden_size or shape["hidden_size"]) != shape["hidden_size"] or shape["num"] < num:
-        found = f"{shape['num']} heads of hidden size {shape['hidden_size']}"
+        found = f"{counted(shape['num'], 'head')} of hidden size {shape['hidden_size']}"
         says = f"{num or 'heads'} of {hidden_size or 'no size'}"
         raise UserError(f"{path}: found {found}; config.json says {says}: complete the files or mend the config")
 

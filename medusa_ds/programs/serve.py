@@ -66,7 +66,7 @@ def run(settings: Settings) -> None:
         )
     number = settings.num_speculative_tokens or heads
     if number > heads:
-        raise UserError(f"--num-speculative-tokens: found {number}; there are {heads} heads")
+        raise UserError(f"--num-speculative-tokens: found {number}; allowed is at most {heads}, one a head")
     speculative = {"method": "mtp", "model": str(export), "num_speculative_tokens": number}
     command = [settings.python, "-m", "vllm.entrypoints.cli.main", "serve", base]
     command += ["--speculative-config", json.dumps(speculative), *settings.options]

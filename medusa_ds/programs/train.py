@@ -27,7 +27,7 @@ from medusa_ds import files
 from medusa_ds.config.parsing import parse_yaml, read_json, read_text
 from medusa_ds.config.recipe import Recipe, WandbSpec, find_recipe
 from medusa_ds.config.settings import RecipeSettings, parse
-from medusa_ds.errors import UserError
+from medusa_ds.errors import UserError, counted
 from medusa_ds.ranks import Ranks, exit_on_user_error, number_of
 
 if TYPE_CHECKING:
@@ -246,8 +246,9 @@ def _describe_data(report: dict[str, Any], steps: int) -> str:
     from medusa_ds.data.packing import told
 
     return (
-        f"data: {report['train_rows']} conversations to train on, {report['validation_rows']} held out, "
-        f"{report['supervised_tokens']:,} of {report['tokens']:,} tokens supervised; {steps} steps{told(report)}"
+        f"data: {counted(report['train_rows'], 'conversation')} to train on, {report['validation_rows']} held out, "
+        f"{report['supervised_tokens']:,} of {report['tokens']:,} tokens supervised; "
+        f"{counted(steps, 'step')}{told(report)}"
     )
 
 

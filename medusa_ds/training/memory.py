@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from medusa_ds.config.deepspeed import Zero, load, zero_settings
 from medusa_ds.config.recipe import Recipe, shipped
+from medusa_ds.errors import counted
 from medusa_ds.heads.kinds import KINDS, make_heads
 from medusa_ds.model.backbone import load_config
 from medusa_ds.ranks import Ranks
@@ -198,7 +199,7 @@ def choose(recipe: Recipe, parts: Parameters, config: Any, ranks: int, gpu_bytes
             work = activations_bytes(recipe, config, recomputed) + loss_bytes(recipe, config)
             need = int((gpu + work + CONTEXT_BYTES) * MARGIN)
             fits = need <= gpu_bytes and cpu <= cpu_bytes
-            why = f"{need / GIB:.1f} of {gpu_bytes / GIB:.1f} GiB on each of {ranks} GPUs"
+            why = f"{need / GIB:.1f} of {gpu_bytes / GIB:.1f} GiB on each of {counted(ranks, 'GPU')}"
             if cpu:
                 why += f" and {cpu / GIB:.0f} of {cpu_bytes / GIB:.0f} GiB on the CPU"
             tried.append(Choice(file, recomputed, need, cpu, fits, why))

@@ -260,7 +260,7 @@ def test_nothing_to_learn_from_is_an_error(tmp_path):
     (tmp_path / "x.jsonl").write_text(json.dumps({"messages": conversation_of("two " * 200, "four")}) + "\n")
     with pytest.raises(
         UserError,
-        match=r"data: no supervised token in 1 rows: 1 x no supervised token within "
+        match=r"data: no supervised token in 1 row: 1 x no supervised token within "
         r"data.max_length, first .*x.jsonl:1",
     ):
         load(tmp_path / "x.jsonl")

@@ -220,7 +220,7 @@ def test_a_path_that_names_another_method_is_refused(plugin: Any, make_run: Make
     ("changes", "text"),
     [
         ({"use_v2_model_runner": False}, "set VLLM_USE_V2_MODEL_RUNNER=1"),
-        ({"num_speculative_tokens": 4}, "num_speculative_tokens: found 4; there are 3 heads"),
+        ({"num_speculative_tokens": 4}, "num_speculative_tokens: found 4; allowed is at most 3, one a head"),
         ({"method": "medusa"}, 'start with "method": "mtp"'),
     ],
 )

@@ -108,7 +108,7 @@ def test_auto_is_told_for_the_gpus_of_this_machine_or_how_to_ask(said, monkeypat
     found = said("estimate", *asked)
     assert found == said("estimate", *asked, "--gpu", "h100-80gb", "--gpus", "4")
     assert "4 x H100 80GB: take deepspeed" in found
-    assert re.search(r"time: about [\d.]+ minutes on 4 x H100 80GB for 1 steps", found)
+    assert re.search(r"time: about [\d.]+ minutes on 4 x H100 80GB for 1 step", found)
     assert "2 x H100 80GB: take" in said("estimate", *asked, "--gpus", "2")
 
 

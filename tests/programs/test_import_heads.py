@@ -92,13 +92,13 @@ def test_hostile_damaged_and_foreign_files_are_refused(tmp_path: Path, monkeypat
         torch.save({"0.0.linear.weight": wrong}, file)
         assert f"0.0.linear.weight: found {found}; heads are vectors and matrices of floating-point" in refusal()
     torch.save({"64.0.linear.weight": torch.zeros(4, 4)}, file)
-    assert "found 65 heads of 1 blocks; allowed are at most 64 of each" in refusal()
+    assert "found 65 heads of 1 block; allowed are at most 64 of each" in refusal()
     torch.save({3: torch.zeros(4)}, file)
     assert "found 3; not heads" in refusal()
     says = {"base_model_name_or_path": "owner/model", "hidden_size": 576, "medusa_num_heads": 3}
     (tmp_path / "config.json").write_text(json.dumps(says))
     torch.save({"0.0.weight": torch.zeros(2, 2)}, file)
-    assert "found 1 heads of hidden size 2; config.json says 3 of 576" in refusal()
+    assert "found 1 head of hidden size 2; config.json says 3 of 576" in refusal()
     save_file({"model.embed_tokens.weight": torch.zeros(3)}, tmp_path / "model.safetensors")
     assert "model.embed_tokens.weight; not heads" in refusal()
 

@@ -83,7 +83,7 @@ def test_what_is_missing_is_said_in_a_line(
     ready = ["--python", environment(tmp_path, "vllm named medusa")]
     for argv, text in (
         ([export, "--python", str(tmp_path / "nothing")], "does not run"),
-        ([export, *ready, "--num-speculative-tokens", "4"], "found 4; there are 3 heads"),
+        ([export, *ready, "--num-speculative-tokens", "4"], "found 4; allowed is at most 3, one a head"),
         ([other, *ready, "--out", export], "has other heads than"),
         ([export, "--python", environment(tmp_path, "vllm named")], "vLLM has no Medusa plug-in"),
         ([export, "--python", environment(tmp_path, "vllm medusa")], "asks for a distribution named vllm"),

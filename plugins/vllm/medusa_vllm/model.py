@@ -164,7 +164,7 @@ def unusable(vllm_config: VllmConfig) -> str | None:
     if spec.method != "mtp":
         return f'speculative method {spec.method!r}: start with "method": "mtp"'
     if spec.num_speculative_tokens > number:
-        return f"num_speculative_tokens: found {spec.num_speculative_tokens}; there are {number} heads"
+        return f"num_speculative_tokens: found {spec.num_speculative_tokens}; allowed is at most {number}, one a head"
     if not vllm_config.use_v2_model_runner:
         return "vLLM's V1 model runner asks one head for all steps; set VLLM_USE_V2_MODEL_RUNNER=1"
     from vllm.v1.worker.gpu.spec_decode.eagle.utils import load_eagle_model
