@@ -70,12 +70,9 @@ class Supervisor:
         self._grandparent_pid = self._parent.ppid() if self._parent and launched else None
         if _is_orphan(self._parent):
             self._end(128 + signal.SIGHUP, "the launcher is gone; ending")
-        self._read_fd, write_fd = os.pipe()
-        os.set_blocking(self._read_fd, False)
-        os.set_blocking(write_fd, False)
-        self._write_fd = write_fd
+        self._read_fd, self._write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._old = [(number, signal.signal(number, _ignore)) for number in (signal.SIGTERM, signal.SIGINT)]
-        self._old_fd = signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
+        self._old_fd = signal.set_wakeup_fd(self._write_fd, warn_on_full_buffer=False)
         self._closed = threading.Event()
         os.register_at_fork(after_in_child=self._after_fork)
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
