@@ -133,6 +133,9 @@ def load_config(spec: ModelSpec) -> PretrainedConfig:
             known = AutoConfig.from_pretrained(**where)
             config = AutoConfig.from_pretrained(**where, **overrides) if overrides else known
     except UNREADABLE as error:
+        if (Path(spec.name) / "adapter_config.json").is_file():
+            mend = "merge it into its model (peft's merge_and_unload), save that and name it"
+            raise UserError(f"model.name: found an adapter in {spec.name}; {mend}") from None
         key = "model.config" if overrides or model_type else "model.name"
         raise UserError(f"{key}: {_why(error)}") from None
     names = {*known.to_dict(), *known.attribute_map, "rope_theta", "rope_scaling"}

@@ -127,6 +127,12 @@ def test_a_directory_without_weights_or_tokenizer_is_named(directory):
         load_config(ModelSpec(name=str(directory)))
 
 
+def test_an_adapter_alone_is_no_model(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/model"}')
+    with pytest.raises(UserError, match=r"model\.name: found an adapter in .*; merge it into its model"):
+        load_config(ModelSpec(name=str(tmp_path)))
+
+
 @pytest.mark.parametrize("lost", ["model.norm.weight", "lm_head.weight"])
 def test_weights_that_are_missing_are_not_made_up(directory, lost):
     """Neither where a file lacks them, nor where their shape is another. Mutation: leave the names of either out."""
