@@ -96,8 +96,10 @@ def from_other(
     hidden_size = next(iter([*blocks.values(), *projections.values()])).shape[-1]
     if projections and (token_map is None or own):
         vocab_size = projections[min(projections)].shape[0]
+    if vocab_size is None:
+        raise UserError(f"{where}: no projection tells the size of the vocabulary; write vocab_size into config.json")
     tokens = token_map if own else None
-    if tokens is not None and vocab_size is not None:
+    if tokens is not None:
         check_token_map(tokens, vocab_size, where)
         projections = {h: weight[tokens] for h, weight in projections.items()}
     shape: dict[str, Any] = {"num": num, "layers": layers, "lm_head": "own" if own else "shared"}
@@ -111,8 +113,8 @@ def from_other(
     heads |= {name: torch.zeros(hidden_size) for name in wanted.keys() - heads.keys() if name.endswith(".bias")}
     found = {name: tuple(tensor.shape) for name, tensor in heads.items()}
     wrong = sorted(name for name in wanted if found.get(name) != wanted[name])
-    if wrong or vocab_size is None:
-        text = f"{wrong[0]} is {found.get(wrong[0])}, not {wanted[wrong[0]]}" if wrong else "vocab_size is not given"
+    if wrong:
+        text = f"{wrong[0]} is {found.get(wrong[0])}, not {wanted[wrong[0]]}"
         raise UserError(f"{where}: {text}; the files do not form heads of one shape")
     state = {name: tensor.to(dtype) for name, tensor in heads.items()}
     return state | ({} if tokens is None else {"token_map": tokens}), shape

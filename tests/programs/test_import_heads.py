@@ -53,6 +53,9 @@ def test_published_heads_are_imported_without_biases_and_with_a_wrong_config(
         .blocks[0]
         .weight.equal(old["medusa_head.4.0.linear.weight"])
     )
+    torch.save({name: old[name] for name in old if "linear" in name}, tmp_path / "old" / "medusa_lm_head.pt")
+    error = refused("import", tmp_path / "old", tmp_path / "other", "--base-model", tiny_model)
+    assert "no projection tells the size of the vocabulary; write vocab_size into config.json" in error
 
 
 class Hostile:
