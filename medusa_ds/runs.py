@@ -140,7 +140,8 @@ class Saved:
         try:
             yield
         except UserError as error:
-            raise UserError(*(f"{self.folder}: its base model: {problem}" for problem in error.problems)) from None
+            where = f"{self.folder}: its base model (--base-model names another place)"
+            raise UserError(*(f"{where}: {problem}" for problem in error.problems)) from None
 
     def _misfit(self, error: RuntimeError) -> UserError:
         return UserError(f"{self.folder}: does not fit {self.model.name} ({one_line(error, 300)})")
@@ -189,6 +190,8 @@ class RunSettings(ProgramSettings):
 
     name: Positional[str] = Field(alias="run")
     """A run's output, its `heads`, OUTPUT/checkpoints/best, an export, or smollm2_135m: the heads that come along."""
+    base_model: str | None = Field(None, title="MODEL")
+    """Hub id or directory of the base model, where it is not where it was in training."""
     device: str | None = None
     """`cuda` or `cpu`; without it, a GPU if there is one."""
     dtype: Literal["bf16", "fp32"] | None = None
@@ -196,10 +199,14 @@ class RunSettings(ProgramSettings):
     compile_step: bool = Field(False, alias="compile")
     """Fuse the decoding step with torch.compile: about a minute once, seconds from the second start on."""
 
+    def open_run(self) -> Saved:
+        """The files of the run, checked."""
+        return open_run(self.name, self.base_model)
+
     def load_run(self, saved: Saved | None = None) -> Run:
         """The run on its device, already opened or not."""
         liger = False if self.compile_step else None  # what Liger fuses, Inductor fuses with more
-        return load_run(saved or self.name, *place(self.device, self.dtype), liger)
+        return load_run(saved or self.open_run(), *place(self.device, self.dtype), liger)
 
 
 class PromptSettings(RunSettings):
@@ -235,19 +242,20 @@ class PromptSettings(RunSettings):
                 write_json(Path(self.json_file), with_nulls(report))
 
 
-def open_run(name: str | Path) -> Saved:
+def open_run(name: str | Path, base_model: str | None = None) -> Saved:
     """Find and check the files of a run.
 
-    It is an output directory, a heads folder, a checkpoint, an export, or a folder's name in `PRETRAINED`.
+    It is an output directory, a heads folder, a checkpoint, an export, or a folder's name in `PRETRAINED`. `base_model`
+    names its base model in place of what it says itself.
 
     Raises:
-        UserError: none of these, not finished, or damaged.
+        UserError: none of these, not finished, or damaged; a base model for a run that has its own.
     """
     given = Path(name)
     shipped = not given.exists() and (PRETRAINED / given.name / "heads.json").is_file() and given.name == str(name)
     given = PRETRAINED / given if shipped else given
     if (given / "manifest.json").is_file():
-        return _open_checkpoint(given.resolve())
+        return _open_checkpoint(given.resolve(), base_model)
     inside = (given / "heads" / "heads.json").is_file()
     folder = given / "heads" if inside else given
     if not (folder / "heads.json").is_file():
@@ -258,9 +266,11 @@ def open_run(name: str | Path) -> Saved:
             f"or {', '.join(sorted(folder.name for folder in PRETRAINED.iterdir()))}"
         )
     config, weights = load_heads(folder)
-    kept = _from_recipe(config["recipe"], folder / "heads.json")
+    kept = _from_recipe(config["recipe"], folder / "heads.json", base_model)
     model = kept.model
     if kept.stage == 2:
+        if base_model:
+            raise UserError(f"--base-model: found it, but {folder.parent} has its own, tuned in stage 2; leave it out")
         tuned = folder.parent / "backbone"
         if not tuned.is_dir():
             raise UserError(f"{tuned}: missing; stage 2 tuned the backbone of these heads: keep both folders together")
@@ -279,12 +289,12 @@ def open_run(name: str | Path) -> Saved:
     )
 
 
-def _open_checkpoint(folder: Path) -> Saved:
+def _open_checkpoint(folder: Path, base_model: str | None) -> Saved:
     if problems := check(folder):
         raise UserError(*(f"{problem}; name another checkpoint" for problem in problems))
     output, reader = folder.parents[1], Reader(folder)
     text = read_text(output / "recipe.yaml")
-    kept = _from_recipe(text, output / "recipe.yaml")
+    kept = _from_recipe(text, output / "recipe.yaml", base_model)
     config, weights = load_config(kept.model).get_text_config(), _masters(reader, "heads.")
     if token_map := reader.state.get("engine", {}).get("token_map"):
         weights["token_map"] = torch.tensor(token_map, dtype=torch.int64)
@@ -357,9 +367,11 @@ class _Kept(NamedTuple):
     template_args: dict[str, Any]
 
 
-def _from_recipe(text: str, where: Path) -> _Kept:
+def _from_recipe(text: str, where: Path, base_model: str | None) -> _Kept:
     raw, _ = parse_yaml(text, str(where))
     try:
+        if base_model:
+            raw["model"] |= {"name": base_model, "revision": None}
         model, heads = ModelSpec.model_validate(raw["model"]), HeadsSpec.model_validate(raw["heads"])
         return _Kept(model, heads, int(raw["stage"]), dict(raw["data"].get("template_args") or {}))
     except (KeyError, TypeError, ValueError) as error:

@@ -11,7 +11,7 @@ from medusa_ds.config.types import Count, Seed
 from medusa_ds.decoding.acceptance import AcceptanceSettings
 from medusa_ds.decoding.decoder import Decoder, Generation, StopStrings
 from medusa_ds.errors import UserError, counted
-from medusa_ds.runs import Run, RunSettings, Saved, encode, open_run
+from medusa_ds.runs import Run, RunSettings, Saved, encode
 
 HELP = """/clear begins anew, /exit leaves, /help prints this; all else is said to the model
 Ctrl-C stops an answer; at the prompt it leaves, as Ctrl-D does"""
@@ -32,7 +32,7 @@ class Settings(AcceptanceSettings, RunSettings):
 
 def run(settings: Settings) -> None:
     """Decode with a run's heads."""
-    saved, first = open_run(settings.name), [{"role": "user", "content": settings.prompt or ""}]
+    saved, first = settings.open_run(), [{"role": "user", "content": settings.prompt or ""}]
     if settings.prompt is not None:  # refused before the model is loaded
         _fitting(saved, first, saved.position_limit())
     run = settings.load_run(saved)

@@ -21,7 +21,7 @@ from medusa_ds.decoding.trees import RankCounts, Tree, best_tree, chain
 from medusa_ds.errors import UserError
 from medusa_ds.files import check_writable
 from medusa_ds.progress import progress
-from medusa_ds.runs import PromptSettings, encode, open_run, save_tree
+from medusa_ds.runs import PromptSettings, encode, save_tree
 
 WIDTH = 10  # guesses of a head that are told apart
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
@@ -39,7 +39,7 @@ def run(settings: Settings) -> Report:
     """Find the best tree for a run, print what was found and write it into the run's `heads.json`."""
     nodes = settings.nodes
     prompts = read_prompts("--prompts", settings.prompts, settings.limit)
-    saved = open_run(settings.name)
+    saved = settings.open_run()
     config_file = saved.config_file
     if config_file is None:
         raise UserError(

@@ -7,7 +7,6 @@ import pytest
 
 from medusa_ds import runs
 from medusa_ds.cli import main
-from medusa_ds.errors import UserError
 from medusa_ds.model import backbone
 from medusa_ds.programs import distill, export
 
@@ -169,11 +168,14 @@ def test_a_run_of_another_version_is_told_before_its_model_loads(key, value, fra
     assert fragment in refused("generate", file.parents[1], "--prompt", "x")
 
 
-def test_a_base_model_that_has_moved_is_named_with_the_heads(make_run, tiny_model, place):
+def test_a_base_model_that_has_moved_is_named_with_the_heads(make_run, tiny_model, refused):
     file = make_run() / "heads" / "heads.json"
     file.write_text(file.read_text().replace(str(tiny_model), "/nowhere/model"))
-    with pytest.raises(UserError, match=r"heads: its base model: model.name: found '/nowhere/model'"):
-        runs.load_run(file.parents[1], *runs.place("cpu"))
+    message = refused("generate", file.parents[1], "--prompt", "x")
+    assert "heads: its base model (--base-model names another place): model.name: found '/nowhere/model'" in message
+    tuned = make_run("tuned", "stage=2", f"heads.init_from={file.parents[1]}")
+    again = refused("generate", tuned, "--prompt", "x", "--base-model", tiny_model)
+    assert "--base-model: found it, but" in again and "has its own, tuned in stage 2" in again
 
 
 def test_a_checkpoint_that_is_damaged_is_named_and_not_evaluated(checkpointed, refused):

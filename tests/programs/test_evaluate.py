@@ -349,7 +349,18 @@ def test_generate_names_the_run_whose_base_model_is_missing(output, refused):
     """Before it reads the prompt. Mutation: the base model's own error."""
     (output.parent / "model" / "config.json").unlink()
     for more in ([], ["--prompt", "Hi"]):
-        assert "heads: its base model: model.name: " in refused("generate", output, *more, "--device", "cpu")
+        assert "heads: its base model (--base-model names another place): model.name: " in refused(
+            "generate", output, *more, "--device", "cpu"
+        )
+
+
+def test_a_base_model_that_has_moved_is_found_where_the_user_says(output, said):
+    """Mutation: leave the option out of a checkpoint's way."""
+    ask = ["--prompt", "Hi", "--max-new-tokens", "8", "--device", "cpu"]
+    runs = [output, output / "checkpoints" / "best"]
+    wanted = [said("generate", run, *ask) for run in runs]
+    moved = (output.parent / "model").rename(output.parent / "moved")
+    assert [said("generate", run, *ask, "--base-model", moved) for run in runs] == wanted
 
 
 def test_a_chat_goes_on_where_a_conversation_has_grown_over_the_limit(output, capsys, monkeypatch):
