@@ -134,6 +134,13 @@ BAD: dict[str, tuple[str, list[str], str | None, list[str]]] = {
         None,
         ["output (from the command line): found a #, which begins a comment in YAML; quote the value"],
     ),
+    "comment in place of a value": (GOOD, ["output=#2"], None, ["output (from the command line): found a #, which"]),
+    "text for the positions": (
+        GOOD,
+        ["model.config={model_type: llama, max_position_embeddings: '64'}", "data.max_length=8"],
+        None,
+        ["data.max_length", "found 8"],
+    ),
     "neither a switch nor a section": (GOOD, ["train.wandb=[1]"], None, ["train.wandb (from", "found [1]", "project"]),
     "unknown key of a switch's section": (
         GOOD,

@@ -75,7 +75,7 @@ def load(path: Path) -> dict[str, Any]:
     settings = _without_auto(settings)
     zero = settings.get("zero_optimization", {})
     for old, key in (("cpu_offload", "offload_optimizer"), ("cpu_offload_param", "offload_param")):
-        if zero.pop(old, None):  # names of DeepSpeed's first versions
+        if zero.pop(old, None) is True:  # names of DeepSpeed's first versions
             zero.setdefault(key, {"device": "cpu"})
     return settings
 

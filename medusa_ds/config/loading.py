@@ -99,7 +99,7 @@ def apply_overrides(raw: dict[str, Any], overrides: list[str] | tuple[str, ...])
         if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", key, re.ASCII):
             problems.append(f"{text}: not an override; write key.path=value, as in train.lr=1e-3")
             continue
-        if re.match(r"[^'\"\[{|>].*\s#", value):
+        if re.match(r"\s*#|[^'\"\[{|>].*\s#", value):
             problems.append(
                 f"{key} (from the command line): found a #, which begins a comment in YAML; quote the value"
             )
@@ -226,11 +226,14 @@ def positions_of(config: dict[str, Any]) -> int | None:
 
     With `linear` and `yarn` published configs name the positions before or after; those of the others are after.
     """
-    positions: int | None = config.get("max_position_embeddings")
-    rope = config.get("rope_parameters") or config.get("rope_scaling")
-    if positions and isinstance(rope, dict) and rope.get("rope_type", rope.get("type")) in ("linear", "yarn"):
-        before = rope.get("original_max_position_embeddings") or positions
-        positions = max(positions, int((rope.get("factor") or 1) * before))
+    positions = config.get("max_position_embeddings")
+    if type(positions) is not int:  # which transformers refuses
+        return None
+    rope = config.get("rope_scaling") or config.get("rope_parameters")  # of both, transformers takes the first
+    if isinstance(rope, dict) and rope.get("rope_type", rope.get("type")) in ("linear", "yarn"):
+        before, factor = rope.get("original_max_position_embeddings") or positions, rope.get("factor") or 1
+        if {type(before), type(factor)} <= {int, float}:
+            positions = max(positions, int(factor * before))
     return positions
 
 

@@ -104,8 +104,9 @@ def test_offload_under_its_first_name_is_offload(place: Path) -> None:
     assert ds_config.zero_settings(config) == (2, True, False)
     config = load(place, {"zero_optimization": {"stage": 3, "cpu_offload_param": True}}).ds_config(1, on_gpu=True)
     assert ds_config.zero_settings(config) == (3, False, True)
-    config = load(place, {"zero_optimization": {"stage": 2, "cpu_offload": False}}).ds_config(1, on_gpu=True)
-    assert ds_config.zero_settings(config) == (2, False, False)
+    for off in (False, "auto"):
+        config = load(place, {"zero_optimization": {"stage": 2, "cpu_offload": off}}).ds_config(1, on_gpu=True)
+        assert ds_config.zero_settings(config) == (2, False, False)
 
 
 def test_precision_follows_the_device(place: Path) -> None:

@@ -283,6 +283,10 @@ def test_positions_of_stretched_rotary_embeddings_count(place: Path) -> None:
         ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, 100),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 50}}, 100),
         ({"rope_scaling": None}, 100),
+        ({"rope_scaling": {"type": "linear", "factor": 4}, "rope_parameters": {"rope_type": "default"}}, 400),
+        ({"rope_scaling": {"type": "linear", "factor": "4"}}, 100),
+        ({"rope_scaling": {"type": "linear", "factor": [4]}}, 100),
+        ({"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 4.0}}}, 100),
     ):
         (place / "model" / "config.json").write_text(json.dumps({"max_position_embeddings": 100, **rope}))
         Recipe.load("r.yaml", ["model.name=model", f"data.max_length={positions}"])
