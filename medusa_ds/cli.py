@@ -28,13 +28,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     # transformers imports deepspeed, which warns when there is no GPU; Liger tells which kernels it has not
     for name in ("DeepSpeed", "torch.utils.cpp_extension", "liger_kernel.backends.registry"):
         logging.getLogger(name).addFilter(lambda record: record.levelno > logging.WARNING)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    given = sys.argv[1:] if argv is None else argv
+    # the launcher names the rank: `deepspeed --module medusa_ds.cli prepare RECIPE --hidden`
+    name, *rest = [text for text in given if not text.startswith("--local_rank=")] or ["--help"]
+    if name != "serve":  # whose vLLM inherits the environment, and has its own to say
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        if not sys.stderr.isatty():
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     with exit_on_user_error(), storage("a file"):
-        given = sys.argv[1:] if argv is None else argv
-        # the launcher names the rank: `deepspeed --module medusa_ds.cli prepare RECIPE --hidden`
-        name, *rest = [text for text in given if not text.startswith("--local_rank=")] or ["--help"]
         try:
             if name in ("-h", "--help"):
                 print(_overview())

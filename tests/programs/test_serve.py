@@ -16,7 +16,8 @@ import json, os, sys
 if sys.argv[1] == "-c":
     print({found!r})
 else:
-    print(json.dumps([sys.argv[1:], os.environ["VLLM_USE_V2_MODEL_RUNNER"]]))
+    quiet = [name for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS") if name in os.environ]
+    print(json.dumps([sys.argv[1:], " ".join([os.environ["VLLM_USE_V2_MODEL_RUNNER"], *quiet])]))
 """
 
 
@@ -46,6 +47,8 @@ def test_vllm_is_started_with_an_export_and_all_further_options(
     run, python = make_run(), environment(tmp_path, "vllm named medusa other")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS"):  # which other commands set
+        monkeypatch.delenv(name, raising=False)
     argv = [str(run), "--python", python, "--port", "8001", "--enforce-eager"]
     (arguments, runner) = served(argv, capfd)
     export = tmp_path / "run-vllm"
