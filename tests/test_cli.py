@@ -160,6 +160,18 @@ def test_prepare_says_what_a_truncated_vocabulary_covers(tiny_recipe: Path, said
     assert shares is not None and all(50 < float(share) <= 100 for share in shares.groups())
 
 
+def test_prepare_counts_the_tokens_that_heads_of_a_finished_run_keep(
+    tiny_recipe: Path, tmp_path: Path, make_run: Callable[..., Path], said: Callable[..., str]
+) -> None:
+    """Mutations: count the most frequent ones; refuse where that run has not ended, whose data can be prepared."""
+    import torch
+
+    stage2 = ("stage=2", "heads.vocab=64", f"heads.init_from={tmp_path / 'first'}")
+    assert f"known once the heads of {tmp_path / 'first'} are there" in said("prepare", tiny_recipe, *stage2)
+    make_run("first", "heads.vocab=64", tokens=torch.arange(3, 67))
+    assert "heads.vocab: 64 of 300 tokens cover 0.00% of training labels" in said("prepare", tiny_recipe, *stage2)
+
+
 def test_estimate_of_a_hidden_cache_is_what_filling_writes(
     tiny_recipe: Path, tmp_path: Path, said: Callable[..., str], refused: Callable[..., str]
 ) -> None:

@@ -7,6 +7,7 @@ Example:
     medusa-ds prepare smollm2_135m_stage1 data.path=mine.jsonl
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,6 +61,8 @@ def run(settings: Settings) -> None:
 def _vocabulary(recipe: Recipe, data: Data, tokenizer: Any) -> list[str]:
     """What a truncated vocabulary covers, for the recipe's size or, where it has all tokens, for some."""
     config, chosen, start = load_config(recipe.model).get_text_config(), recipe.heads.vocab, recipe.heads.init_from
+    if start and chosen != "full" and not Path(start).exists():
+        return [f"heads.vocab: what it covers is known once the heads of {start} are there, whose tokens stay"]
     kept = load_heads(start)[1].get("token_map") if start and chosen != "full" else None
     splits = {"training": data.train, "held-out": data.validation}
     counts = {name: label_counts(sequences, config.vocab_size) for name, sequences in splits.items()}
@@ -70,5 +73,5 @@ def _vocabulary(recipe: Recipe, data: Data, tokenizer: Any) -> list[str]:
     for size in sizes:
         tokens = most_frequent(counts["training"], size, always) if kept is None else kept.numpy()
         shares = ", ".join(f"{coverage(of, tokens):.2%} of {name} labels" for name, of in counts.items() if of.any())
-        lines.append(f"heads.vocab: {size:,} of {config.vocab_size:,} tokens cover {shares}")
+        lines.append(f"heads.vocab: {len(tokens):,} of {config.vocab_size:,} tokens cover {shares}")
     return lines
