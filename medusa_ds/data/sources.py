@@ -185,7 +185,8 @@ def open_source(where: str, source: SourceSpec) -> tuple[_Rows, str]:
         return _open_hub(where, source)
     if source.split != "train":
         raise UserError(f"{where}: {path}: found split {source.split!r}, which only hub datasets have; remove it")
-    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+    there = {name for name in ("dataset_dict.json", "dataset_info.json", "state.json") if (path / name).is_file()}
+    if there >= {"dataset_info.json", "state.json"} or "dataset_dict.json" in there:
         raise UserError(
             f"{where}: {path}: found a data set of save_to_disk; write it with its to_parquet, and name that"
         )

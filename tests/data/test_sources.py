@@ -228,6 +228,13 @@ def test_weights_draw_or_repeat_rows(tmp_path):
     assert messages(load(spec, seed=1).train) != messages(found.train)
 
 
+def test_a_directory_may_hold_a_file_that_save_to_disk_writes_too(tmp_path):
+    """Mutation: take any `state.json` for a part of a saved data set."""
+    for name in ("train.jsonl", "state.json"):
+        write(tmp_path / name, row(name))
+    assert len(load(tmp_path).train) == 2
+
+
 def test_sample_brings_its_own_validation_part():
     found = load_conversations(DataSpec(path="sample"))
     assert {item["source"].split(":")[0].rsplit("/", 1)[1] for item in found.validation} == {"validation.jsonl"}
