@@ -73,7 +73,7 @@ def from_other(
     for name, tensor in tensors.items():
         short = re.sub(r"^medusa_heads?\.", "", str(name))
         is_weight = torch.is_tensor(tensor) and tensor.is_floating_point() and tensor.dim() > 0
-        if not is_weight and short != "token_map":
+        if not is_weight and not (short == "token_map" and torch.is_tensor(tensor)):
             kind = f"{list(tensor.shape)} of {tensor.dtype}" if torch.is_tensor(tensor) else type(tensor).__name__
             raise UserError(f"{where}: {name}: found {kind}; heads are vectors and matrices of floating-point numbers")
         if match := _BLOCK.fullmatch(short):
@@ -98,14 +98,10 @@ def from_other(
         vocab_size = projections[min(projections)].shape[0]
     if vocab_size is None:
         raise UserError(f"{where}: no projection tells the size of the vocabulary; write vocab_size into config.json")
-    tokens = token_map if own else None
-    if tokens is not None:
-        check_token_map(tokens, vocab_size, where)
-        projections = {h: weight[tokens] for h, weight in projections.items()}
     shape: dict[str, Any] = {"num": num, "layers": layers, "lm_head": "own" if own else "shared"}
     shape |= {"hidden_size": hidden_size, "vocab_size": vocab_size}
     with torch.device("meta"):
-        like = make_heads({"kind": "medusa"} | shape, token_map=None if tokens is None else tokens.to("meta"))
+        like = make_heads({"kind": "medusa"} | shape)
     wanted = {name: tuple(parameter.shape) for name, parameter in like.named_parameters()}
     dtype = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
     heads = {f"{h}.projection.weight": weight for h, weight in projections.items() if own}
@@ -117,4 +113,8 @@ def from_other(
         text = f"{wrong[0]} is {found.get(wrong[0])}, not {wanted[wrong[0]]}"
         raise UserError(f"{where}: {text}; the files do not form heads of one shape")
     state = {name: tensor.to(dtype) for name, tensor in heads.items()}
-    return state | ({} if tokens is None else {"token_map": tokens}), shape
+    if token_map is not None and own:
+        check_token_map(token_map, vocab_size, where)
+        state = {name: tensor[token_map] if "projection" in name else tensor for name, tensor in state.items()}
+        state["token_map"] = token_map
+    return state, shape

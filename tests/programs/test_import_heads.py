@@ -81,8 +81,12 @@ def test_hostile_damaged_and_foreign_files_are_refused(tmp_path: Path, monkeypat
     good = {"0.0.linear.weight": torch.zeros(4, 4), "0.1.weight": torch.zeros(9, 4), "1.1.weight": torch.zeros(9, 4)}
     torch.save(good, file)
     assert "1.blocks.0.weight is None, not (4, 4)" in refusal()
-    torch.save({"token_map": torch.zeros(3), **good}, file)
-    assert "token_map" in refusal()
+    for token_map, found in ((torch.zeros(3), "not a list of int64"), ([1, 2], "token_map: found list; heads are")):
+        torch.save({"token_map": token_map, **good, "1.0.linear.weight": torch.zeros(4, 4)}, file)
+        assert found in refusal()
+    few = {"token_map": torch.tensor([1, 8]), **good, "1.0.linear.weight": torch.zeros(4, 4)}
+    torch.save(few | {"1.1.weight": torch.zeros(7, 4)}, file)
+    assert "1.projection.weight is (7, 4), not (9, 4)" in refusal()
     torch.save({**good, "0.0.linear.bias": torch.zeros(5)}, file)
     assert "0.blocks.0.bias is (5,), not (4,)" in refusal()
     torch.save([torch.zeros(4, 4)], file)
