@@ -114,7 +114,8 @@ def exit_on_user_error() -> Iterator[None]:
         yield
     except UserError as error:
         local_rank = os.environ.get("LOCAL_RANK", "")
-        if error.one_rank or not local_rank.isdigit() or int(local_rank) == 0:
+        alone = os.environ.get("WORLD_SIZE") in (None, "", "1")  # a LOCAL_RANK is then one that was left there
+        if error.one_rank or alone or not local_rank.isdigit() or int(local_rank) == 0:
             sys.stdout.flush()
             for problem in error.problems:
                 print(f"error: {problem}", file=sys.stderr, flush=True)

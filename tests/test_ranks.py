@@ -82,9 +82,11 @@ def test_what_no_launcher_sets_is_a_line_before_a_model_is_asked(
 def test_a_mistake_is_told_whatever_the_local_rank(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Mutation: ask `Ranks` who shall tell it."""
-    for name, value in (("LOCAL_RANK", "abc"), ("RANK", "abc")):
-        monkeypatch.setenv(name, value)
-    with pytest.raises(SystemExit, match="2"), exit_on_user_error():
-        raise UserError("a mistake")
-    assert capsys.readouterr().err == "error: a mistake\n"
+    """Mutations: ask `Ranks` who shall tell it; leave it to rank 0 where there is no other rank."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for local_rank, rank in (("abc", "abc"), ("1", "")):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit, match="2"), exit_on_user_error():
+            raise UserError("a mistake")
+        assert capsys.readouterr().err == "error: a mistake\n"
