@@ -75,13 +75,13 @@ def run(settings: Settings) -> None:
         UserError: a case that its recipe does not allow, a file cannot be read or written, or not one
             case could be measured.
     """
-    check_writable(Path(settings.json_file), "--json")
     for option, place in (("--pictures", settings.pictures), ("--profile", settings.profile)):
         if place:
             check_writable(Path(place), option, directory=True)
     if settings.drawn:
         _draw(_read(settings.drawn), settings.pictures or "pictures")
         return
+    check_writable(Path(settings.json_file), "--json")
     _plan(settings)  # every mistake before anything is measured
     report: dict[str, Any] = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv, "results": []}
     with _stopped_by_signals():
