@@ -141,7 +141,7 @@ def _walk(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], problems: l
     elif any("\ud800" <= char <= "\udfff" for char in node.value):
         problems.append(f"{where}:{node.start_mark.line + 1}: found half a surrogate pair; write the character itself")
     elif path[:2] in _OPEN and len(path) > 2 and getattr(node, "style", "") is None and _SWITCH.fullmatch(node.value):
-        text = f"found {node.value}, which is text here and true to a template; write true or false, or quote it"
+        text = f"found {node.value}, which is text here and so counts as true; write true or false, or quote it"
         problems.append(f"{where}:{node.start_mark.line + 1}: {text}")
 
 
