@@ -76,7 +76,7 @@ def load(path: Path) -> dict[str, Any]:
     zero = settings.get("zero_optimization", {})
     for old, key in (("cpu_offload", "offload_optimizer"), ("cpu_offload_param", "offload_param")):
         if zero.pop(old, None) is True:  # names of DeepSpeed's first versions
-            zero.setdefault(key, {"device": "cpu"})
+            zero[key] = zero.get(key) or {"device": "cpu"}
     return settings
 
 

@@ -102,7 +102,9 @@ def test_offload_under_its_first_name_is_offload(place: Path) -> None:
     """Mutation: hand it to DeepSpeed, which then refuses the optimizer that is not made for it."""
     config = load(place, {"zero_optimization": {"stage": 2, "cpu_offload": True}}).ds_config(1, on_gpu=True)
     assert ds_config.zero_settings(config) == (2, True, False)
-    config = load(place, {"zero_optimization": {"stage": 3, "cpu_offload_param": True}}).ds_config(1, on_gpu=True)
+    config = load(
+        place, {"zero_optimization": {"stage": 3, "cpu_offload_param": True, "offload_param": None}}
+    ).ds_config(1, on_gpu=True)
     assert ds_config.zero_settings(config) == (3, False, True)
     for off in (False, "auto"):
         config = load(place, {"zero_optimization": {"stage": 2, "cpu_offload": off}}).ds_config(1, on_gpu=True)
