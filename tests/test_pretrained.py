@@ -1,7 +1,6 @@
 """Heads that the package ships."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -57,11 +56,8 @@ def test_they_are_found_by_name_and_decode_with_their_tree(run):
 
 def test_a_tree_is_not_written_into_the_package(run, tmp_path):
     (tmp_path / "prompts.jsonl").write_text('{"turns": ["Hello"]}\n')
-    settings = SimpleNamespace(
-        name=run[0], prompts=str(tmp_path / "prompts.jsonl"), limit=1, nodes=None, load=lambda: run[1]
-    )
     with pytest.raises(UserError, match="sealed"):
-        tree.run(settings)
+        tree.run(tree.Settings(run=run[0], prompts=str(tmp_path / "prompts.jsonl")))
 
 
 def test_a_directory_of_that_name_comes_first(run, tmp_path, monkeypatch):
