@@ -53,7 +53,7 @@ def start(case: Case, recipe: Recipe, rank: int, folder: Path) -> Training:
     data: Data | None = None
     tokenizer: Any = None
     chosen: str | None = None
-    fewer = 0 if recipe.heads.vocab == "full" else int(recipe.heads.vocab)
+    fewer = recipe.heads.vocab != "full"
     if case.part != "step":
         data, tokenizer = load_conversations(recipe)
     if case.impl in ORIGINALS:
@@ -65,7 +65,7 @@ def start(case: Case, recipe: Recipe, rank: int, folder: Path) -> Training:
     else:
         build = build_model
         if data is None and fewer:
-            build = partial(build_model, token_map=torch.arange(fewer))
+            build = partial(build_model, token_map=torch.arange(recipe.heads.rows(0)))
         elif data is not None and (fewer or case.impl in CACHED):
             config = load_config(recipe.model).get_text_config()
             if len(tokenizer) > config.vocab_size:
@@ -89,5 +89,5 @@ def start(case: Case, recipe: Recipe, rank: int, folder: Path) -> Training:
         step, model = take, engine.model
         recomputed = engine.recipe.train.activation_checkpointing if case.stage == 2 else False
         chosen = f"{Path(engine.recipe.deepspeed).stem}, recomputed: {recomputed}"
-    known = fewer if data is None and fewer else model.heads.vocab_size
-    return Training(step, model, make_feed(case, data, known, rank), data, chosen)
+    vocab_size = recipe.heads.rows(model.heads.vocab_size) if data is None else model.heads.vocab_size
+    return Training(step, model, make_feed(case, data, vocab_size, rank), data, chosen)

@@ -266,9 +266,14 @@ class Zero(NamedTuple):
 
 def zero_settings(config: dict[str, Any]) -> Zero:
     """What a DeepSpeed config says of ZeRO."""
+    offloads = (device != "none" for device in offload_devices(config).values())
+    return Zero((config.get("zero_optimization") or {}).get("stage", 0), *offloads)
+
+
+def offload_devices(config: dict[str, Any]) -> dict[str, str]:
+    """Where a DeepSpeed config puts the optimizer and the parameters, by its key: none, cpu or nvme."""
     zero = config.get("zero_optimization") or {}
-    devices = [(zero.get(key) or {}).get("device", "none") for key in ("offload_optimizer", "offload_param")]
-    return Zero(zero.get("stage", 0), *(device != "none" for device in devices))
+    return {key: (zero.get(key) or {}).get("device", "none") for key in ("offload_optimizer", "offload_param")}
 
 
 def _unknown(key: str, known: Collection[str], prefix: str = "") -> Iterator[str]:

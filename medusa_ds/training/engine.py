@@ -28,7 +28,7 @@ from torch import nn
 from transformers.integrations import HfDeepSpeedConfig
 
 from medusa_ds import files
-from medusa_ds.config.deepspeed import clips_in_adam, zero_settings
+from medusa_ds.config.deepspeed import clips_in_adam, offload_devices, zero_settings
 from medusa_ds.config.recipe import Recipe
 from medusa_ds.errors import UserError, one_line
 from medusa_ds.heads.files import different_maps, save_heads
@@ -76,11 +76,10 @@ def _refused_by_deepspeed(file: str) -> Iterator[None]:
 
 def _prepare_nvme(config: dict[str, Any], file: str) -> None:
     """Refuse offload to NVMe where DeepSpeed cannot compile what reads and writes it, before a model is loaded."""
-    zero = config.get("zero_optimization") or {}
-    keys = [key for key in ("offload_param", "offload_optimizer") if (zero.get(key) or {}).get("device") == "nvme"]
+    keys = [key for key, device in offload_devices(config).items() if device == "nvme"]
     if keys and not AsyncIOBuilder().is_compatible():
         mend = "install libaio-dev (libaio-devel), or name its place in CFLAGS and LDFLAGS, or offload to cpu"
-        key = f"zero_optimization.{keys[0]}.device"
+        key = f"zero_optimization.{keys[-1]}.device"
         raise UserError(f"{file}: {key}: found nvme, but DeepSpeed finds no libaio to compile async_io with; {mend}")
     if keys:
         announce("async_io")
