@@ -25,7 +25,10 @@ def processes(run: Run) -> dict[str, psutil.Process]:
         runner = psutil.Process(run.process.pid)
         found = {"runner": runner}
         for child in runner.children(recursive=True):
-            command = " ".join(child.cmdline())
+            try:
+                command = " ".join(child.cmdline())
+            except psutil.NoSuchProcess:  # a short-lived one, such as a probe of DeepSpeed's, has ended meanwhile
+                continue
             if rank := re.search(r"--local_rank=(\d)", command):
                 found.setdefault(f"rank {rank[1]}", child)
             elif "deepspeed.launcher.launch" in command:
