@@ -8,7 +8,6 @@ would change what a step computes.
 """
 
 import ast
-import copy
 import difflib
 import functools
 import importlib.util
@@ -55,7 +54,6 @@ _OTHERS = {
 }
 _HOLDERS = {name.rpartition(".")[2] for name in (*_MODELS, *_OTHERS)} | {"params", "device"}
 """Keys where `"auto"` is as good as nothing; elsewhere it is a value that follows from the recipe or the model."""
-_COUNTS = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"}
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -92,11 +90,6 @@ def _problems(settings: dict[str, Any]) -> Iterator[str]:
             yield from _unknown(key, TOP_LEVEL)
         elif not _is_off(value) and (key, value) != ("sequence_parallel_size", 1):
             yield f"{key}: is not supported here; remove it"
-        if key in _COUNTS and value != "auto" and not (type(value) is int and value >= 1):
-            yield f'{key}: found {value!r}; allowed is a whole number of at least 1, or "auto"'
-    clipping = settings.get("gradient_clipping", "auto")
-    if clipping != "auto" and not (type(clipping) in (int, float) and clipping >= 0):
-        yield f'gradient_clipping: found {clipping!r}; allowed is a number of at least 0, or "auto"'
     if settings.get("gradient_allreduce_op", "mean") != "mean":
         yield f"gradient_allreduce_op: found {settings['gradient_allreduce_op']!r}; allowed is mean"
     every = settings.get("steps_per_print", "auto")
@@ -174,12 +167,12 @@ def _refusal(section: str, key: str, value: Any, kind: str) -> str | None:
 
 def _is_off(value: Any) -> bool:
     if isinstance(value, dict):
-        return not value or value.get("enabled") is False or value.get("enabled") == "auto"
-    return value in (None, "auto") or value is False
+        return not value or value.get("enabled") in (False, "auto")
+    return value in (None, False, "auto")
 
 
 def resolve(settings: dict[str, Any], path: Path, owned: dict[str, Any], recipe_file: Path | None) -> dict[str, Any]:
-    """Merge a DeepSpeed JSON, as `load` returned it, with the values that the recipe owns, by dotted DeepSpeed key.
+    """Merge the values that the recipe owns, by dotted DeepSpeed key, into a DeepSpeed JSON, as `load` returned it.
 
     Returns:
         The config for `deepspeed.initialize`, free of `"auto"` where the recipe owns the value; sizes that follow
@@ -189,14 +182,13 @@ def resolve(settings: dict[str, Any], path: Path, owned: dict[str, Any], recipe_
     Raises:
         UserError: all keys set in both that differ, with the two files.
     """
-    merged = copy.deepcopy(settings)
-    if "bfloat16" in merged:  # DeepSpeed's old name of the section
-        merged.setdefault("bf16", merged.pop("bfloat16"))
+    if "bfloat16" in settings:  # DeepSpeed's old name of the section
+        settings.setdefault("bf16", settings.pop("bfloat16"))
     owner = str(recipe_file or "the recipe")
     problems = []
     for key, value in owned.items():
         *parents, last = key.split(".")
-        target = merged
+        target = settings
         for part in parents:
             target = target.setdefault(part, {})
         found = target.get(last, "auto")
@@ -208,23 +200,17 @@ def resolve(settings: dict[str, Any], path: Path, owned: dict[str, Any], recipe_
         target[last] = value
     known = {key.rpartition(".")[2] for key in owned if key.startswith("optimizer.params.")}
     for name, setting in (("optimizer", "train.lr, train.betas, ..."), ("scheduler", "train.schedule, ...")):
-        params = merged.get(name, {}).get("params", {})
+        params = settings.get(name, {}).get("params", {})
         given = [f"{name}.params.{key}" for key, value in params.items() if value != "auto" and key not in known]
         if given:
             problems.append(
                 f'{path}: {", ".join(given)}: the {name} is {owner}\'s ({setting}); remove the key or write "auto"'
             )
-    steps, micro = merged.get("gradient_accumulation_steps", "auto"), owned["train_micro_batch_size_per_gpu"]
-    if "gradient_accumulation_steps" not in owned and steps != "auto" and owned["train_batch_size"] % (micro * steps):
-        problems.append(
-            f"{path}: gradient_accumulation_steps: found {steps}, but {owner} has train.global_batch_size "
-            f"{owned['train_batch_size']} and train.micro_batch_size {micro}, which fit no number of ranks then"
-        )
     if problems:
         raise UserError(*problems)
-    merged.pop("scheduler", None)
-    merged.pop("optimizer", None)
-    return merged
+    settings.pop("scheduler", None)
+    settings.pop("optimizer", None)
+    return settings
 
 
 def fill_sizes(config: dict[str, Any], hidden_size: int) -> dict[str, Any]:

@@ -114,7 +114,8 @@ def _measure(cases: list[Case], settings: Settings, report: dict[str, Any]) -> N
             report["results"].append(case.to_json() | workers.measure(settings.timeout_s))
             workers.close()
             compare(report)
-            _write(settings.json_file, report)
+            with explained(f"--json: {settings.json_file}: cannot be written", "name another file"):
+                write_json(Path(settings.json_file), report)
     finally:
         for running in filter(None, (workers, following)):
             running.close()
@@ -198,8 +199,3 @@ def _trace_file(directory: str | None, case: Case) -> Path | None:
     name += f"_{case.gpus}gpus" if case.gpus > 1 else ""
     name += "" if case.zero == DEFAULT_ZERO[case.stage] else f"_{Path(case.zero).stem}"
     return Path(directory).absolute() / f"{name}.json"
-
-
-def _write(file: str, report: dict[str, Any]) -> None:
-    with explained(f"--json: {file}: cannot be written", "name another file"):
-        write_json(Path(file), report)

@@ -124,14 +124,6 @@ def test_equal_values_in_both_are_no_conflict(place: Path) -> None:
     load(place, settings, "train.lr=2e-3")
 
 
-def test_values_of_the_file_are_left_alone(place: Path) -> None:
-    settings = ds_config.load(Path(load(place, TRANSFORMERS_EXAMPLE).deepspeed))
-    before = json.dumps(settings)
-    owned = load(place, TRANSFORMERS_EXAMPLE).ds_values(1, True)
-    ds_config.resolve(settings, Path("ds.json"), owned, None)
-    assert json.dumps(settings) == before
-
-
 def test_ranks_that_do_not_divide_are_refused(place: Path) -> None:
     with pytest.raises(UserError, match=r"found 8, which 3 ranks x train.micro_batch_size 2 do not divide"):
         load(place, {}).ds_config(world_size=3, on_gpu=True)
