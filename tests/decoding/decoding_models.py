@@ -29,20 +29,24 @@ class Case(NamedTuple):
     longer: list[list[int]]
 
 
-def build(family: str, vocab: int = VOCAB, limit: int = LIMIT) -> PreTrainedModel:
+def build(family: str, **changes: object) -> PreTrainedModel:
     torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        family.removesuffix("_mixed"),
-        **SIZES,
-        vocab_size=vocab,
-        max_position_embeddings=limit,
-        initializer_range=0.3,
-        eos_token_id=[3, 5],
-        bos_token_id=1,
-        pad_token_id=0,
-        **FAMILIES.get(family, {}),
-    )
-    return AutoModelForCausalLM.from_config(config).eval()
+    fields = SIZES | {"vocab_size": VOCAB, "max_position_embeddings": LIMIT, "initializer_range": 0.3}
+    fields |= {"eos_token_id": [3, 5], "bos_token_id": 1, "pad_token_id": 0} | FAMILIES.get(family, {}) | changes
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family.removesuffix("_mixed"), **fields)).eval()
+
+
+@torch.no_grad()
+def build_permutation() -> tuple[PreTrainedModel, torch.Tensor]:
+    """A model of 32 tokens in which a token alone says which one follows, and for each the token that it follows."""
+    model, before = build("llama", vocab_size=32), torch.randperm(32, generator=torch.Generator().manual_seed(3))
+    model.generation_config.eos_token_id = 33
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+    model.model.embed_tokens.weight.copy_(torch.eye(32))
+    model.lm_head.weight.copy_(torch.eye(32)[before])
+    return model, before
 
 
 def reference(model: PreTrainedModel, prompt: list[int], max_new_tokens: int, **options: object) -> list[int]:
@@ -59,6 +63,19 @@ def random_heads(vocab: int = VOCAB, token_map: torch.Tensor | None = None) -> M
     for parameter in heads.parameters():
         nn.init.normal_(parameter, std=0.3)
     return heads
+
+
+@torch.no_grad()
+def assert_samples(texts: torch.Tensor, model: PreTrainedModel, prompt: list[int], temperature: float = 1.0) -> None:
+    """Pearson's chi-square of texts [draws, length] against the model's exact distribution over all of that length."""
+    (draws, length), vocab = texts.shape, model.config.vocab_size
+    every = torch.cartesian_prod(*[torch.arange(vocab)] * length)
+    with torch.no_grad():
+        logits = model(input_ids=torch.cat([torch.tensor(prompt).expand(len(every), -1), every], 1)).logits
+    steps = (logits[:, -length - 1 : -1] / temperature).log_softmax(-1).gather(-1, every[..., None])[..., 0]
+    wanted = draws * steps.sum(-1).exp()
+    seen = torch.bincount(texts @ vocab ** torch.arange(length - 1, -1, -1), minlength=len(every))
+    assert float(((seen - wanted) ** 2 / wanted).sum()) < len(every) + 4 * (2 * len(every)) ** 0.5
 
 
 class Oracle(Head):

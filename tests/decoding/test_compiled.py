@@ -4,10 +4,8 @@ import os
 
 import pytest
 import torch
-from decoding_models import FAMILIES, build, random_heads
-from support import SIZES
+from decoding_models import build, random_heads
 from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from medusa_ds.decoding.decoder import Decoder
 from medusa_ds.decoding.kernels.compiled import keep_compiled_code
@@ -19,18 +17,7 @@ from medusa_ds.errors import UserError
 @pytest.mark.parametrize(("family", "parts"), [("llama", 5), ("qwen3_mixed", 6)])
 def test_layers_share_one_compilation_and_the_text_is_the_same(family, parts, monkeypatch):
     """Both kinds of layers of a mixed model are compiled. Mutation: leave out `cache.current = slots`."""
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        family.removesuffix("_mixed"),
-        **SIZES | {"num_hidden_layers": 5},
-        vocab_size=120,
-        max_position_embeddings=96,
-        initializer_range=0.3,
-        eos_token_id=3,
-        pad_token_id=0,
-        **FAMILIES[family],
-    )
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = build(family, num_hidden_layers=5)
     pack_projections(model)
     graphs = []
 
@@ -50,7 +37,7 @@ def test_layers_share_one_compilation_and_the_text_is_the_same(family, parts, mo
 @pytest.mark.parametrize("patched", ["forward", "class"])
 def test_a_patched_model_is_refused(patched):
     """Liger replaces modules' `forward`, and classes for models built later. Mutation: ask for one of them only."""
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=120, **SIZES))
+    model = build("llama")
     norm = model.model.layers[0].input_layernorm
     if patched == "forward":
         norm.forward = norm.forward

@@ -3,9 +3,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from decoding_models import LIMIT, NUM, VOCAB, build, oracles, random_heads, reference
-from support import SIZES
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from decoding_models import (
+    LIMIT,
+    NUM,
+    VOCAB,
+    assert_samples,
+    build,
+    build_permutation,
+    oracles,
+    random_heads,
+    reference,
+)
+from transformers import DynamicCache
 
 from medusa_ds.decoding import session as cache
 from medusa_ds.decoding.acceptance import Acceptance
@@ -44,14 +53,6 @@ def test_truncated_heads_decode_greedily_and_guess_tokens_of_their_map(case):
     assert found == [guesses[len(path) - 1][path[-1]] for path in decoder.tree.paths]
 
 
-def test_plain_decoding_equals_transformers(case):
-    decoder = Decoder(case.model, [], chain(0))
-    for prompt, text in zip(case.prompts[::5], case.texts[::5], strict=True):
-        row = decoder.generate([prompt], 20)[0]
-        assert row.tokens == text
-        assert row.accepted == [1] * (len(text) - 1)
-
-
 def test_perfect_heads_are_accepted_whole_at_every_step(case):
     """Mutation: copy the tree's first slots instead of the accepted path's."""
     for prompt, text, longer in zip(case.prompts, case.texts, case.longer, strict=True):
@@ -63,21 +64,11 @@ def test_perfect_heads_are_accepted_whole_at_every_step(case):
 
 def test_trained_like_heads_of_a_permutation_model_are_perfect():
     """Real `MedusaHeads`: in a model that maps token i to f(i), head k's projection is the LM head's, permuted."""
-    model = build("llama", vocab=32)
-    shift = torch.randperm(32, generator=torch.Generator().manual_seed(3))
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.o_proj.weight.zero_()
-            layer.mlp.down_proj.weight.zero_()
-        model.model.embed_tokens.weight.copy_(torch.eye(32))
-        model.lm_head.weight.copy_(torch.eye(32)[shift.argsort()])
-        heads = MedusaHeads(NUM, 1, 32, 32)
-        rows = model.lm_head.weight
-        for head in heads:
-            rows = rows[shift.argsort()]
-            head.projection.weight.copy_(rows)
-    row = Decoder(model, heads, chain(3)).generate([[int(shift.argsort()[3])] * 3], 9)[0]
-    model.generation_config.eos_token_id = 33
+    (model, before), heads = build_permutation(), MedusaHeads(NUM, 1, 32, 32)
+    rows = model.lm_head.weight.detach()
+    for head in heads:
+        rows = rows[before]
+        head.projection.weight.data.copy_(rows)
     row = Decoder(model, heads, chain(3)).generate([[7]], 21)[0]
     assert row.tokens == reference(model, [7], 21, eos_token_id=33)
     assert row.accepted == [4, 4, 4, 4, 4]
@@ -144,10 +135,7 @@ def test_a_text_ends_where_all_its_positions_would_turn(kind):
     if kind == "longrope":
         rope |= {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
     positions = 40 if kind == "dynamic" else 160
-    config = LlamaConfig(**SIZES, vocab_size=VOCAB, max_position_embeddings=positions, rope_parameters=rope)
-    config.eos_token_id, config.initializer_range = None, 0.3
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config).eval()
+    model = build("llama", max_position_embeddings=positions, rope_parameters=rope, eos_token_id=None)
     prompt = [6 + i % 90 for i in range(30)]
     for heads, tree in ((random_heads(), TREES["bushy"]), ([], chain(0))):
         row = Decoder(model, heads, tree).generate([prompt], 20)[0]
@@ -300,42 +288,18 @@ def test_a_session_serves_longer_and_shorter_texts_one_after_the_other(llama):
     assert llama.config._attn_implementation == "sdpa"
 
 
-def _chi_square_p(counts, probabilities, draws):
-    """Survival function of Pearson's statistic; cells expected less than 5 times are put together."""
-    cells = sorted(zip(probabilities, counts, strict=True))
-    statistic, freedom, rare_p, rare_count = 0.0, -1, 0.0, 0
-    for p, count in cells:
-        if p * draws < 5:
-            rare_p, rare_count = rare_p + p, rare_count + count
-        else:
-            statistic, freedom = statistic + (count - p * draws) ** 2 / (p * draws), freedom + 1
-    if rare_p * draws > 1:
-        statistic, freedom = statistic + (rare_count - rare_p * draws) ** 2 / (rare_p * draws), freedom + 1
-    return float(torch.special.gammaincc(torch.tensor(freedom / 2.0), torch.tensor(statistic / 2)))
-
-
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_exact_sampling_has_the_base_models_distribution(temperature):
-    """All texts of four tokens over a vocabulary of six. Mutations: argmax in place of the draw at the path's end;
+    """All texts of four tokens over a vocabulary of four. Mutations: argmax in place of the draw at the path's end;
     accept a node whose probability is above the draw; one draw for all nodes of a step."""
-    vocab, draws = 6, 6000
-    model = build("llama", vocab=vocab)
-    model.generation_config.eos_token_id = vocab
+    model = build("llama", vocab_size=4, eos_token_id=None)
     with torch.no_grad():
         model.lm_head.weight.mul_(0.25)  # distributions that are neither flat nor one-sided
-    heads = random_heads(vocab)
     tree = Tree([(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0)])
-    decoder = Decoder(model, heads, tree, Acceptance("exact", temperature))
-    rows = decoder.generate([[2, 4, 1]] * draws, 4, seed=5)
+    decoder = Decoder(model, random_heads(4), tree, Acceptance("exact", temperature))
+    rows = decoder.generate([[2, 0, 1]] * 6000, 4, seed=5)
     assert sum(sum(row.accepted) for row in rows) > 1.15 * sum(len(row.accepted) for row in rows)  # guesses matter
-    texts = torch.cartesian_prod(*[torch.arange(vocab)] * 4)
-    with torch.no_grad():
-        logits = model(input_ids=torch.cat([torch.tensor([2, 4, 1]).expand(len(texts), -1), texts], 1)).logits
-    steps = (logits[:, 2:6] / temperature).log_softmax(-1).gather(-1, texts[..., None])[..., 0]
-    expected = steps.sum(-1).exp().double()
-    place = vocab ** torch.arange(3, -1, -1)
-    counts = torch.bincount(torch.tensor([row.tokens for row in rows]) @ place, minlength=vocab**4)
-    assert _chi_square_p(counts.tolist(), expected.tolist(), draws) > 1e-3
+    assert_samples(torch.tensor([row.tokens for row in rows]), model, [2, 0, 1], temperature)
 
 
 def test_sampling_repeats_with_its_seed(llama):

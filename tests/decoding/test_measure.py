@@ -10,48 +10,29 @@ from medusa_ds.decoding.session import position_limit
 from medusa_ds.decoding.trees import RankCounts, Tree, default_tree
 
 
-@pytest.mark.parametrize("length", [0, 3, 4, 40, 80])
-def test_ranks_are_those_of_sorted_logits(llama, length):
-    """Mutation: score head k on the token after the one it predicts."""
-    prompt, heads = [9, 40, 77, 12], random_heads()
+@pytest.mark.parametrize(
+    ("logits", "length"), [*(("apart", length) for length in (0, 3, 4, 80)), ("equal", 40), ("some", 40)]
+)
+def test_ranks_are_those_of_sorted_logits(llama, logits, length):
+    """Of equal logits, as many are in bf16, the lowest token comes first; tokens without one are misses of every rank.
+
+    Mutations: score head k on the token after the one it predicts; count the larger logits alone; leave out the fill.
+    """
+    prompt, known = [9, 40, 77, 12], torch.arange(1, 120, 2) if logits == "some" else torch.arange(120)
+    heads = random_heads(token_map=known if logits == "some" else None)
+    if logits == "equal":
+        for head in heads:
+            head.projection.weight.data[1::2] = head.projection.weight.data[::2]
     answer = reference(llama, prompt, length, eos_token_id=120) if length else []
-    ranks = head_ranks(llama, heads, prompt, answer)
+    ranks, text = head_ranks(llama, heads, prompt, answer), prompt + answer
     assert ranks.shape == (max(length - NUM, 0), NUM)
-    text = prompt + answer
     hidden = llama.base_model(input_ids=torch.tensor([text])).last_hidden_state[0]
     for row, place in zip(ranks.tolist(), range(3, len(text)), strict=False):
         for k, rank in enumerate(row, 1):
-            order = heads[k - 1].logits(hidden[place]).argsort(descending=True).tolist()
-            assert order.index(text[place + k + 1]) == rank
-
-
-def test_of_equal_logits_the_lowest_token_comes_first(llama):
-    """In bf16 many are equal. Mutation: count the larger ones alone."""
-    prompt, heads = [9, 40, 77, 12], random_heads()
-    for head in heads:
-        head.projection.weight.data[1::2] = head.projection.weight.data[::2]
-    answer = reference(llama, prompt, 40, eos_token_id=120)
-    ranks = head_ranks(llama, heads, prompt, answer)
-    hidden = llama.base_model(input_ids=torch.tensor([prompt + answer])).last_hidden_state[0]
-    assert any(rank % 2 for row in ranks.tolist() for rank in row)
-    for row, place in zip(ranks.tolist(), range(3, 60), strict=False):
-        for k, rank in enumerate(row, 1):
-            order = heads[k - 1].logits(hidden[place]).sort(descending=True, stable=True).indices.tolist()
-            assert order.index((prompt + answer)[place + k + 1]) == rank
-
-
-def test_tokens_that_heads_do_not_know_are_misses_of_every_rank(llama):
-    """Mutation: without the fill, they get the rank of some other token."""
-    prompt, known = [9, 40, 77, 12], torch.arange(1, 120, 2)
-    answer, heads = reference(llama, prompt, 40, eos_token_id=120), random_heads(token_map=known)
-    ranks = head_ranks(llama, heads, prompt, answer)
-    hidden = llama.base_model(input_ids=torch.tensor([prompt + answer])).last_hidden_state[0]
-    assert 0 < (ranks == 120).sum() < ranks.numel()
-    for row, place in zip(ranks.tolist(), range(3, 60), strict=False):
-        for k, rank in enumerate(row, 1):
-            token = (prompt + answer)[place + k + 1]
-            order = known[heads[k - 1].logits(hidden[place]).argsort(descending=True)].tolist()
+            order = known[heads[k - 1].logits(hidden[place]).sort(descending=True, stable=True).indices].tolist()
+            token = text[place + k + 1]
             assert rank == (order.index(token) if token in order else 120)
+    assert bool((ranks == 120).any()) == (logits == "some") and (logits != "equal" or (ranks % 2 == 1).any())
 
 
 def test_a_model_of_several_parts_is_measured_like_one_of_text():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from decoding_models import NUM, VOCAB, build, reference
+from decoding_models import NUM, VOCAB, build, build_permutation, reference
 from support import heads_meta
 from torch import nn
 
@@ -66,21 +66,11 @@ def test_greedy_text_is_the_models_own(name, own):
 
 def test_heads_that_learned_a_text_are_accepted_along_the_path():
     """Heads whose guess is a function of the last token alone, as the model's own is."""
-    model = build("llama", vocab=32)
-    follows = torch.randperm(32, generator=torch.Generator().manual_seed(3))
-    model.generation_config.eos_token_id = 33
-    heads = HydraHeads(NUM, 1, 32, 32)
+    (model, _), heads = build_permutation(), HydraHeads(NUM, 1, 32, 32)
+    heads.initialize(model.lm_head.weight)
     with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.o_proj.weight.zero_()
-            layer.mlp.down_proj.weight.zero_()
-        model.model.embed_tokens.weight.copy_(torch.eye(32))
-        model.lm_head.weight.copy_(torch.eye(32)[follows.argsort()])
-        for head in heads:  # a step of 100 E(token), larger than all that was there before
-            head.step.weight[:, 32:].copy_(
-                100.0 ** (1 + int(head is heads[1]) + 2 * int(head is heads[2])) * torch.eye(32)
-            )
-            head.projection.weight.copy_(model.lm_head.weight)
+        for k, head in enumerate(heads, 1):  # a step of 100 E(token) and more, larger than all that was there before
+            head.step.weight[:, 32:].copy_(100.0**k * torch.eye(32))
     row = Decoder(model, heads, chain(3)).generate([[7]], 21)[0]
     assert row.tokens == reference(model, [7], 21, eos_token_id=33)
     assert row.accepted == [4, 4, 4, 4, 4]

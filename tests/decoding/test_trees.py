@@ -75,14 +75,6 @@ def test_best_tree_is_the_best_of_all_trees_of_its_size():
         assert sum(map(counts.joint_probability, found.paths)) == pytest.approx(best)
 
 
-def test_expected_acceptance_is_that_of_walking_the_positions():
-    ranks, tree = _ranks(), Tree([(0,), (1,), (0, 0), (1, 1)])
-    walked = 0
-    for first, second in ranks.tolist():
-        walked += 1 + (((first,) in tree.paths) and (1 + ((first, second) in tree.paths)))
-    assert RankCounts([ranks], 4).expected_acceptance(tree) == pytest.approx(walked / len(ranks))
-
-
 def test_tokens_per_step_are_those_of_a_walk_from_one_accepted_end_to_the_next():
     """By hand. Mutations: begin a step at every position; walk from one answer into the next."""
     right, wrong = [0, 0], [9, 0]
