@@ -63,9 +63,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def steady_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """All steps take the same time: how much of the tree a step verifies on a CPU depends on it."""
     from medusa_ds.decoding import decoder
+    from medusa_ds.exporting import custom_generate
 
     now = itertools.count()
-    monkeypatch.setattr(decoder, "time", SimpleNamespace(perf_counter=lambda: next(now) / 1000))
+    for module in (decoder, custom_generate):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(now) / 1000))
 
 
 @pytest.fixture(scope="session")

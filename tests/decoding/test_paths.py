@@ -3,14 +3,11 @@
 import pytest
 import torch
 from decoding_models import NUM, VOCAB, build, build_permutation, reference
-from support import heads_meta
 from torch import nn
 
 from medusa_ds.decoding.decoder import Decoder
 from medusa_ds.decoding.measure import head_ranks
 from medusa_ds.decoding.trees import Tree, chain, default_tree
-from medusa_ds.exporting import custom_generate
-from medusa_ds.heads.files import save_heads
 from medusa_ds.heads.hydra import HydraHeads
 
 
@@ -74,18 +71,6 @@ def test_heads_that_learned_a_text_are_accepted_along_the_path():
     row = Decoder(model, heads, chain(3)).generate([[7]], 21)[0]
     assert row.tokens == reference(model, [7], 21, eos_token_id=33)
     assert row.accepted == [4, 4, 4, 4, 4]
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("own", [True, False])
-def test_plain_transformers_guesses_the_same_chain(tmp_path, own):
-    """Mutations: the embedding as it is; the state behind the blocks for the next head."""
-    model, heads = build("llama"), random_heads(own, torch.arange(119, 20, -1) if own else None)
-    meta = heads_meta(NUM, 2, 32, VOCAB, kind="hydra", lm_head="own" if own else "shared")
-    save_heads(tmp_path / "heads", heads.state_dict(), meta)
-    hidden_BH, root_B = torch.randn(2, 32), torch.tensor([9, 40])
-    wanted = Decoder(model, heads, chain(3))._propose(hidden_BH, root_B)[:, 1:]
-    assert custom_generate.Heads(model, str(tmp_path), {}).guess(hidden_BH, root_B, 3).tolist() == wanted.tolist()
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from functools import partial
@@ -11,12 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from decoding_models import VOCAB, assert_samples, build
 from exporting import MakeRun, export_
 from support import heads_meta
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, StoppingCriteria
 
+from medusa_ds.decoding.decoder import Decoder
+from medusa_ds.decoding.trees import chain
 from medusa_ds.exporting import custom_generate
 from medusa_ds.heads.files import META, load_heads, save_heads
+from medusa_ds.heads.kinds import KINDS
 from medusa_ds.heads.medusa import MedusaHeads
 from medusa_ds.model.attention import base_model
 from medusa_ds.model.backbone import vocabulary_projection
@@ -24,36 +27,21 @@ from medusa_ds.model.facts import Asked, build_twin
 from medusa_ds.runs import load_run
 
 
-def test_transformers_alone_maps_the_guesses(make_run: MakeRun, tmp_path: Path, monkeypatch: Any) -> None:
-    """Turns red when rows are taken for tokens."""
-    tokens = torch.arange(299, 40, -3)
-    path = export_(make_run("run", tokens=tokens), "out", "--for", "transformers")
-    model = AutoModelForCausalLM.from_pretrained(
-        json.loads((path / "config.json").read_text())["base_model_name_or_path"]
-    )
-    heads, hidden = custom_generate.Heads(model, str(path), {}), torch.randn(5, 32)
-    loaded = load_run(path, torch.device("cpu"), torch.float32)
-    with torch.no_grad():
-        wanted = torch.stack([tokens[head.logits(hidden).argmax(-1)] for head in loaded.heads], 1)
-        assert heads.guess(hidden, torch.zeros(5, dtype=torch.long), 3).equal(wanted)
-
-
-@pytest.mark.parametrize("shape", [["heads.vocab=100"], ["heads.lm_head=shared", "heads.layers=2"]])
-def test_guesses_of_heads_that_see_tokens_follow_the_chain_of_their_own(
-    shape: list[str], make_run: MakeRun, tiny_model: Path
-) -> None:
-    """Mutations: the embedding as it is, not its unit; the first token for every head; a block too many; rows for
-    tokens."""
-    tokens = torch.arange(299, 1, -3) if "heads.vocab=100" in shape else None
-    path = export_(make_run("run", "heads.kind=hydra", *shape, tokens=tokens), "out", "--for", "transformers")
-    run = load_run(path, torch.device("cpu"), torch.float32)
-    model, hidden, token = AutoModelForCausalLM.from_pretrained(tiny_model), torch.randn(5, 32), torch.arange(40, 45)
-    found = custom_generate.Heads(model, str(path), {}).guess(hidden, token, 3)
-    with torch.no_grad():
-        seen = torch.cat([token[None], found.T])[:3]
-        states = run.heads.states(hidden, seen, model.get_input_embeddings())
-        logits = [head.logits(state, model.lm_head) for head, state in zip(run.heads, states, strict=True)]
-    assert found.equal(run.heads.tokens(torch.stack([each.argmax(-1) for each in logits], 1)))
+@torch.no_grad()
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_guesses_are_those_of_our_own_decoder(kind: str, own: bool, tmp_path: Path) -> None:
+    """Mutations: rows for tokens; the embedding as it is, not its unit; the first token for every head, or the state
+    behind the blocks; a block too many."""
+    model, tokens = build("llama"), torch.arange(119, 20, -1) if own else None
+    heads = KINDS[kind](3, 2, 32, VOCAB, own_projection=own, token_map=tokens)
+    for parameter in heads.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    meta = heads_meta(3, 2, 32, VOCAB, kind=kind, lm_head="own" if own else "shared")
+    save_heads(tmp_path / "heads", heads.state_dict(), meta)
+    hidden_BH, root_B = torch.randn(5, 32), torch.arange(40, 45)
+    wanted = Decoder(model, heads, chain(3))._propose(hidden_BH, root_B)[:, 1:]
+    assert custom_generate.Heads(model, str(tmp_path), {}).guess(hidden_BH, root_B, 3).equal(wanted)
 
 
 ALONE = """
@@ -186,49 +174,23 @@ def test_custom_generate_handles_batches_processors_streams_and_refusals(
             decode_with(path, model, ids[:1], max_new_tokens=4, do_sample=False, **options)
 
 
-def test_sampling_with_heads_has_the_models_distribution(
-    make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Chi-square over all texts of three tokens. Turns red when a wrong guess, not the drawn token, is kept."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=4,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-        initializer_range=0.4,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    model = LlamaForCausalLM(config).eval()
-    heads = MedusaHeads(2, 1, 16, 4)
-    heads.initialize(model.lm_head.weight)
-    save_heads(tmp_path / "out" / "heads", heads.state_dict(), heads_meta(2, 1, 16, 4))
-    (tmp_path / "out" / "custom_generate").mkdir()
-    shutil.copy(custom_generate.__file__, tmp_path / "out" / "custom_generate" / "generate.py")
-
-    prompt = torch.tensor([[1, 3]])
-    texts = torch.cartesian_prod(*[torch.arange(4)] * 3)
+@pytest.mark.usefixtures("steady_clock")
+def test_sampling_with_heads_has_the_models_distribution(tmp_path: Path) -> None:
+    """Over all texts of three tokens. Turns red when a wrong guess, not the drawn token, is kept."""
+    model, heads = build("llama", vocab_size=4, eos_token_id=None), MedusaHeads(2, 1, 32, 4)
     with torch.no_grad():
-        logits = model(torch.cat([prompt.expand(64, -1), texts], 1)).logits[:, 1:-1]
-    expected = logits.log_softmax(-1).gather(-1, texts[..., None])[..., 0].sum(-1).exp()
-    passes = []
+        model.lm_head.weight.mul_(0.5)  # distributions that are neither flat nor one-sided
+    heads.initialize(model.lm_head.weight)
+    save_heads(tmp_path / "heads", heads.state_dict(), heads_meta(2, 1, 32, 4))
+    decoding = partial(custom_generate.decode, heads=custom_generate.Heads(model, str(tmp_path), {}))
+    settings = {"custom_generate": decoding, "max_new_tokens": 3, "do_sample": True, "top_k": 0}
+    passes: list[int] = []
     hook = model.register_forward_hook(lambda *_: passes.append(1))
     torch.manual_seed(0)
-    draws, rows = 250, 4
-    seen = torch.zeros(64)
-    for _ in range(draws):
-        out = decode_with(tmp_path / "out", model, prompt.expand(rows, -1), max_new_tokens=3, do_sample=True, top_k=0)
-        seen += torch.bincount((out[:, 2:] * torch.tensor([16, 4, 1])).sum(-1), minlength=64)
+    texts = [model.generate(torch.tensor([[1, 3]] * 2), **settings)[:, 2:] for _ in range(400)]
     hook.remove()
-    assert len(passes) < 2.97 * draws  # guesses were kept
-    wanted = expected * draws * rows
-    assert float(((seen - wanted) ** 2 / wanted).sum()) < 63 + 4 * (2 * 63) ** 0.5
+    assert len(passes) < 2.9 * 400  # guesses were kept
+    assert_samples(torch.cat(texts), model, [1, 3])
 
 
 def run_of(asked: Asked, path: Path) -> tuple[Any, MedusaHeads]:
