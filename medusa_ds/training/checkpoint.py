@@ -187,7 +187,8 @@ def keep(root: Path, step: int, best: int | None, keep_last: int | None = None) 
     """Let `best` name the best checkpoint, and remove those that are no longer kept; every rank calls it.
 
     `step` is of the checkpoint that has just been written or read, and `best` of the best one so far: the link of an
-    interrupted run is put right. `keep_last` are kept beside it; None removes nothing.
+    interrupted run is put right. `keep_last` up to `step` are kept beside it; None removes nothing. Later ones are
+    damaged ones that resuming has skipped: they must not take a whole one's place.
 
     Raises:
         UserError: on all ranks, when a file operation has failed.
@@ -197,34 +198,19 @@ def keep(root: Path, step: int, best: int | None, keep_last: int | None = None) 
         f"{root}: older checkpoints cannot be removed", f"make it writable; step {step} is whole", ", rank 0"
     )
     def tidy() -> None:
-        mark_best(root, best)
+        link, best_name = root / "best", None if best is None else name_of(best)
+        if best_name is None or not (root / best_name).is_dir():
+            link.unlink(missing_ok=True)
+        elif not link.is_symlink() or os.readlink(link) != best_name:
+            with files.replacing(link) as work:
+                work.symlink_to(best_name)
         if keep_last is not None:
-            prune(root, step, keep_last)
+            last = [path.name for path in completed(root) if int(path.name[5:]) <= step][:keep_last]
+            for path in completed(root):
+                if path.name not in (*last, best_name):
+                    files.discard(path)
 
     Ranks().first(tidy)
-
-
-def mark_best(root: Path, step: int | None) -> None:
-    """Let `best` name a step's checkpoint, replaced in one move; no link when that checkpoint is not there."""
-    link = root / "best"
-    if step is None or not (root / name_of(step)).is_dir():
-        link.unlink(missing_ok=True)
-    elif not link.is_symlink() or os.readlink(link) != name_of(step):
-        with files.replacing(link) as work:
-            work.symlink_to(name_of(step))
-
-
-def prune(root: Path, step: int, keep_last: int) -> None:
-    """Remove all but the `keep_last` checkpoints up to `step` and the best one.
-
-    Later ones than `step`, which has just been written, are damaged ones that resuming has skipped: they must not
-    take a whole one's place.
-    """
-    best = os.readlink(root / "best") if (root / "best").is_symlink() else None
-    later = [path for path in completed(root) if int(path.name[5:]) > step]
-    for path in later + completed(root)[len(later) :][keep_last:]:
-        if path.name != best:
-            files.discard(path)
 
 
 def check(path: Path, part: int = 0, parts: int = 1) -> list[str]:

@@ -50,10 +50,6 @@ def test_newest_is_by_step_and_not_by_clock(root: Path) -> None:
     assert found_step(root) == 40
 
 
-def test_nothing_saved_is_no_checkpoint(tmp_path: Path) -> None:
-    assert checkpoint.newest(tmp_path / "none") is None
-
-
 def test_large_tensors_are_spread_over_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "MAX_FILE_BYTES", 300)
     save(tmp_path, 7)
@@ -142,7 +138,7 @@ def test_manifest_names_no_file_outside(root: Path, name: str, capsys: Any) -> N
     assert "which is no checkpoint file" in capsys.readouterr().out
 
 
-def test_links_in_a_checkpoint_are_not_followed(root: Path) -> None:
+def test_links_in_a_checkpoint_are_not_followed(root: Path, capsys: Any) -> None:
     for name in ("rank00000-00000.safetensors", "state.json", "manifest.json"):
         path = root / "step-000040"
         os.rename(path / name, root.parent / name)
@@ -150,6 +146,10 @@ def test_links_in_a_checkpoint_are_not_followed(root: Path) -> None:
         assert checkpoint.check(path)
         os.replace(root.parent / name, path / name)
     assert checkpoint.check(path) == []
+    os.rename(path, root.parent / path.name)
+    path.symlink_to(root.parent / path.name)
+    assert found_step(root) == 20
+    assert "is a link" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -157,6 +157,18 @@ def test_links_in_a_checkpoint_are_not_followed(root: Path) -> None:
 )
 def test_strange_manifests_are_named(root: Path, text: str) -> None:
     (root / "step-000040" / "manifest.json").write_text(text, errors="surrogateescape")
+    assert found_step(root) == 20
+
+
+STEPS = ([40], "40", None, {}, 40.5)
+ENTRIES = (3, [], {"bytes": "1", "blake2b": "x"}, {"bytes": True, "blake2b": ""}, {})
+
+
+@pytest.mark.parametrize(("step", "state"), [(step, ...) for step in STEPS] + [(40, entry) for entry in ENTRIES])
+def test_manifests_with_a_strange_step_or_entry_are_named(root: Path, step: Any, state: Any) -> None:
+    manifest = root / "step-000040" / "manifest.json"
+    files = json.loads(manifest.read_bytes())["files"]
+    manifest.write_bytes(encode_manifest(step, files if state is ... else files | {"state.json": state}))
     assert found_step(root) == 20
 
 
@@ -209,8 +221,7 @@ def test_save_cut_off_at_any_file_call_leaves_a_whole_checkpoint(tmp_path: Path)
             interruption = Interruption(patch, at, Killed)
             try:
                 save(root, 60)
-                checkpoint.mark_best(root, 60)
-                checkpoint.prune(root, 60, 1)
+                checkpoint.keep(root, 60, 60, 1)
             except Killed:
                 pass
         assert all(checkpoint.check(path) == [] for path in checkpoint.completed(root))
@@ -269,24 +280,14 @@ def test_saving_a_step_again_keeps_what_is_whole_and_replaces_what_is_damaged(ro
 
 
 def test_pruning_keeps_the_last_and_the_best(root: Path) -> None:
-    checkpoint.mark_best(root, 20)
     for step in (60, 80):
         save(root, step)
-        checkpoint.prune(root, step, 2)
+        checkpoint.keep(root, step, 20, 2)
     assert sorted(path.name for path in root.iterdir()) == ["best", "step-000020", "step-000060", "step-000080"]
     assert os.readlink(root / "best") == "step-000020"
-    checkpoint.mark_best(root, 80)
-    checkpoint.prune(root, 80, 1)
+    checkpoint.keep(root, 80, 80, 1)
     assert sorted(path.name for path in root.iterdir()) == ["best", "step-000080"]
     assert json.loads((root / "best" / "state.json").read_bytes()) == {"loop": {"step": 80}}
-
-
-def test_what_an_interrupted_run_has_left_is_removed(root: Path) -> None:
-    (root / ".tmp-step-000060").mkdir()
-    (root / ".tmp-step-000060" / "rank00000-00000.safetensors").write_bytes(b"half")
-    (root / ".tmp-best").symlink_to("step-000060")
-    assert found_step(root) == 40
-    assert not list(root.glob(".tmp*"))
 
 
 def test_damaged_later_checkpoint_does_not_take_a_whole_ones_place(root: Path) -> None:
@@ -299,30 +300,9 @@ def test_damaged_later_checkpoint_does_not_take_a_whole_ones_place(root: Path) -
 
 
 def test_link_to_the_best_is_put_right_after_an_interruption(root: Path) -> None:
-    checkpoint.mark_best(root, 20)
-    checkpoint.keep(root, 40, 40)
+    for step in (20, 40):
+        checkpoint.keep(root, 40, step)
     assert os.readlink(root / "best") == "step-000040"
     checkpoint.keep(root, 40, 60)
     assert not os.path.lexists(root / "best")
     assert found_step(root) == 40
-
-
-def test_checkpoint_that_is_a_link_is_named_and_not_followed(root: Path, capsys: Any) -> None:
-    os.rename(root / "step-000040", root.parent / "step-000040")
-    (root / "step-000040").symlink_to(root.parent / "step-000040")
-    assert found_step(root) == 20
-    assert "is a link" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("entry", [3, [], {"bytes": "1", "blake2b": "x"}, {"bytes": True, "blake2b": ""}, {}])
-def test_strange_entries_of_a_manifest_are_named(root: Path, entry: Any) -> None:
-    rewrite_manifest(root / "step-000040", lambda files: files.update({"state.json": entry}))
-    assert found_step(root) == 20
-
-
-def test_manifest_with_a_strange_step_is_named(root: Path) -> None:
-    path = root / "step-000040"
-    files = json.loads((path / "manifest.json").read_bytes())["files"]
-    for step in ([40], "40", None, {}, 40.5):
-        (path / "manifest.json").write_bytes(encode_manifest(step, files))
-        assert checkpoint.check(path), step
