@@ -8,9 +8,9 @@ PyTorch's own `linear_cross_entropy`. Every head's weights receive gradients in 
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from medusa_ds.config.recipe import Recipe
 from medusa_ds.errors import counted
@@ -91,10 +91,6 @@ class Case:
         gpus = f", {self.gpus} GPUs" if self.gpus > 1 else ""
         sizes = f"stage {self.stage}, {counted(self.heads, 'head')}, {self.batch} x {self.sequence}"
         return f"{self.part}: {sizes}, {self.impl}, {self.zero}{gpus}"
-
-    def to_json(self) -> dict[str, Any]:
-        """Its fields; `Case(**fields)` is the case again."""
-        return asdict(self)
 
 
 def matrix(

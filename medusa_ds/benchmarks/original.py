@@ -47,12 +47,10 @@ def torch_linear_ce(rows_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, reduc
 
 
 class OriginalStep:
-    """Trains a `JointModel`'s weights in the original's way.
+    """Trains a `JointModel`'s weights in the original's way, by `original` or `torch_linear_ce`.
 
-    Args:
-        recipe: learning rate, clipping, decay.
-        model: backbone and heads, in the dtype that the weights, gradients and optimizer states shall have.
-        impl: `original` or `torch_linear_ce`.
+    The weights, gradients and optimizer states have the model's dtype; of the recipe it takes learning rate, clipping
+    and decay.
     """
 
     def __init__(self, recipe: Recipe, model: JointModel, impl: str) -> None:

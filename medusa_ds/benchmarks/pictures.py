@@ -21,14 +21,7 @@ def draw(report: dict[str, Any], directory: str | Path) -> list[Path]:
     """One picture of memory and one of throughput for every stage and number of heads; out of memory is a cross.
 
     They show each implementation on the most GPUs that it was measured on. Where there are several numbers of GPUs, one
-    more picture shows how tokens/s grow with them.
-
-    Args:
-        report: what `medusa-ds bench` wrote.
-        directory: made if missing.
-
-    Returns:
-        The files.
+    more picture shows how tokens/s grow with them. Returns the files, in a directory that is made if missing.
 
     Raises:
         UserError: a file cannot be written.

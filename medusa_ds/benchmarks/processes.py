@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,13 @@ from medusa_ds.benchmarks.cases import Case
 class Workers:
     """Fresh processes for a case, one a GPU, that import what they need and wait to be told to measure.
 
-    Args:
-        case: None measures the machine.
-        trace: file for a profiler trace of one step.
+    Without a case they measure the machine. The first writes a profiler's trace of one step, where a file is named.
     """
 
     def __init__(self, case: Case | None, trace: Path | None = None) -> None:
         self.folder = tempfile.TemporaryDirectory()
         ask, self.answer, self.log = (Path(self.folder.name) / name for name in ("case.json", "result.json", "log.txt"))
-        ask.write_text(json.dumps(case.to_json() if case else {}))
+        ask.write_text(json.dumps(asdict(case) if case else {}))
         command = [sys.executable, "-m", "medusa_ds.benchmarks.worker", str(ask), str(self.answer)]
         self.processes = _start([*command, *([str(trace)] if trace else [])], case.gpus if case else 1, self.log)
 

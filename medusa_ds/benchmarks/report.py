@@ -4,25 +4,6 @@ from typing import Any
 
 from medusa_ds.benchmarks.cases import EPOCHS
 
-_HEADER = (
-    "part",
-    "stage",
-    "heads",
-    "batch x seq",
-    "GPUs",
-    "implementation",
-    "ZeRO",
-    "ms (range)",
-    "tokens/s",
-    "supervised/s",
-    "TFLOP/s",
-    "of ceiling",
-    "peak GiB",
-    "reserved",
-    "x original",
-    "x one GPU",
-)
-
 
 def compare(report: dict[str, Any]) -> None:
     """Add what follows from other figures of the run: the share of the GPUs' ceiling, and how much faster than others.
@@ -52,10 +33,10 @@ def describe(report: dict[str, Any]) -> str:
         f"{machine['copy_gb_per_s']:.4g} GB/s",
         "",
     ]
-    rows = [_HEADER, *(_row(result) for result in report["results"] if result["part"] != "head")]
-    if len(rows) > 1:
-        widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
-        lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    if rows := [_row(result) for result in report["results"] if result["part"] != "head"]:
+        widths = {name: max(len(name), *(len(row.get(name, "")) for row in rows)) for name in max(rows, key=len)}
+        table = [{name: name for name in widths}, *rows]
+        lines += ["  ".join(row.get(name, "").ljust(widths[name]) for name in widths).rstrip() for row in table]
     for result in report["results"]:
         if result["part"] == "head":
             lines.append(_head(result))
@@ -69,34 +50,34 @@ def describe(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _row(result: dict[str, Any]) -> tuple[str, ...]:
-    place = (
-        result["part"],
-        str(result["stage"]),
-        str(result["heads"]),
-        f"{result['batch']} x {result['sequence']}",
-        str(result["gpus"]),
-        result["impl"],
-        result["zero"] if result["zero"] != "auto" else f"auto: {result.get('trained_with')}",
-    )
+def _row(result: dict[str, Any]) -> dict[str, str]:
+    """A line of the table, by column; one without figures ends with the reason."""
+    row = {
+        "part": result["part"],
+        "stage": str(result["stage"]),
+        "heads": str(result["heads"]),
+        "batch x seq": f"{result['batch']} x {result['sequence']}",
+        "GPUs": str(result["gpus"]),
+        "implementation": result["impl"],
+        "ZeRO": result["zero"] if result["zero"] != "auto" else f"auto: {result.get('trained_with')}",
+    }
     if "median_s" not in result:
-        note = "out of memory" if "out_of_memory" in result else f"failed: {result['failed']}"
-        return (*place, note, *[""] * (len(_HEADER) - len(place) - 1))
+        return row | {"ms (range)": "out of memory" if "out_of_memory" in result else f"failed: {result['failed']}"}
     milliseconds = [1e3 * result[key] for key in ("median_s", "min_s", "max_s")]
-    memory = [
-        f"{result[key]:.1f}" if result[key] is not None else "" for key in ("peak_allocated_gib", "peak_reserved_gib")
-    ]
+    gib = [result["peak_allocated_gib"], result["peak_reserved_gib"]]
+    allocated, reserved = ("" if size is None else f"{size:.1f}" for size in gib)
     times = [f"{result[key]:.2f}" if key in result else "" for key in ("times_original", "times_one_gpu")]
-    return (
-        *place,
-        "{:.0f} ({:.0f}-{:.0f})".format(*milliseconds),
-        f"{result['tokens_per_s']:.0f}",
-        f"{result['supervised_tokens_per_s']:.0f}",
-        f"{result['tflops']:.3g}",
-        f"{result['of_ceiling']:.2f}",
-        *memory,
-        *times,
-    )
+    return row | {
+        "ms (range)": "{:.0f} ({:.0f}-{:.0f})".format(*milliseconds),
+        "tokens/s": f"{result['tokens_per_s']:.0f}",
+        "supervised/s": f"{result['supervised_tokens_per_s']:.0f}",
+        "TFLOP/s": f"{result['tflops']:.3g}",
+        "of ceiling": f"{result['of_ceiling']:.2f}",
+        "peak GiB": allocated,
+        "reserved": reserved,
+        "x original": times[0],
+        "x one GPU": times[1],
+    }
 
 
 def _head(result: dict[str, Any]) -> str:

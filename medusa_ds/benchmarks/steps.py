@@ -39,13 +39,7 @@ class Training(NamedTuple):
 
 
 def start(case: Case, recipe: Recipe, rank: int, folder: Path) -> Training:
-    """Build an implementation.
-
-    Args:
-        case: what to make.
-        recipe: its own.
-        rank: of this process.
-        folder: where all ranks may write.
+    """Build a case's implementation by its recipe on a rank; all ranks may write into the folder.
 
     Raises:
         UserError: what building the model refuses; real conversations without data or tokenizer.

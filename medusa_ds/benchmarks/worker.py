@@ -159,11 +159,6 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def _out_of_memory(error: BaseException) -> bool:
-    causes = (error, error.__cause__)
-    return any(isinstance(one, torch.OutOfMemoryError | MemoryError) for one in causes)
-
-
 def main(case_file: str, result_file: str, trace_file: str | None = None) -> None:
     """Measure the case of a file, or the machine where it holds none; the first rank of a case writes."""
     rank = Ranks().rank
@@ -179,7 +174,7 @@ def main(case_file: str, result_file: str, trace_file: str | None = None) -> Non
         else:
             result = measure_step(Case(**fields), Path(trace_file) if trace_file else None, Path(result_file).parent)
     except (UserError, RuntimeError, MemoryError) as error:
-        if not _out_of_memory(error):
+        if not any(isinstance(one, torch.OutOfMemoryError | MemoryError) for one in (error, error.__cause__)):
             raise
         result, rank, status = {"out_of_memory": str(error).splitlines()[0][:200]}, 0, 1
     if rank == 0:

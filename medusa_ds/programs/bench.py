@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -111,7 +112,7 @@ def _measure(cases: list[Case], settings: Settings, report: dict[str, Any]) -> N
             # the next ones start while these build their model, so that no one waits for imports
             following = Workers(after, _trace_file(settings.profile, after)) if after else None
             print(case.name, flush=True)
-            report["results"].append(case.to_json() | workers.measure(settings.timeout_s))
+            report["results"].append(asdict(case) | workers.measure(settings.timeout_s))
             workers.close()
             compare(report)
             with explained(f"--json: {settings.json_file}: cannot be written", "name another file"):
