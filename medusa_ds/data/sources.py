@@ -37,8 +37,6 @@ from medusa_ds.data.layouts import DECODER, Row, UnusableRow, read_row
 from medusa_ds.errors import UserError, counted
 from medusa_ds.files import DATA_SUFFIXES, digest
 
-MAX_ROW_BYTES = 16 << 20
-MAX_ARRAY_BYTES = 4 << 30
 _FORMAT = 5  # of the cached rows; counted up when their meaning changes
 _SAMPLE = Path(__file__).with_name("sample")
 _TEXTS = ("messages", "source", "reason", "layout")
@@ -272,27 +270,21 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
 
 def _line_rows(file: Path) -> Iterator[tuple[str, Any]]:
     with file.open("rb") as handle:
-        for number, line in enumerate(iter(lambda: handle.readline(MAX_ROW_BYTES + 1), b""), 1):
-            row: Any = UnusableRow(f"a line of more than {MAX_ROW_BYTES >> 20} MiB")
-            if len(line) <= MAX_ROW_BYTES:
-                if not line.strip():
-                    continue
-                try:
-                    row = DECODER.decode(line.decode("utf-8-sig"))
-                except (ValueError, RecursionError):
-                    row = UnusableRow("not valid JSON")
-                    if number == 1 and line.strip() == b"{" and handle.peek().lstrip().startswith(b'"'):
-                        yield f"{file}:1", UnusableRow("one JSON object over several lines, which is no row a line")
-                        return
-            while len(line) > MAX_ROW_BYTES and not line.endswith(b"\n"):
-                line = handle.readline(MAX_ROW_BYTES + 1) or b"\n"  # the rest of it
+        for number, line in enumerate(handle, 1):
+            if not line.strip():
+                continue
+            try:
+                row = DECODER.decode(line.decode("utf-8-sig"))
+            except (ValueError, RecursionError):
+                row = UnusableRow("not valid JSON")
+                if number == 1 and line.strip() == b"{" and handle.peek().lstrip().startswith(b'"'):
+                    yield f"{file}:1", UnusableRow("one JSON object over several lines, which is no row a line")
+                    return
             yield f"{file}:{number}", row
 
 
 def _array_rows(file: Path) -> Iterator[tuple[str, Any]]:
     """The items of a JSON array, decoded one by one so that each has its line."""
-    if file.stat().st_size > MAX_ARRAY_BYTES:
-        raise UserError(f"{file}: found a JSON array of more than {MAX_ARRAY_BYTES >> 30} GiB; convert it to JSONL")
     line, at = 1, 0
     try:
         text = file.read_text(encoding="utf-8-sig")
