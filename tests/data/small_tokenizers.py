@@ -20,42 +20,17 @@ SPECIAL = {
     "llama3": ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
     "qwen3": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
     "smollm2": ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>"],
-    "mistral": [
-        "<unk>",
-        "<s>",
-        "</s>",
-        "[INST]",
-        "[/INST]",
-        "[TOOL_CALLS]",
-        "[AVAILABLE_TOOLS]",
-        "[/AVAILABLE_TOOLS]",
-        "[TOOL_RESULTS]",
-        "[/TOOL_RESULTS]",
-    ],
+    "mistral": (
+        "<unk> <s> </s> [INST] [/INST] [TOOL_CALLS] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS]"
+    ).split(),
     "vicuna": ["<unk>", "<s>", "</s>"],
     "deepseek": ["<|begin|>", "<|end|>"],
     "glm": ["<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"],
 }
 ADDED = {
-    "deepseek": [
-        "<|User|>",
-        "<|Assistant|>",
-        "<think>",
-        "</think>",
-        "<|tool_call|>",
-        "<|tool_output|>",
-        "<|tool_end|>",
-    ],
-    "glm": ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"],
-    "qwen3": [
-        "<think>",
-        "</think>",
-        "<tool_call>",
-        "</tool_call>",
-        "<tool_response>",
-        "</tool_response>",
-        "<|fim_prefix|>",
-    ],
+    "deepseek": "<|User|> <|Assistant|> <think> </think> <|tool_call|> <|tool_output|> <|tool_end|>".split(),
+    "glm": "<think> </think> <tool_call> </tool_call> <tool_response> </tool_response>".split(),
+    "qwen3": "<think> </think> <tool_call> </tool_call> <tool_response> </tool_response> <|fim_prefix|>".split(),
 }
 BOS_EOS = {
     "llama3": ("<|begin_of_text|>", "<|eot_id|>"),

@@ -58,127 +58,57 @@ TWO = chat("u: Hi", "a: Hi", "u: Hi", "a: Hi")
 BRIEF = chat("s: Be brief.", "u: Hi", "a: Hi there")
 CASES = [
     (
-        "llama3",
-        None,
-        {},
+        ("llama3",),
         TWO,
         f"<|begin_of_text|>{head('user')}Hi<|eot_id|>{head('assistant')}«Hi<|eot_id|>»"
         f"{head('user')}Hi<|eot_id|>{head('assistant')}«Hi<|eot_id|>»",
     ),
     (
-        "llama3",
-        None,
-        {},
+        ("llama3",),
         chat("s: Be brief. ", "u:  Hi\n", "a: \n Hi there \n"),
         f"<|begin_of_text|>{head('system')}Be brief.<|eot_id|>{head('user')}Hi<|eot_id|>"
         f"{head('assistant')}«Hi there<|eot_id|>»",
     ),
     (
-        "llama3",
-        "llama31",
-        {},
+        ("llama3", "llama31"),
         BRIEF,
         f"{LLAMA31}Be brief.<|eot_id|>{head('user')}Hi<|eot_id|>{head('assistant')}«Hi there<|eot_id|>»",
     ),
     (
-        "qwen3",
-        None,
-        {},
+        ("qwen3",),
         TWO,  # thinking on: the model itself writes the empty thought of the last turn
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«Hi<|im_end|>»\n"
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«<think>\n\n</think>\n\nHi<|im_end|>»\n",
     ),
+    (("mistral",), TWO, "<s>[INST] Hi[/INST]« Hi</s>»[INST] Hi[/INST]« Hi</s>»"),
     (
-        "qwen3",
-        None,
-        {"enable_thinking": False},
-        TWO,  # thinking off: the prompt holds it
-        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«Hi<|im_end|>»\n"
-        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n«Hi<|im_end|>»\n",
-    ),
-    (
-        "qwen3",
-        None,
-        {},
-        [*BRIEF[:2], {"role": "assistant", "content": "Hi", "reasoning_content": "two"}],
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-        "«<think>\ntwo\n</think>\n\nHi<|im_end|>»\n",
-    ),
-    (
-        "qwen3",
-        None,
-        {},
-        chat("u: Hi", "a: <think>\ntwo\n</think>\n\nFour", "u: Hi", "a: <think>\n2\n</think>\n\nHi"),
-        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«Four<|im_end|>»\n"
-        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«<think>\n2\n</think>\n\nHi<|im_end|>»\n",
-    ),
-    ("mistral", None, {}, TWO, "<s>[INST] Hi[/INST]« Hi</s>»[INST] Hi[/INST]« Hi</s>»"),
-    (
-        "mistral",
-        None,
-        {},
+        ("mistral",),
         [*BRIEF, *chat("u: Hi", "a: Hi")],  # the system turn stands where the last prompt has it
         "<s>[INST] Hi[/INST]« Hi there</s>»[INST] Be brief.\n\nHi[/INST]« Hi</s>»",
     ),
-    ("vicuna", None, {}, TWO, f"{VICUNA} USER: Hi ASSISTANT:« Hi</s>» USER: Hi ASSISTANT:« Hi</s>»"),
-    ("vicuna", None, {}, BRIEF, "<s> Be brief. USER: Hi ASSISTANT:« Hi there</s>»"),
+    (("vicuna",), TWO, f"{VICUNA} USER: Hi ASSISTANT:« Hi</s>» USER: Hi ASSISTANT:« Hi</s>»"),
+    (("vicuna",), BRIEF, "<s> Be brief. USER: Hi ASSISTANT:« Hi there</s>»"),
     (
-        "smollm2",
-        None,
-        {},
+        ("smollm2",),
         TWO,
         f"{SMOL}<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«Hi<|im_end|>»\n"
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«Hi<|im_end|>»\n",
     ),
     (
-        "smollm2",
-        None,
-        {},
+        ("smollm2",),
         chat("s: Be brief.", "u: Hi ", "a: Hi\n", "u: Hi"),
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi <|im_end|>\n<|im_start|>assistant\n"
         "«Hi\n<|im_end|>»\n<|im_start|>user\nHi<|im_end|>\n",
     ),
-    (
-        "qwen3",
-        None,
-        {"tools": TOOLS[:0]},
-        [*chat("u: Hi"), {"role": "assistant", "content": "", "tool_calls": [CALL]}, *chat("t: 4", "a: Four")],
-        '<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«<tool_call>\n{"name": "add", "arguments": {"x": 2}}\n'
-        "</tool_call><|im_end|>»\n<|im_start|>user\n<tool_response>\n4\n</tool_response><|im_end|>\n"
-        "<|im_start|>assistant\n«<think>\n\n</think>\n\nFour<|im_end|>»\n",
-    ),
-    (
-        "mistral",
-        None,
-        {},
-        [
-            *chat("u: Hi"),
-            {"role": "assistant", "content": "", "tool_calls": [CALL]},
-            {"role": "tool", "content": "4", "tool_call_id": "abcdefghi"},
-            *chat("a: Four"),
-        ],
-        '<s>[INST] Hi[/INST]«[TOOL_CALLS] [{"name": "add", "arguments": {"x": 2}, "id": "abcdefghi"}]</s>»'
-        '[TOOL_RESULTS] {"content": 4, "call_id": "abcdefghi"}[/TOOL_RESULTS]« Four</s>»',
-    ),
-    (
-        "llama3",
-        "llama31",
-        {},
-        [*chat("u: Hi"), {"role": "assistant", "content": "", "tool_calls": [CALL]}, *chat("t: 4", "a: Four")],
-        f"{LLAMA31}<|eot_id|>{head('user')}Hi<|eot_id|>{head('assistant')}"
-        '«{"name": "add", "parameters": {"x": 2}}<|eot_id|>»'
-        f"{head('ipython')}4<|eot_id|>{head('assistant')}«Four<|eot_id|>»",
-    ),
 ]
 
 
-@pytest.mark.parametrize(("family", "template", "args", "messages", "expected"), CASES)
-def test_labels_are_the_assistants_turns_and_their_ends(family, template, args, messages, expected):
+@pytest.mark.parametrize(("family", "messages", "expected"), CASES)
+def test_labels_are_the_assistants_turns_and_their_ends(family, messages, expected):
     """Mutations: label the last user turn; begin a turn one token earlier; stop before the token that ends it."""
-    tokenizer = tokenizer_of(family, template)
-    encoded = encode(messages, tokenizer, {k: v for k, v in args.items() if k != "tools"})
-    found = runs(tokenizer, encoded)
-    if family in ("mistral", "vicuna"):
+    tokenizer = tokenizer_of(*family)
+    found = runs(tokenizer, encode(messages, tokenizer, {}))
+    if family[0] in ("mistral", "vicuna"):
         # sentencepiece puts a space before a text that follows a control token; the templates' own come on top
         found = [(text.replace("  ", " "), supervised) for text, supervised in found]
     assert found == split_expected(expected)
@@ -221,13 +151,6 @@ def test_ids_are_those_of_apply_chat_template(family, args, messages):
     encoded = encode(messages, tokenizer, args)
     assert encoded.input_ids == expected
     assert sum(label != -100 for label in encoded.labels) >= 2 * sum(m["role"] == "assistant" for m in messages)
-
-
-def test_tools_reach_the_template():
-    tokenizer = tokenizer_of("qwen3")
-    encoded = encode(TWO, tokenizer, {}, tools=TOOLS)
-    assert encoded.input_ids == tokenizer.apply_chat_template(TWO, tools=TOOLS, return_dict=False)
-    assert next(text for text, supervised in runs(tokenizer, encoded) if supervised) == "Hi<|im_end|>"
 
 
 SPELLED = [(family, text) for family in FAMILIES for text in SPECIAL[family] + ADDED.get(family, [])]
@@ -306,14 +229,6 @@ def test_a_letter_of_several_tokens_before_a_turn_is_not_labelled():
     template = CHATML.replace("\n{{", "😀{{") + "{% if add_generation_prompt %}<|im_start|>assistant😀{% endif %}"
     encoded = encode(chat("u: Hi", "a: Hi"), tokenizer, {"chat_template": template})
     assert runs(tokenizer, encoded)[1] == ("Hi<|im_end|>", True)
-
-
-@pytest.mark.parametrize("family", ["llama3", "mistral", "vicuna"])
-def test_one_bos(family):
-    tokenizer = tokenizer_of(family)
-    ids = encode(TWO, tokenizer, {}).input_ids
-    assert ids[0] == tokenizer.bos_token_id
-    assert ids.count(tokenizer.bos_token_id) == 1
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ def share(*turns: dict) -> list[dict]:
 LAYOUT_ROWS = [
     ({"messages": [U, A]}, "messages", [U, A]),
     ({"messages": json.dumps([U, A])}, "messages", [U, A]),
+    ({"messages": [U, A | {"extra": None, "unfinished": True}]}, "messages", [U, A | {"unfinished": True}]),
     ({"conversations": share(U, A)}, "conversations", [U, A]),
     ({"conversation": [U | {"language": "English", "toxic": False}, A]}, "conversation", [U, A]),
     ({"data": ["Hi", "Yes", "Hi"]}, "data", [U, A, U]),
@@ -57,6 +58,13 @@ def test_a_layout_is_recognised(row, layout, messages):
     """Mutation: leave out a layout; drop the system prompt beside the turns."""
     found = read_row(row)
     assert (found.layout, found.messages, found.notes) == (layout, messages, [])
+
+
+def test_roles_have_many_names():
+    names = "system human gpt user bing tool bard chatgpt".split()
+    found = read_row({"conversations": [{"from": name, "value": "x"} for name in names]}).messages
+    roles = "system user assistant user assistant tool assistant assistant".split()
+    assert found == [{"role": role, "content": "x"} for role in roles]
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])

@@ -146,8 +146,8 @@ EMPTY_ROWS = [
 @pytest.mark.parametrize(("family", "template", "args", "own", "answer"), EMPTY_ROWS)
 def test_an_empty_block_that_the_prompt_writes_has_no_label(family, template, args, own, answer):
     """The row's arguments stand above the recipe's. Mutations: ignore them; begin the turn where the prompt ends."""
-    row = {"messages": [U, TWO], "chat_template_kwargs": own}
-    expect(row, family, template, USER + ASSISTANT + answer, **args)
+    row = {"messages": [U, TWO, U, TWO], "chat_template_kwargs": own}
+    expect(row, family, template, f"{USER}{ASSISTANT}«two<|im_end|>»\n{USER}{ASSISTANT}{answer}", **args)
     assert render(row, family, template, **args)[1].input_ids == as_user(row, family, template, **args)
 
 
