@@ -28,7 +28,6 @@ setup(
         "medusa_ds": ["pretrained/*/*"],
         "medusa_ds.config": ["shapes.json"],
         "medusa_ds.data": ["sample/*", "openings.txt"],
-        "medusa_ds.training": ["measured_steps.json"],
         "medusa_ds.recipes": ["*.yaml"],
         "medusa_ds.ds_configs": ["*.json"],
     },

@@ -21,7 +21,7 @@ from medusa_ds.config.settings import Commas, RecipeSettings
 from medusa_ds.config.types import Count, Positive, either
 from medusa_ds.errors import UserError, counted
 from medusa_ds.files import read_json_lines
-from medusa_ds.training.communication import Step, estimate_step, measured_errors
+from medusa_ds.training.communication import OFF_BY, Step, estimate_step
 from medusa_ds.training.gpus import GPUS, find_gpu
 from medusa_ds.training.memory import (
     CONTEXT_BYTES,
@@ -221,11 +221,7 @@ def _print_steps(settings: Settings, recipe: Recipe, parts: Parameters, config: 
             f"  {nodes:5}  {nodes * settings.gpus:4}  {choice.deepspeed.stem:13}{step.sent_gb:9.1f}{ms:6.0f}"
             f"{sent_ms:18.0f}{alone:7.0%}{step.tokens_per_s:11,.0f}{step.efficiency:19.2f}"
         )
-    spread = [
-        f"{group} {min(errors):+.0%} to {max(errors):+.0%} ({len(errors)})"
-        for group, errors in measured_errors().items()
-    ]
-    print(f"  such estimates of measured steps of one and two H200s were off by: {'; '.join(spread)}")
+    print(f"  such estimates of measured steps of one and two H200s were off by: {OFF_BY}")
 
 
 def _hidden_cache(recipe: Recipe, config: Any, data: Any) -> str:
