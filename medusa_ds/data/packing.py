@@ -70,18 +70,11 @@ class MicroBatch(NamedTuple):
 
 
 class Sequences:
-    """Conversations of one split, shuffled and packed anew each epoch.
+    """Conversations of one split, shuffled and packed anew each epoch into sequences of `max_length` tokens.
 
-    Args:
-        data: tokenised rows, columns as `_FEATURES`.
-        rows: the usable ones.
-        max_length: tokens of a sequence.
-        packing: several conversations a sequence, or one.
-        seed: of the order.
-        pad_id: input id of padding.
-
-    Attributes:
-        hidden: gives the hidden states of conversations that lie in a micro-batch in this order; None: nobody does.
+    `data` are tokenised rows, columns as `_FEATURES`, `rows` the usable ones. Without `packing` each sequence is one
+    conversation. `pad_id` is the input id of padding. `hidden` gives the hidden states of conversations that lie in a
+    micro-batch in this order; None: nobody does.
     """
 
     hidden: Callable[[np.ndarray, torch.Tensor, torch.Tensor], CachedRows] | None = None

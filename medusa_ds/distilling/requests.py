@@ -11,14 +11,10 @@ MAKE_PROMPT = -1  # as the turn of a request: it asks for a user's turn
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to draw.
+    """How to draw; a temperature of 0 takes the most probable token.
 
-    Attributes:
-        temperature: 0 takes the most probable token.
-        top_p: draw from the most probable tokens that together have this share.
-        max_new_tokens: of one answer.
-        max_prompt_tokens: of the conversation before it.
-        seed: of all draws.
+    `top_p`: draw from the most probable tokens that together have this share. `max_new_tokens`: of one answer.
+    `max_prompt_tokens`: of the conversation before it. `seed`: of all draws.
     """
 
     temperature: float = 0.0
@@ -29,13 +25,9 @@ class Sampling:
 
 
 class Request(NamedTuple):
-    """One answer that is wanted.
+    """One answer that is wanted: of conversation `row`, its answer `turn` from 0, or `MAKE_PROMPT`.
 
-    Attributes:
-        row: number of the conversation.
-        turn: which of its answers, from 0, or `MAKE_PROMPT`.
-        text: how a prompt begins that is to be made; else empty.
-        messages: the conversation to answer; empty for a prompt that is to be made.
+    `text`: how a prompt begins that is to be made, else empty. `messages`: the conversation to answer, else empty.
     """
 
     row: int

@@ -33,13 +33,10 @@ class Reply(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What a server made of prompts.
+    """What a server made of prompts, an entry a prompt.
 
-    Attributes:
-        replies: an entry a prompt.
-        seconds: from the first request to the last answer.
-        drafts: that were verified; 0 without a page of metrics or without heads.
-        accepted: how many of them up to each position.
+    `seconds`: from the first request to the last answer. `drafts`: that were verified; 0 without a page of metrics or
+    without heads. `accepted`: how many of them up to each position.
     """
 
     replies: list[Reply]

@@ -42,15 +42,10 @@ def build_model(
 ) -> JointModel:
     """Build backbone and heads, and the frozen start where `loss.target` needs it: the recipe's model once more.
 
-    Args:
-        recipe: what to build.
-        dtype: of all weights.
-        device: of all weights.
-        partitioned: context in which modules are constructed partitioned (ZeRO-3), where there is one.
-        gathered: context in which the given parameters are whole; what rank 0 leaves there is what all ranks get.
-        token_map: tokens that heads project onto, see `data.vocabulary`; None: all. Heads of `heads.init_from` keep
-            their own.
-        ends: of the backbone where the hidden states come from a cache, so that no backbone is loaded.
+    Under ZeRO-3, modules are built in the context `partitioned`, and parameters are whole in `gathered`, where all
+    ranks get what rank 0 leaves there. `token_map`: tokens that heads project onto, see `data.vocabulary` (None: all);
+    heads of `heads.init_from` keep their own. `ends`: of the backbone, which is not loaded then, since the hidden
+    states come from a cache.
 
     Raises:
         UserError: the model or the heads cannot be loaded; shapes of `heads.init_from` are refused before the

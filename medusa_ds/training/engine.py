@@ -86,18 +86,11 @@ def _prepare_nvme(config: dict[str, Any], file: str) -> None:
 
 
 class MedusaEngine:
-    """A model in training on this rank's device.
-
-    Args:
-        recipe: what to train and how.
-        total_steps: optimizer steps of the whole run, for the schedules.
-        build: makes the model.
+    """A model in training on this rank's device; the schedules are those of a run of `total_steps` optimizer steps.
 
     Attributes:
-        rank, world_size, device: of this process.
         accumulation: micro-batches of a step on one rank.
         ds_config: what DeepSpeed was given.
-        model: in training.
         steps_taken: optimizer steps behind the current weights.
         monitor: DeepSpeed's (TensorBoard, Weights & Biases).
 
@@ -198,8 +191,9 @@ class MedusaEngine:
             bad = (~torch.stack(finite)).sum()
             asked, short = moved(torch.tensor([stop(), short_of_time()]), self.device)
             sums = Sums(bad=bad, asked=asked, short=short, loss=loss, counters=torch.stack(counters).sum(0))
+            dist.all_reduce(sums.flat)
             sources = [batch.sources for batch in micro_batches]
-            measured, grad_norm = self._step(sums.over_ranks(), finite, sources, step)
+            measured, grad_norm = self._step(sums, finite, sources, step)
         rates = {group["name"]: group["lr"] for group in self._engine.optimizer.param_groups}
         now = optim.coefficient(step, self.total_steps, recipe.loss)
         self._interruptible = bool(measured["short"])

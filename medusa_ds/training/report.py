@@ -156,12 +156,9 @@ def heads_table(before: dict[str, float], after: dict[str, float], num: int) -> 
 
 
 class Meter:
-    """Turns a step's result and time into its line of `metrics.jsonl`.
+    """Turns a step's result and time into its line of `metrics.jsonl`, of this rank's training among `world_size`.
 
-    Args:
-        recipe, model, device: of this rank's training.
-        world_size: ranks.
-        mean_context: tokens that a position sees on average, half a conversation.
+    `mean_context`: tokens that a position sees on average, half a conversation.
     """
 
     def __init__(

@@ -18,11 +18,9 @@ KEYS = ("master", "exp_avg", "exp_avg_sq")
 
 
 class LogicalTensors:
-    """Reads and writes the state of a DeepSpeed engine.
+    """Reads and writes the state of a `DeepSpeedEngine` whose optimizer has made its states (see `MedusaEngine`).
 
-    Args:
-        engine: a `DeepSpeedEngine`; its optimizer must have made its states (see `MedusaEngine`).
-        gathered: context in which parameters are whole; what rank 0 leaves there is kept.
+    `gathered` is a context in which parameters are whole; what rank 0 leaves there is kept.
     """
 
     def __init__(self, engine: Any, gathered: Callable[[list[nn.Parameter]], AbstractContextManager[Any]]) -> None:

@@ -42,7 +42,7 @@ class StepLeftError(Exception):
 
 
 class Sums:
-    """Float64 tensors by name, laid out as one: added up over ranks in one call, brought to the host in one copy."""
+    """Float64 tensors by name, laid out as one, `flat`, for one call of all ranks and one copy to the host."""
 
     def __init__(self, **parts: torch.Tensor) -> None:
         self.shapes = {name: part.shape for name, part in parts.items()}
@@ -52,11 +52,6 @@ class Sums:
     def __getitem__(self, name: str) -> torch.Tensor:
         parts = self.flat.split([shape.numel() for shape in self.shapes.values()])
         return dict(zip(self.shapes, parts, strict=True))[name].view(self.shapes[name])
-
-    def over_ranks(self) -> Sums:
-        """Add up what all ranks have, without waiting for it."""
-        dist.all_reduce(self.flat)
-        return self
 
     def to_host(self) -> Sums:
         """Set off for the CPU, behind what was launched before and not what comes after; see `wait`."""
