@@ -37,10 +37,6 @@ class Runs:
         return self.ranks[0][name]
 
 
-def _name(zero: str, stage: int) -> str:
-    return f"{zero}-{stage}"
-
-
 def _target_jobs(*zeros: str) -> list[Any]:
     return [
         (
@@ -76,7 +72,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     jobs: list[Any] = []
     for zero in ZEROS:
         for stage in (1, 2):
-            name = _name(zero, stage)
+            name = f"{zero}-{stage}"
             jobs.append((name, "trajectory", {"zero": zero, "stage": stage, "save": True}))
             source = {"source": str(folder / name)}
             jobs.append((f"{name}-resumed", "resumed", {"zero": zero, "stage": stage, **source}))
@@ -94,13 +90,13 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         jobs.append((f"{zero}-bf16-resumed", "resumed", arguments | {"source": str(folder / f"{zero}-bf16")}))
     jobs += [
         (f"{zero}-layers0", "trajectory", {"zero": zero, "stage": 1, "heads": {"layers": 0}})
-        for zero in ("zero0", "zero2", "zero3")
+        for zero in ("zero2", "zero3")
     ]
-    jobs += _hydra_jobs("zero0", "zero2_offload", "zero3")
+    jobs += _hydra_jobs("zero2_offload", "zero3")
     jobs += [(f"zero3-{stage}-whole-layers", "whole_layers", {"stage": stage}) for stage in (1, 2)]
     jobs += [(f"{zero}-left", "left", {"zero": zero}) for zero in ("zero0", "zero2", "zero3")]
     jobs += [(f"{zero}-export", "export", {"zero": zero}) for zero in ("zero2", "zero3")]
-    jobs += _target_jobs("zero0", "zero3") + _start_jobs("zero0", "zero2_offload", "zero3")
+    jobs += _target_jobs("zero3") + _start_jobs("zero2_offload", "zero3")
     jobs.append(("zero3-start-export", "export", {"zero": "zero3", "loss": {"target": "distribution"}}))
     jobs.append(("stop", "stop_flag", {}))
     return Runs(folder, run_ranks(2, folder, jobs))
@@ -108,14 +104,13 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 @pytest.fixture(scope="session")
 def one_rank(tmp_path_factory: pytest.TempPathFactory, two_ranks: Runs) -> Runs:
-    """The same on one rank, other cuts of the global batch, and checkpoints of two ranks resumed on one."""
+    """Some of it on one rank, other cuts of the global batch, and checkpoints of two ranks resumed on one."""
     folder = tmp_path_factory.mktemp("one")
     jobs: list[Any] = []
     for stage in (1, 2):
-        for zero in ZEROS:
-            jobs.append((_name(zero, stage), "trajectory", {"zero": zero, "stage": stage}))
+        jobs.append((f"zero0-{stage}", "trajectory", {"zero": "zero0", "stage": stage}))
         for origin, zero in zip(ZEROS, (*ZEROS[1:], ZEROS[0]), strict=True):
-            arguments = {"zero": zero, "stage": stage, "source": str(two_ranks.folder / _name(origin, stage))}
+            arguments = {"zero": zero, "stage": stage, "source": str(two_ranks.folder / f"{origin}-{stage}")}
             jobs.append((f"{origin}-{stage}-elsewhere", "resumed", arguments))
         for size in (2, 4):
             arguments = {"zero": "zero0", "stage": stage, "train": {"micro_batch_size": size}}

@@ -12,12 +12,11 @@ def figures(run):
     return numbers(run["loss"] + run["grad_norm"])
 
 
-@pytest.mark.parametrize("zero", ["zero0", "zero3"])
 @pytest.mark.parametrize("lm_head", ["own", "shared"])
 @pytest.mark.parametrize("target", ["argmax", "distribution"])
-def test_two_ranks_train_as_one_does(zero, target, lm_head, two_ranks, one_rank) -> None:
+def test_two_ranks_train_as_one_does(target, lm_head, two_ranks, one_rank) -> None:
     """Mutation: call the teacher once a chunk instead of once a head; ranks with other numbers of rows then hang."""
-    two, one = f"{zero}-{target}-{lm_head}", f"zero0-{target}-{lm_head}"
+    two, one = f"zero3-{target}-{lm_head}", f"zero0-{target}-{lm_head}"
     assert figures(two_ranks[two]) == pytest.approx(figures(one_rank[one]), rel=1e-5)
     before, after = (load_file(two_ranks.folder / two / f"{when}.safetensors") for when in ("before", "after"))
     wanted = load_file(one_rank.folder / one / "after.safetensors")
@@ -27,7 +26,7 @@ def test_two_ranks_train_as_one_does(zero, target, lm_head, two_ranks, one_rank)
         assert (after[name] - weight).norm() <= 1e-4 * weight.norm(), name
 
 
-@pytest.mark.parametrize("zero", ["zero0", "zero2_offload", "zero3"])
+@pytest.mark.parametrize("zero", ["zero2_offload", "zero3"])
 @pytest.mark.parametrize("target", ["argmax", "distribution"])
 def test_the_frozen_start_teaches_two_ranks_as_one(zero, target, two_ranks, one_rank) -> None:
     """Mutation: teach by the model in training, whose divergence from itself is zero."""

@@ -34,25 +34,21 @@ def expected(one_rank: Runs):
 
 
 @pytest.mark.parametrize(("zero", "stage"), CASES)
-def test_two_ranks_train_as_plain_pytorch_does(zero: str, stage: int, two_ranks: Runs, expected) -> None:
+def test_two_ranks_and_one_train_as_plain_pytorch_does(
+    zero: str, stage: int, two_ranks: Runs, one_rank: Runs, expected
+) -> None:
     """Mutations: without the all-reduce of the counts, losses are off by a third; with a doubled loss, clipping hides
     it from losses and weights, but the gradient norms double."""
-    run, folder = two_ranks[f"{zero}-{stage}"], two_ranks.folder / f"{zero}-{stage}"
+    name, folder = f"{zero}-{stage}", two_ranks.folder / f"{zero}-{stage}"
+    two, one = two_ranks[name], one_rank[f"zero0-{stage}"]
     losses, norms, final = expected[stage]
-    assert numbers(run["loss"]) == pytest.approx(losses, rel=2e-6)
-    assert numbers(run["grad_norm"]) == pytest.approx(norms, rel=2e-5)
+    for run in (two, one):
+        assert numbers(run["loss"]) == pytest.approx(losses, rel=2e-6)
+        assert numbers(run["grad_norm"]) == pytest.approx(norms, rel=2e-5)
     assert_moved_alike(weights(folder, "before"), weights(folder, "after"), final)
-
-
-@pytest.mark.parametrize(("zero", "stage"), CASES)
-def test_one_rank_and_two_give_the_same_losses(zero: str, stage: int, two_ranks: Runs, one_rank: Runs) -> None:
-    """Mutation: without the all-reduce of the counts, losses on two ranks are twice those on one."""
-    two, one = two_ranks[f"{zero}-{stage}"], one_rank[f"{zero}-{stage}"]
-    assert numbers(two["loss"]) == pytest.approx(numbers(one["loss"]), rel=1e-6)
-    assert numbers(two["grad_norm"]) == pytest.approx(numbers(one["grad_norm"]), rel=1e-5)
     counts = [[[row[1] for row in step] for step in run["counters"]] for run in (one, two)]
     assert counts[0] == counts[1]
-    assert two["loss"] == two_ranks.ranks[1][f"{zero}-{stage}"]["loss"]
+    assert two["loss"] == two_ranks.ranks[1][name]["loss"]
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -97,7 +93,7 @@ def test_heads_of_stage_2_learn_at_the_multiplied_rate(two_ranks: Runs) -> None:
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("zero", ["zero0", "zero2_offload", "zero3"])
+@pytest.mark.parametrize("zero", ["zero2_offload", "zero3"])
 def test_heads_that_see_tokens_train_as_plain_pytorch_does(
     zero: str, stage: int, two_ranks: Runs, one_rank: Runs
 ) -> None:
@@ -111,7 +107,7 @@ def test_heads_that_see_tokens_train_as_plain_pytorch_does(
     assert_moved_alike(weights(folder, "before"), weights(folder, "after"), final)
 
 
-@pytest.mark.parametrize("zero", ["zero0", "zero2", "zero3"])
+@pytest.mark.parametrize("zero", ["zero2", "zero3"])
 def test_heads_without_layers_learn(zero: str, two_ranks: Runs) -> None:
     folder = two_ranks.folder / f"{zero}-layers0"
     losses, _, final = reference.train(folder / "before.safetensors", 1, layers=0)

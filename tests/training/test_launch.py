@@ -1,12 +1,10 @@
 """What a rank takes of its host, and what it says before DeepSpeed compiles."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support import train
 
 from medusa_ds.errors import UserError
 from medusa_ds.training.launch import BESIDE_A_GPU, announce, share_cores
@@ -65,11 +63,11 @@ def test_an_operator_is_announced_once_a_host_and_only_where_it_is_not_there(tmp
 
 def test_one_rank_on_a_cpu_compiles_nothing(tmp_path):
     """Mutation: leave `__compatible_ops__` alone; then DeepSpeed builds its all-reduce in shared memory."""
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from worker import make_recipe\n"
+    program, extensions = tmp_path / "one.py", tmp_path / "extensions"
+    program.write_text(
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from worker import make_recipe\n"
         "from medusa_ds.training.launch import start_process_group; start_process_group(make_recipe('out'))\n"
-        "import deepspeed; assert deepspeed.comm.comm.cdb.shm_comm_op is None"
+        "import deepspeed; assert deepspeed.comm.comm.cdb.shm_comm_op is None\n"
     )
-    env = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent)], env=env, check=True, timeout=120)
-    assert not list(tmp_path.iterdir())
+    train(program, log_dir=tmp_path, env={"TORCH_EXTENSIONS_DIR": str(extensions)})
+    assert not extensions.exists()
