@@ -39,7 +39,7 @@ def run_forks(
     logs: list[Path],
     cwd: Path,
     env: dict[str, str] | None = None,
-    timeout: float = 240,
+    timeout: float = 600,
 ) -> list[int]:
     """Run a program on as many ranks as there are logs, which may be the same file; exit statuses by rank.
 

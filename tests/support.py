@@ -121,7 +121,7 @@ class Run:
         """Everything printed so far."""
         return self.log.read_text(errors="replace")
 
-    def wait(self, timeout: float = 240) -> int:
+    def wait(self, timeout: float = 600) -> int:
         """Wait for the end and return the exit status; what takes longer is killed and fails."""
         try:
             return self.process.wait(timeout)
@@ -129,7 +129,7 @@ class Run:
             os.killpg(self.process.pid, signal.SIGKILL)
             raise AssertionError(f"still running after {timeout} s:\n{self.text}") from None
 
-    def wait_for(self, text: str, timeout: float = 120) -> None:
+    def wait_for(self, text: str, timeout: float = 600) -> None:
         """Wait until a text has been printed."""
         end = time.monotonic() + timeout
         while text not in self.text:

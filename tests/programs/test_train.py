@@ -196,7 +196,7 @@ def test_signal_to_the_launcher_leaves_one_whole_checkpoint_and_nothing_running(
         os.killpg(run.process.pid, number)
     else:
         run.process.send_signal(number)
-    _, alive = psutil.wait_procs(tree, timeout=60)
+    _, alive = psutil.wait_procs(tree, timeout=240)
     assert not alive, run.text
     assert run.wait() != 0
     done = len(metrics_of(tmp_path / "out"))
@@ -230,7 +230,7 @@ def test_ctrl_c_in_slow_steps_saves_the_last_finished_one_though_the_pipe_is_gon
     tree = psutil.Process(run.process.pid).children(recursive=True)
     time.sleep(1)
     os.killpg(run.process.pid, signal.SIGINT)
-    _, alive = psutil.wait_procs(tree, timeout=60)
+    _, alive = psutil.wait_procs(tree, timeout=240)
     assert not alive
     run.wait()
     err = (tmp_path / "stderr.txt").read_text()

@@ -20,7 +20,7 @@ STEPS = ("train.steps=6", "train.save_every=2")
 
 def processes(run: Run) -> dict[str, psutil.Process]:
     """The launch's processes by name, once they are all there."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + 240
     while time.monotonic() < end:
         runner = psutil.Process(run.process.pid)
         found = {"runner": runner}
@@ -39,7 +39,7 @@ def processes(run: Run) -> dict[str, psutil.Process]:
     raise AssertionError(run.text)
 
 
-def ended(run: Run, members: Any, timeout: float = 60) -> int:
+def ended(run: Run, members: Any, timeout: float = 240) -> int:
     """Nothing is left running; the exit status of `deepspeed`."""
     end = time.monotonic() + timeout
     status = run.wait(timeout)
