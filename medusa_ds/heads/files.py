@@ -50,17 +50,9 @@ def check_token_map(token_map: Tensor, vocab_size: int, where: str | Path) -> No
     Raises:
         UserError: naming the file.
     """
-    problem = None
-    if token_map.dtype != torch.int64 or token_map.dim() != 1:
-        problem = f"is {list(token_map.shape)} of {token_map.dtype}, not a list of int64"
-    elif not 0 < len(token_map) <= vocab_size:
-        problem = f"has {len(token_map)} tokens; allowed are 1 to vocab_size {vocab_size}"
-    elif len(outside := token_map[(token_map < 0) | (token_map >= vocab_size)]):
-        problem = f"names token {int(outside[0])}, outside vocab_size {vocab_size}"
-    elif len(token_map.unique()) != len(token_map):
-        problem = "names a token twice"
-    if problem:
-        raise UserError(f"{where}: token_map {problem}; save the heads again")
+    is_list = token_map.dtype == torch.int64 and token_map.dim() == 1 and len(token_map) > 0
+    if not is_list or token_map.min() < 0 or token_map.max() >= vocab_size or len(token_map.unique()) < len(token_map):
+        raise UserError(f"{where}: token_map: allowed are different tokens below {vocab_size}; save the heads again")
 
 
 def different_maps(found: list[int] | None, wanted: list[int] | None) -> str | None:
@@ -81,9 +73,8 @@ def save_heads(directory: str | Path, state_dict: dict[str, Tensor], meta: dict[
     Args:
         directory: made if missing.
         state_dict: of `Heads`, whole tensors; with its `token_map` where projections have one.
-        meta: `base_model`, `revision` (or None), `kind` (or none, for Medusa heads), `num`, `layers`, `lm_head`,
-            `hidden_size`, `vocab_size` and `recipe` (YAML text). Format version, dtype and the checksum that ties the
-            two files together are added.
+        meta: the keys of `META`; `kind` may be left out for Medusa heads. Format version, dtype and the checksum that
+            ties the two files together are added.
     """
     assert set(meta) | {"kind"} == set(META), f"meta has {sorted(meta)}, not {sorted(META)}"
     meta = {key: value for key, value in meta.items() if (key, value) != ("kind", DEFAULT_KIND)}
@@ -129,16 +120,12 @@ def load_heads(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]
     with torch.device("meta"):
         logits = Logits(bias="0.projection.bias" in tensors)
         expected = make_heads(config, token_map=token_map, logits=logits).state_dict()
-    problems = [f"missing {name}" for name in expected.keys() - tensors.keys()]
-    problems += [f"unknown {name}" for name in tensors.keys() - expected.keys()]
-    for name in expected.keys() & tensors.keys():
-        found, wanted = tensors[name], expected[name]
-        dtype = "int64" if name == "token_map" else config["dtype"]
-        if found.shape != wanted.shape or str(found.dtype) != f"torch.{dtype}":
-            says = f"{_CONFIG} says {list(wanted.shape)} of {dtype}"
-            problems.append(f"{name} is {list(found.shape)} of {found.dtype}; {says}")
-    if problems:
-        raise UserError(*(f"{path}: {problem}" for problem in sorted(problems)))
+    dtypes = dict.fromkeys(expected, config["dtype"]) | {"token_map": "int64"}
+    wanted = {name: f"{list(tensor.shape)} of torch.{dtypes[name]}" for name, tensor in expected.items()}
+    found = {name: f"{list(tensor.shape)} of {tensor.dtype}" for name, tensor in tensors.items()}
+    if differ := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
+        name = differ[0]
+        raise UserError(f"{path}: {name}: found {found.get(name)}, {_CONFIG} says {wanted.get(name)}; save them again")
     return config, tensors
 
 

@@ -73,15 +73,9 @@ def check_device(device: torch.device) -> None:
     Raises:
         UserError: not a GPU of compute capability 8.9 or more.
     """
-    found = "no GPU"
-    if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        if capability >= (8, 9):
-            return
-        found = f"{torch.cuda.get_device_name(device)} with compute capability {capability[0]}.{capability[1]}"
-    raise UserError(
-        f"model.frozen_precision: found fp8 and {found}; it needs a GPU of 8.9 or more (L4, H100): use bf16"
-    )
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+        needs = "a GPU of compute capability 8.9 or more (L4, H100)"
+        raise UserError(f"model.frozen_precision: found fp8, which needs {needs}; use bf16")
 
 
 def _scale(rows: Tensor) -> Tensor:

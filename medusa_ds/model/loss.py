@@ -75,7 +75,9 @@ def linear_cross_entropy(
     if impl == "eager":
         logits_NV = _capped(_product(rows_NH, weight_VH, bias).to(accumulate), cap)
         loss_sum = nn.functional.cross_entropy(logits_NV, targets_N, reduction="sum")
-        return loss_sum if scale is None else _Scaled.apply(loss_sum, scale), logits_NV.detach().argmax(-1)
+        if scale is not None and loss_sum.requires_grad:
+            loss_sum.register_hook(functools.partial(_times, scale=scale))
+        return loss_sum, logits_NV.detach().argmax(-1)
     kernel, learns = impl == "liger", weight_VH.requires_grad and torch.is_grad_enabled()
     row_bytes = vocab * (rows_NH.dtype if kernel else accumulate).itemsize
     chunk_rows = max(1, (chunk_mib << 20) // row_bytes)
@@ -271,20 +273,6 @@ def _times(tensor: Tensor, scale: Tensor | None) -> Tensor:
     if scale is None:
         return tensor
     return (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * scale).to(tensor.dtype)
-
-
-class _Scaled(torch.autograd.Function):
-    """A loss whose gradient is multiplied."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(scale)
-        return loss.view_as(loss)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None]:
-        return _times(grad_loss, ctx.saved_tensors[0]), None
 
 
 class _Chunked(torch.autograd.Function):
