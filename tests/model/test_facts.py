@@ -52,22 +52,6 @@ def test_what_stands_before_the_matrix_is_refused(family, fields, message):
         find_logits(asked(family, **fields))
 
 
-@pytest.mark.parametrize(
-    ("family", "fields", "apart"),
-    [
-        ("llama", {}, True),
-        ("mistral", {"sliding_window": 4096}, True),
-        ("gemma2", {"sliding_window": 4096}, True),
-        ("qwen3_next", {"layer_types": ["linear_attention", "full_attention"]}, False),
-        ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}, False),
-        ("bloom", {}, False),
-    ],
-)
-def test_documents_that_see_each_other_are_found(family, fields, apart):
-    """Mutation: compare the first document only."""
-    assert (find_facts(asked(family, **fields)).packing is None) == apart
-
-
 def test_attention_is_what_the_model_has():
     gemma2 = "sdpa" if Gemma2ForCausalLM._supports_sdpa else "eager"  # which differs between versions of transformers
     found = [find_facts(asked(family)).attention for family in ("llama", "gemma2", "bloom")]

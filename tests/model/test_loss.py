@@ -87,18 +87,13 @@ def test_weight_gradient_accumulates_in_fp32_over_many_chunks():
     assert found["other rows"] < 1e-2
 
 
-@pytest.mark.parametrize("impl", ["torch", "eager"])
+@pytest.mark.parametrize("impl", ["torch", "eager", "liger"])
 def test_no_rows_give_zero_and_zero_gradients(impl):
     rows, weight, targets = planted(5, 11, 3)
     found = run(by(impl), rows[:0], weight, targets[:0])
     assert found["loss"] == 0
     assert found["predicted"].shape == (0,)
-    assert torch.equal(found["other rows"], torch.zeros(11, 3, dtype=torch.float64))
-
-
-def test_liger_without_rows_needs_no_gpu():
-    rows, weight, targets = planted(5, 11, 3)
-    assert run(by("liger"), rows[:0], weight, targets[:0])["loss"] == 0
+    assert not found["other rows"].any() and found["other rows"].shape == (11, 3)
 
 
 @pytest.mark.parametrize("impl", ["torch", "eager"])
@@ -113,28 +108,6 @@ def test_each_input_gets_its_gradient_alone(impl):
     torch.testing.assert_close(only_rows.grad, reference["input"])
     torch.testing.assert_close(only_weight.grad[is_target], reference["target rows"])
     torch.testing.assert_close(only_weight.grad[~is_target], reference["other rows"])
-
-
-def test_a_second_backward_pass_gives_the_same_gradient():
-    rows, weight, targets = planted(13, 101, 17)
-    rows.requires_grad_()
-    value = linear_cross_entropy(rows, weight, targets, "torch")[0] * 3
-    first, second = (torch.autograd.grad(value, rows, retain_graph=True)[0] for _ in range(2))
-    assert torch.equal(first, second)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_no_matrix_of_rows_by_vocabulary_exceeds_the_budget(dtype):
-    """Mutation: ignore `chunk_mib` (`eager` is the positive control of this watch)."""
-    rows, weight, targets = planted(200, 4099, 8, dtype)
-    budget_rows = (1 << 20) // (4099 * (8 if dtype == torch.float64 else 4))
-    with Watch(4099) as watch:
-        run(by("torch", 1), rows, weight, targets)
-    assert 0 < watch.largest <= budget_rows
-    assert watch.projected == 200
-    with Watch(4099) as watch:
-        run(by("eager"), rows, weight, targets)
-    assert watch.largest == 200
 
 
 def test_nothing_is_computed_for_gradients_that_nobody_wants():
