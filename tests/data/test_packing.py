@@ -249,7 +249,7 @@ def test_one_process_tokenises_while_others_wait(file):
     workers = [context.Process(target=_work, args=(file, queue)) for _ in range(3)]
     for worker in workers:
         worker.start()
-    results = [queue.get(timeout=60) for _ in workers]
+    results = [queue.get(timeout=300) for _ in workers]
     for worker in workers:
         worker.join()
     assert results[0][:2] == results[1][:2] == results[2][:2]

@@ -103,7 +103,7 @@ def test_stopped_killed_and_resumed_equals_uninterrupted(tiny_recipe, tmp_path, 
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job ignores it
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while process.poll() is None and time.monotonic() < deadline and count_lines(out) <= 5:
         time.sleep(0.002)
     process.send_signal(signal.SIGINT)

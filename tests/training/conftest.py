@@ -17,7 +17,7 @@ def run_ranks(world: int, folder: Path, jobs: list[tuple[str, str, dict[str, Any
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps(jobs))
     logs = [folder / f"rank{rank}.log" for rank in range(world)]
-    statuses = run_forks(WORKER, str(folder), str(folder / "jobs.json"), logs=logs, cwd=folder, timeout=600)
+    statuses = run_forks(WORKER, str(folder), str(folder / "jobs.json"), logs=logs, cwd=folder, timeout=1800)
     assert set(statuses) == {0}, "\n".join(log.read_text()[-4000:] for log in logs)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world)]
 
