@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import resource
 import shlex
 import shutil
@@ -16,6 +17,7 @@ from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import psutil
 from forks import free_port, run_forks
 
 CHATML = (
@@ -120,6 +122,20 @@ class Run:
     def text(self) -> str:
         """Everything printed so far."""
         return self.log.read_text(errors="replace")
+
+    def members(self) -> dict[str, psutil.Process]:
+        """The processes of the launch that are there, by name: runner, launcher, rank 0, rank 1, ..."""
+        found = {}
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found["runner"] = psutil.Process(self.process.pid)
+            for child in found["runner"].children(recursive=True):
+                with contextlib.suppress(psutil.Error):  # a short-lived one, such as a probe of DeepSpeed's, has ended
+                    command = " ".join(child.cmdline())
+                    if rank := re.search(r"--local_rank=(\d)", command):
+                        found.setdefault(f"rank {rank[1]}", child)
+                    elif "deepspeed.launcher.launch" in command:
+                        found.setdefault("launcher", child)
+        return found
 
     def wait(self, timeout: float = 600) -> int:
         """Wait for the end and return the exit status; what takes longer is killed and fails."""

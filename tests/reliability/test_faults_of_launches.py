@@ -1,6 +1,5 @@
 """Faults of real launches: the stock launcher, two ranks, ended, stopped or failed at a file call from outside."""
 
-import os
 import re
 import signal
 import time
@@ -21,22 +20,10 @@ STEPS = ("train.steps=6", "train.save_every=2")
 def processes(run: Run) -> dict[str, psutil.Process]:
     """The launch's processes by name, once they are all there."""
     end = time.monotonic() + 240
-    while time.monotonic() < end:
-        runner = psutil.Process(run.process.pid)
-        found = {"runner": runner}
-        for child in runner.children(recursive=True):
-            try:
-                command = " ".join(child.cmdline())
-            except psutil.NoSuchProcess:  # a short-lived one, such as a probe of DeepSpeed's, has ended meanwhile
-                continue
-            if rank := re.search(r"--local_rank=(\d)", command):
-                found.setdefault(f"rank {rank[1]}", child)
-            elif "deepspeed.launcher.launch" in command:
-                found.setdefault("launcher", child)
-        if len(found) == 4:
-            return found
+    while len(found := run.members()) < 4:
+        assert time.monotonic() < end and run.process.poll() is None, run.text
         time.sleep(0.05)
-    raise AssertionError(run.text)
+    return found
 
 
 def ended(run: Run, members: Any, timeout: float = 240) -> int:
@@ -243,44 +230,3 @@ def test_rank_stopped_while_data_is_read(tiny_recipe: Path, tmp_path: Path) -> N
     status = ended(run, members.values(), 80)
     assert status != 0 and time.monotonic() - began < 75, run.text
     assert "was stopped" in run.text
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("rank", [0, 1, None])
-@pytest.mark.parametrize("phase", ["start", "data", "load", "deletion", "final"])
-def test_kill_in_every_phase_then_resume(
-    phase: str, rank: int | None, tiny_recipe: Path, straight: Path, tmp_path: Path
-) -> None:
-    out, do = tmp_path / "out", "kill_all" if rank is None else "kill"
-    cache = {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    if phase in ("start", "data"):
-        run = launch(tiny_recipe, *STEPS, ranks=2, env=cache, log_dir=tmp_path)
-        members = processes(run)
-        if phase == "data":
-            while not list((tmp_path / "cache").rglob("*.arrow")) and run.process.poll() is None:
-                time.sleep(0.01)
-        if rank is None:
-            os.killpg(run.process.pid, signal.SIGKILL)
-        else:
-            members[f"rank {rank}"].kill()
-    elif phase == "load":
-        launched(tiny_recipe, *STEPS, ranks=2, env=cache, log_dir=tmp_path)
-        for file in (out / "heads").iterdir():
-            file.unlink()
-        run = launch(tiny_recipe, *STEPS, ranks=2, env=cache, log_dir=tmp_path)
-        members = processes(run)
-        run.wait_for("data:")
-        time.sleep(1)
-        if rank is None:
-            os.killpg(run.process.pid, signal.SIGKILL)
-        else:
-            members[f"rank {rank}"].kill()
-    else:
-        match = r"\.tmp-old-step" if phase == "deletion" else "heads/" if rank != 1 else "step-000006"
-        env = cache | fault(out, 0 if phase == "deletion" else rank if rank is not None else 0, do, 2, match)
-        run = launch(tiny_recipe, *STEPS, "train.keep_last=1", ranks=2, env=env, log_dir=tmp_path)
-        members = processes(run)
-    assert ended(run, members.values()) != 0, run.text
-    launched(tiny_recipe, *STEPS, ranks=2, env=cache, log_dir=tmp_path)
-    assert losses_of(out) == losses_of(straight)
-    assert not list((out / "checkpoints").glob(".tmp*"))

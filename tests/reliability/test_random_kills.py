@@ -1,15 +1,16 @@
 """SIGKILL at random moments, of one rank, all, the launcher or the runner: the losses are those of no kill."""
 
-import json
 import os
 import random
 import shutil
 import signal
 import time
+from collections import Counter
 from pathlib import Path
 
 import psutil
 import pytest
+from forks import free_port
 from support import Run, launch, losses_of, metrics_of, train
 
 KILLS = int(os.environ.get("KILLS", "100"))
@@ -17,36 +18,14 @@ SETTINGS = ("train.steps=60", "train.save_every=1", "train.eval_every=20", "trai
 TARGETS = ("rank 0", "rank 1", "all", "all", "launcher", "runner")
 
 
-def tree(run: Run) -> list[psutil.Process]:
-    try:
-        runner = psutil.Process(run.process.pid)
-        return [runner, *runner.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
-
-
 def kill(run: Run, target: str) -> bool:
     """Kill part of a launch; whether there was such a process."""
-    processes = tree(run)
-    if target == "all":
-        if processes:
-            os.killpg(run.process.pid, signal.SIGKILL)
-        return bool(processes)
-    found = None
-    for process in processes:
-        try:
-            command, parent = " ".join(process.cmdline()), process.ppid()
-        except psutil.Error:
-            continue
-        kind = "runner" if process.pid == run.process.pid else "launcher" if parent == run.process.pid else None
-        if kind is None and f"--local_rank={target[-1]}" in command:
-            kind = target
-        if kind == target:
-            found = process
-    if found is None:
-        return False
-    found.kill()
-    return True
+    members = run.members()
+    if target == "all" and members:
+        os.killpg(run.process.pid, signal.SIGKILL)
+    elif target in members:
+        members[target].kill()
+    return target in members or (target == "all" and bool(members))
 
 
 @pytest.mark.long
@@ -56,29 +35,26 @@ def test_random_kills_leave_the_losses_unchanged(tiny_recipe: Path, tmp_path: Pa
     out, straight = tmp_path / "out", tmp_path / "straight"
     train(tiny_recipe, *SETTINGS, f"output={straight}", ranks=2, log_dir=tmp_path)
     tried = resumed = finished = 0
-    by_target: dict[str, int] = {}
-    phases: dict[str, int] = {}
+    by_target, phases = Counter[str](), Counter[str]()
     began = time.monotonic()
-    limit = float(os.environ.get("KILLS_SECONDS", "inf"))
-    while tried < KILLS and time.monotonic() - began < limit:
-        run, target = launch(tiny_recipe, *SETTINGS, ranks=2, log_dir=tmp_path), draw.choice(TARGETS)
+    while tried < KILLS:
+        port, target = free_port(), draw.choice(TARGETS)
+        run = launch(tiny_recipe, *SETTINGS, ranks=2, port=port, log_dir=tmp_path)
         if draw.random() < 0.2:
             time.sleep(draw.uniform(0, 9))
         else:
             while "validation at step 0" not in run.text and "resuming" not in run.text and run.process.poll() is None:
                 time.sleep(0.02)
             time.sleep(draw.uniform(0, 2.5))
-        members, text = tree(run), run.text
+        members, text = list(run.members().values()), run.text
         if kill(run, target):
             tried += 1
-            by_target[target] = by_target.get(target, 0) + 1
+            by_target[target] += 1
             phase = "start" if "data:" not in text else "load" if "step" not in text.split("data:")[1][60:] else "steps"
-            phases[phase] = phases.get(phase, 0) + 1
+            phases[phase] += 1
         _, alive = psutil.wait_procs(members, timeout=60)
         assert not alive, (target, run.text)
         run.process.wait()
-        command = list(run.process.args)  # type: ignore[call-overload]
-        port = command[command.index("--master_port") + 1]
         for file in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):  # 66 MiB a rank, DeepSpeed's
             file.unlink()
         assert "Traceback" not in run.text or target.startswith("rank"), run.text
@@ -92,7 +68,7 @@ def test_random_kills_leave_the_losses_unchanged(tiny_recipe: Path, tmp_path: Pa
             ).read_bytes()
             finished += 1
             shutil.rmtree(out)
-        print(json.dumps([tried, target, finished, round(time.monotonic() - began)]), flush=True)
+        print(tried, target, finished, round(time.monotonic() - began), flush=True)
     if out.exists():
         train(tiny_recipe, *SETTINGS, ranks=2, log_dir=tmp_path)
         assert losses_of(out) == losses_of(straight)
