@@ -10,7 +10,6 @@ import pytest
 import torch
 from exporting import MakeRun, Refused, assert_same, export_
 from safetensors.torch import save_file
-from support import files_of_at_most
 
 from medusa_ds.cli import main
 from medusa_ds.errors import UserError
@@ -111,11 +110,3 @@ def test_hostile_damaged_and_foreign_files_are_refused(tmp_path: Path, monkeypat
     assert "found 1 head of hidden size 2; config.json says 3 of 576" in refusal()
     save_file({"model.embed_tokens.weight": torch.zeros(3)}, tmp_path / "model.safetensors")
     assert "model.embed_tokens.weight; not heads" in refusal()
-
-
-def test_a_full_disk_leaves_nothing_and_is_one_line(make_run: MakeRun, tmp_path: Path, refused: Refused) -> None:
-    exported = export_(make_run(), "exported", "--for", "vllm")
-    with files_of_at_most(9000):
-        error = refused("import", exported, tmp_path / "back")
-    assert error == f"error: {tmp_path / 'back'}: cannot be written (File too large); name a writable directory\n"
-    assert not (tmp_path / "back").exists()
