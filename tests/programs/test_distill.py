@@ -44,9 +44,11 @@ def prompts(tmp_path):
 
 
 def test_rows_are_complete_and_read_by_data_path(tiny_recipe, tmp_path, prompts, capsys):
-    """Mutation: begin the next turn from the original conversation instead of the answered one."""
-    out = tmp_path / "out.jsonl"
-    run(tiny_recipe, out, prompts, "--synthesize", "12")
+    """Without prompts of a benchmark. Mutation: begin the next turn from the original conversation instead of the
+    answered one."""
+    out, benchmark = tmp_path / "out.jsonl", tmp_path / "benchmark.jsonl"
+    benchmark.write_text(json.dumps({"turns": ["From RED to 10!"]}) + "\n")
+    run(tiny_recipe, out, prompts, "--synthesize", "12", "--exclude", str(benchmark))
     printed = capsys.readouterr().out
     rows = lines(out)
     removed = [row for row in lines(tmp_path / "out.jsonl.progress") if "removed" in row]
@@ -54,6 +56,7 @@ def test_rows_are_complete_and_read_by_data_path(tiny_recipe, tmp_path, prompts,
     assert f"{len(rows)} written" in printed
     assert "1 x unusable row" in printed
     assert "1 x control tokens in a prompt" in printed
+    assert "1 x overlap with --exclude (first: " in printed and 10 not in [row["row"] for row in rows]
     numbers = [row["row"] for row in rows + removed]
     assert len(set(numbers)) == len(numbers)
     assert rows
@@ -138,10 +141,9 @@ def test_openings_begin_the_made_prompts_in_turn(tiny_recipe, tmp_path, prompts,
     openings, out = tmp_path / "openings.txt", tmp_path / "out.jsonl"
     openings.write_text("one two\n\nthree\n")
     settings = ["--synthesize", "9", "--keep-unfinished", "--limit", "1"]
-    plain = run(tiny_recipe, tmp_path / "plain.jsonl", prompts, *settings)
-    begun = run(tiny_recipe, out, prompts, *settings, "--openings", str(openings))
+    run(tiny_recipe, out, prompts, *settings, "--openings", str(openings))
     made = {row["row"]: row["prompt"] for row in lines(tmp_path / "out.jsonl.progress") if "prompt" in row}
-    assert set(made) == set(range(1, 10)) and begun != plain
+    assert set(made) == set(range(1, 10))
     assert all(prompt.startswith(("one two", "three")[row % 2]) for row, prompt in made.items() if prompt)
     assert any(len(prompt) > len("one two") for prompt in made.values())
     asked = {row["row"]: row["messages"][0]["content"] for row in lines(out) if row["row"] > 0}
@@ -159,15 +161,6 @@ def test_openings_begin_the_made_prompts_in_turn(tiny_recipe, tmp_path, prompts,
         (["--synthesize", "1", "--openings", str(tmp_path / "empty.txt")], "empty.txt: found no line with text"),
     ):
         assert says in refused(*arguments(tiny_recipe, tmp_path / "bad.jsonl", prompts, *more))
-
-
-def test_prompts_of_a_benchmark_are_left_out(tiny_recipe, tmp_path, prompts, capsys):
-    excluded = tmp_path / "bench.jsonl"
-    excluded.write_text(json.dumps({"turns": ["From RED to 10!"]}) + "\n")
-    out = tmp_path / "out.jsonl"
-    run(tiny_recipe, out, prompts, "--exclude", str(excluded))
-    assert "1 x overlap with --exclude" in capsys.readouterr().out
-    assert 10 not in [row["row"] for row in lines(out)]
 
 
 def test_what_other_ranks_left_is_moved_in_once(tiny_recipe, tmp_path, prompts, capsys, refused):

@@ -23,7 +23,6 @@ class Faults(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     asked: Counter
     plan: dict
-    dead = False
     always: tuple | None = None  # status, content type, body
     thoughts: dict
 
@@ -33,50 +32,33 @@ class Faults(BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         said = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
-        time_before = self.asked[said]
+        fault = "".join(self.plan.get(said, [])[self.asked[said] : self.asked[said] + 1])
         self.asked[said] += 1
-        fault = self.plan.get(said, [])[time_before : time_before + 1]
-        if self.dead:
-            fault = ["closed"]
-        if fault == ["closed"]:
+        if fault == "closed":
             self.connection.close()
             self.close_connection = True
             return
-        if fault == ["hang"]:
-            time.sleep(3)
-        if fault == ["slow"]:
-            time.sleep(0.4)
-        status = int(fault[0]) if fault and fault[0].isdigit() else 200
+        time.sleep({"hang": 3, "slow": 0.4}.get(fault, 0))
         text = f"answer to {said}" if "messages" in body else "tell me of birds"
         message = {"role": "assistant", "content": text, **self.thoughts}
         choice = {"index": 0, "finish_reason": "stop", "message": message, "text": text}
-        answer = {
-            "id": "1",
-            "object": "x",
-            "created": 0,
-            "model": "m",
-            "choices": [choice],
-            "usage": {"prompt_tokens": 1, "completion_tokens": 3, "total_tokens": 4},
-        }
-        data = json.dumps(answer).encode()
-        if fault == ["no choices"]:
-            data = b'{"error": "overloaded"}'
-        if fault == ["no json"]:
-            data = b"<html>"
-        if fault == ["endless"]:
-            data = json.dumps(answer | {"padding": "x" * server_module.MAX_ANSWER_BYTES}).encode()
-        kind = "application/json"
+        answer = {"choices": [choice], "usage": {"completion_tokens": 3}}
+        if fault == "endless":
+            answer["padding"] = "x" * server_module.MAX_ANSWER_BYTES
+        bodies = {"no choices": b'{"error": "overloaded"}', "no json": b"<html>"}
+        status, kind = int(fault) if fault.isdigit() else 200, "application/json"
+        data = bodies.get(fault, json.dumps(answer).encode())
         if self.always:
             status, kind, data = self.always
         self.send_response(status)
         self.send_header("Content-Type", kind)
-        if fault == ["compressed"]:
+        if fault == "compressed":
             data = gzip.compress(data)
             self.send_header("Content-Encoding", "gzip")
-        self.send_header("Content-Length", str(len(data) + (50 if fault == ["cut"] else 0)))
+        self.send_header("Content-Length", str(len(data) + 50 * (fault == "cut")))
         self.end_headers()
         self.wfile.write(data)
-        if fault == ["cut"]:
+        if fault == "cut":
             self.close_connection = True
 
 
@@ -96,10 +78,20 @@ def server():
 
 
 pytest.importorskip("openai")
-BROKEN = "ignore::pytest.PytestUnhandledThreadExceptionWarning"
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnhandledThreadExceptionWarning",
+    "ignore::ResourceWarning",
+    "ignore::pytest.PytestUnraisableExceptionWarning",
+)
 
 
-@pytest.mark.filterwarnings(BROKEN, "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def numbered(folder, count):
+    """Prompts that are numbers."""
+    file = folder / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"turns": [f"number {n}"]}) + "\n" for n in range(count)))
+    return file
+
+
 def test_a_failing_server_costs_no_finished_row(tiny_recipe, tmp_path, server, capfd):
     """Mutation: let a failed request end the run, or count it as removed."""
     handler, url = server
@@ -127,25 +119,21 @@ def test_a_failing_server_costs_no_finished_row(tiny_recipe, tmp_path, server, c
     assert all(handler.asked[f"more {text}"] == 1 for text in texts)
 
 
-@pytest.mark.filterwarnings(BROKEN, "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_servers_answer_cannot_fill_the_memory(tiny_recipe, tmp_path, server, capfd, monkeypatch):
     """Red when an answer is read whole, however long, or unpacked."""
     monkeypatch.setattr(server_module, "MAX_ANSWER_BYTES", 1 << 16)
     handler, url = server
     handler.plan = {"number 1": ["endless"] * 9, "number 2": ["compressed"] * 9}
-    file, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
-    file.write_text("".join(json.dumps({"turns": [f"number {n}"]}) + "\n" for n in range(6)))
+    file, out = numbered(tmp_path, 6), tmp_path / "out.jsonl"
     run(tiny_recipe, out, file, "--server", url, "--timeout", "5", "--retries", "1", "--batch", "2")
     assert "6 rows asked = 4 written" in capfd.readouterr().out
     assert sorted(row["row"] for row in lines(out)) == [0, 3, 4, 5]
 
 
-@pytest.mark.filterwarnings(BROKEN, "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_server_that_is_gone_ends_the_run_and_keeps_rows(tiny_recipe, tmp_path, server, capfd):
     """Mutation: never stop; a run then asks every row in vain."""
     handler, url = server
-    file, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
-    file.write_text("".join(json.dumps({"turns": [f"number {n}"]}) + "\n" for n in range(80)))
+    file, out = numbered(tmp_path, 80), tmp_path / "out.jsonl"
     handler.plan = {f"number {n}": ["400"] * 9 for n in range(30, 80)}
     more = ["--server", url, "--timeout", "2", "--retries", "1", "--batch", "2"]
     with pytest.raises(SystemExit, match="2"):
@@ -157,7 +145,6 @@ def test_a_server_that_is_gone_ends_the_run_and_keeps_rows(tiny_recipe, tmp_path
     assert sorted(row["row"] for row in lines(out)) == list(range(80))
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_server_makes_prompts_from_the_template(tiny_recipe, tmp_path, server, capfd):
     handler, url = server
     out = tmp_path / "out.jsonl"
@@ -179,7 +166,6 @@ NEVER = [
 ]
 
 
-@pytest.mark.filterwarnings(BROKEN, "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(("always", "said"), NEVER)
 def test_a_server_that_never_answers_ends_the_run_at_once(
     tiny_recipe, tmp_path, server, capfd, monkeypatch, always, said
@@ -187,8 +173,7 @@ def test_a_server_that_never_answers_ends_the_run_at_once(
     """One line, status 2, no row touched, and another URL may take the file. Mutation: count it as failed rows."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     handler, url = server
-    file, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
-    file.write_text("".join(json.dumps({"turns": [f"number {n}"]}) + "\n" for n in range(50)))
+    file, out = numbered(tmp_path, 50), tmp_path / "out.jsonl"
     handler.always = always
     more = ["--server", url, "--timeout", "5", "--retries", "1"]
     with pytest.raises(SystemExit, match="2"):
@@ -202,7 +187,6 @@ def test_a_server_that_never_answers_ends_the_run_at_once(
     assert len(lines(out)) == 50
 
 
-@pytest.mark.filterwarnings(BROKEN, "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(
     ("url", "said"),
     [
@@ -215,29 +199,31 @@ def test_a_server_that_never_answers_ends_the_run_at_once(
         (f"http://localhost:8000/{KEY}/v1", "found a key in the URL (not shown); set OPENAI_API_KEY"),
     ],
 )
-def test_an_address_that_is_no_servers(tiny_recipe, tmp_path, prompt_file, capfd, url, said):
+def test_an_address_that_is_no_servers(tiny_recipe, tmp_path, capfd, url, said):
     """Mutation: repeat the URL that holds a key."""
     with pytest.raises(SystemExit, match="2"):
-        run(tiny_recipe, tmp_path / "out.jsonl", prompt_file, "--server", url, "--timeout", "2", "--retries", "1")
+        run(
+            tiny_recipe,
+            tmp_path / "out.jsonl",
+            numbered(tmp_path, 9),
+            "--server",
+            url,
+            "--timeout",
+            "2",
+            "--retries",
+            "1",
+        )
     text = capfd.readouterr().err
     assert re.search(said.replace("(", r"\(").replace(")", r"\)"), text), text
     assert text.count("error: ") == 1 and KEY not in text and "Traceback" not in text
 
 
-@pytest.fixture
-def prompt_file(tmp_path):
-    file = tmp_path / "prompts.jsonl"
-    file.write_text("".join(json.dumps({"turns": [f"number {n}"]}) + "\n" for n in range(9)))
-    return file
-
-
-@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning"])
-def test_a_servers_thoughts_are_kept(tiny_recipe, tmp_path, server, prompt_file, key):
+def test_a_servers_thoughts_are_kept(tiny_recipe, tmp_path, server, key):
     """Mutation: take the content alone."""
     handler, url = server
     handler.thoughts = {key: "hm"}
     out = tmp_path / "out.jsonl"
-    run(tiny_recipe, out, prompt_file, "--server", url)
+    run(tiny_recipe, out, numbered(tmp_path, 9), "--server", url)
     assert {message.get("reasoning_content") for row in lines(out) for message in row["messages"]} == {None, "hm"}
     assert all(row["messages"][1]["reasoning_content"] == "hm" for row in lines(out))

@@ -3,22 +3,29 @@
 import json
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from exporting import MakeRun
+from exporting import MakeRun, Refused
 from support import QuietServer
 
 from medusa_ds.cli import main
 from medusa_ds.decoding.decoder import Decoder
 from medusa_ds.decoding.trees import chain
+from medusa_ds.distilling.served import HeadServer
+from medusa_ds.errors import UserError
 from medusa_ds.programs import evaluate
 from medusa_ds.runs import load_run
 
 NEW = 24
+
+
+def answer_of(choice: dict[str, Any], tokens: int = 3) -> str:
+    return json.dumps({"choices": [{"text": "red"} | choice], "usage": {"completion_tokens": tokens}})
 
 
 class Fake(QuietServer):
@@ -27,14 +34,19 @@ class Fake(QuietServer):
     `behaviour` names what happens to the requests from number `since` on, the first being 0.
     """
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path | None = None) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.run = load_run(run, torch.device("cpu"), torch.float32)
-        self.decoder = Decoder(self.run.backbone, None, chain(0))
+        if run is not None:
+            self.run = load_run(run, torch.device("cpu"), torch.float32)
+            self.decoder = Decoder(self.run.backbone, None, chain(0))
         self.models, self.metrics, self.answer = json.dumps({"data": [{"id": "tiny"}]}), "", ""
         self.behaviour, self.since, self.asked, self.lock = "", 0, 0, threading.Lock()
         self.released = threading.Event()
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
+
+
+Served = tuple[Fake, list[str]]
+Capsys = pytest.CaptureFixture[str]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -70,8 +82,9 @@ class Handler(BaseHTTPRequestHandler):
             number, server.asked = server.asked, server.asked + 1
             behaviour = server.behaviour if number >= server.since else ""
             assert asked["model"] == "tiny" and asked["temperature"] == 0
-            (row,) = server.decoder.generate([asked["prompt"]], asked["max_tokens"])
-        text = server.run.decode(row.tokens)
+            if behaviour != "answer":
+                (row,) = server.decoder.generate([asked["prompt"]], asked["max_tokens"])
+                text = server.run.decode(row.tokens)
         if behaviour == "error":
             self.reply("out of\nmemory", 500)
         elif behaviour == "slow":
@@ -85,36 +98,46 @@ class Handler(BaseHTTPRequestHandler):
             choice: dict[str, Any] = {"text": text}
             if behaviour in ("tokens", "wrong tokens"):
                 choice = {"text": "", "token_ids": [(t + (behaviour != "tokens")) % 300 for t in row.tokens]}
-            self.reply(json.dumps({"choices": [choice], "usage": {"completion_tokens": len(row.tokens)}}))
+            self.reply(answer_of(choice, len(row.tokens)))
 
 
-@pytest.fixture
-def served(make_run: MakeRun, tmp_path: Path) -> Iterator[tuple[Fake, list[str]]]:
-    """A server, and the command that measures it on four prompts."""
-    run = make_run()
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(f'{{"turns": ["from {word}", "and"]}}\n' for word in ("red", "sun")))
-    server = Fake(run)
+@contextmanager
+def serving(server: Fake) -> Iterator[Fake]:
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()
-    command = ["evaluate", str(run), "--prompts", str(prompts), "--max-new-tokens", str(NEW), "--device", "cpu"]
-    yield server, [*command, "--server", server.url, "--json", str(tmp_path / "report.json")]
+    yield server
     server.released.set()
     server.shutdown()
     thread.join()
     server.server_close()
 
 
+@pytest.fixture
+def served(make_run: MakeRun, tmp_path: Path) -> Iterator[Served]:
+    """A server, and the command that measures it on four prompts."""
+    run = make_run()
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(f'{{"turns": ["from {word}", "and"]}}\n' for word in ("red", "sun")))
+    command = ["evaluate", str(run), "--prompts", str(prompts), "--max-new-tokens", str(NEW), "--device", "cpu"]
+    with serving(Fake(run)) as server:
+        yield server, [*command, "--server", server.url, "--json", str(tmp_path / "report.json")]
+
+
+@pytest.fixture
+def bare() -> Iterator[Fake]:
+    """A server of no model, which gives the answer that it was told."""
+    with serving(Fake()) as server:
+        server.behaviour = "answer"
+        yield server
+
+
 def report_of(command: list[str]) -> dict[str, Any]:
     return json.loads(Path(command[-1]).read_text())
 
 
-@pytest.mark.parametrize("in_flight", ["1", "3"])
-def test_a_server_is_measured_like_our_own_decoder(
-    served: tuple[Fake, list[str]], capsys: pytest.CaptureFixture[str], in_flight: str
-) -> None:
+def test_a_server_is_measured_like_our_own_decoder(served: Served, capsys: Capsys) -> None:
     server, command = served
-    main([*command[:-2], "--in-flight", in_flight, *command[-2:]])
+    main([*command[:-2], "--in-flight", "3", *command[-2:]])
     report, out = report_of(command), capsys.readouterr().out
     assert server.asked == 5  # one that is not counted
     assert report["prompts"] | {"file": ""} == {"file": "", "answers": 4, "left_out_too_long": 0, "failed": 0}
@@ -128,12 +151,10 @@ def test_a_server_is_measured_like_our_own_decoder(
     assert report["speed"]["tokens"] == 4 * NEW and report["speed"]["server_tokens_per_s"] > 0
     assert report["heads"]["positions"] > 0
     assert "tokens per step, decoding          2.500 (the server's own count)" in out
-    assert f"tokens/s, {in_flight} at a time" in out and "differ from plain greedy: 0 of 4" in out
+    assert "tokens/s, 3 at a time" in out and "differ from plain greedy: 0 of 4" in out
 
 
-def test_texts_that_differ_and_a_page_that_is_missing_are_told(
-    served: tuple[Fake, list[str]], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_texts_that_differ_and_a_page_that_is_missing_are_told(served: Served, capsys: Capsys) -> None:
     server, command = served
     server.behaviour, server.since = "wrong", 4
     main(command)
@@ -157,9 +178,7 @@ def test_texts_that_differ_and_a_page_that_is_missing_are_told(
         ("slow", "2 of 4 requests failed, the first: no answer in time; give more --timeout"),
     ],
 )
-def test_what_a_failing_server_answered_is_kept(
-    served: tuple[Fake, list[str]], capsys: pytest.CaptureFixture[str], behaviour: str, text: str
-) -> None:
+def test_what_a_failing_server_answered_is_kept(served: Served, capsys: Capsys, behaviour: str, text: str) -> None:
     server, command = served
     server.behaviour, server.since = behaviour, 3
     with pytest.raises(SystemExit) as status:
@@ -176,72 +195,54 @@ DEEP = "[" * 100_000
     ("answer", "text"),
     [
         (DEEP, "RecursionError"),
-        ({"text": "\ud800"}, "UnicodeEncodeError"),
-        ({"text": 5}, "'int' object has no attribute 'encode'"),
-        ({"token_ids": "abc"}, "an answer whose tokens are no numbers"),
-        ({"token_ids": [[1], [2]]}, "an answer whose tokens are no numbers"),
-        ({"token_ids": [-1]}, "an answer whose tokens are no numbers"),
-        ({"token_ids": [300]}, "found token 300; the run's model has 300: it serves another model"),
+        (answer_of({"text": "\ud800"}), "UnicodeEncodeError"),
+        (answer_of({"text": 5}), "'int' object has no attribute 'encode'"),
+        (answer_of({"token_ids": "abc"}), "an answer whose tokens are no numbers"),
+        (answer_of({"token_ids": [[1], [2]]}), "an answer whose tokens are no numbers"),
+        (answer_of({"token_ids": [-1]}), "an answer whose tokens are no numbers"),
     ],
 )
-def test_answers_of_odd_shapes_are_one_line(
-    served: tuple[Fake, list[str]], capsys: pytest.CaptureFixture[str], answer: Any, text: str
-) -> None:
+def test_answers_of_odd_shapes_are_one_line(bare: Fake, answer: str, text: str) -> None:
+    bare.answer = answer
+    with pytest.raises(UserError, match=r"^--server: ") as error:
+        HeadServer(bare.url, None, 9.0).measure([[1]], 4, 1)
+    assert text in str(error.value) and "\n" not in str(error.value)
+
+
+def test_lists_of_models_and_counts_of_odd_shapes_are_a_line_and_none(bare: Fake) -> None:
+    bare.answer = answer_of({})
+    for count in ("nan", "inf", "many"):
+        bare.metrics = f'vllm:spec_decode_num_drafts_total{{engine="0"}} {count}\n'
+        assert HeadServer(bare.url, None, 9.0).measure([[1]], 4, 1).drafts == 0
+    for bare.models in (DEEP, '{"data": [{"id": 5}]}'):
+        with pytest.raises(UserError, match=r"start it, or name another$"):
+            HeadServer(bare.url, None, 9.0)
+
+
+def test_tokens_that_the_model_lacks_are_one_line(served: Served, refused: Refused) -> None:
     server, command = served
-    choices = [{"text": "red"} | (answer if isinstance(answer, dict) else {})]
-    whole = json.dumps({"choices": choices, "usage": {"completion_tokens": 3}})
-    server.behaviour, server.answer = "answer", answer if answer == DEEP else whole
-    with pytest.raises(SystemExit, match="2"):
-        main(command)
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: --server: ") and text in error
+    server.behaviour, server.answer = "answer", answer_of({"token_ids": [300]})
+    error = "error: --server: found token 300; the run's model has 300: it serves another model\n"
+    assert refused(*command) == error
 
 
-@pytest.mark.parametrize("models", [DEEP, '{"data": [{"id": 5}]}'])
-def test_lists_of_models_of_odd_shapes_are_one_line(
-    served: tuple[Fake, list[str]], capsys: pytest.CaptureFixture[str], models: str
-) -> None:
-    server, command = served
-    server.models = models
-    with pytest.raises(SystemExit, match="2"):
-        main(command)
-    assert "start it, or name another" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("count", ["nan", "inf", "many"])
-def test_counts_that_are_no_numbers_are_none(
-    served: tuple[Fake, list[str]], capsys: pytest.CaptureFixture[str], count: str
-) -> None:
-    server, command = served
-    server.metrics = f'vllm:spec_decode_num_drafts_total{{engine="0"}} {count}\n'
-    main(command)
-    assert "no counts of drafts on its /metrics" in capsys.readouterr().out
-
-
-def test_a_server_that_is_gone_is_not_asked_for_ever(
-    served: tuple[Fake, list[str]], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_server_that_is_gone_is_not_asked_for_ever(served: Served, refused: Refused) -> None:
     server, command = served
     server.behaviour, server.since = "error", 1
-    with pytest.raises(SystemExit):
-        main(command)
-    assert "no request was answered, the first: ValueError: status 500" in capsys.readouterr().err
+    assert "no request was answered, the first: ValueError: status 500" in refused(*command)
     assert server.asked == 4  # of four, the last was not asked any more
 
 
 def test_mistakes_are_found_before_the_models_load(
-    served: tuple[Fake, list[str]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    served: Served, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, command = served
     monkeypatch.setattr(evaluate.Settings, "load", lambda _: pytest.fail("loaded"))
     at = command.index("--server") + 1
-    for url in ("http://127.0.0.1:9/v1", "localhost", "http://a\nb/v1", command[at] + "/x"):
-        with pytest.raises(SystemExit):
-            main([*command[:at], url, *command[at + 1 :]])
-        error = capsys.readouterr().err
-        says = f"--server: {url}: " in error and "start it, or name another" in error
-        no_url = f"--server: found {url!r}; allowed is a URL such as http" in error
-        assert error.count("\n") == 1 and (no_url if url in ("localhost", "http://a\nb/v1") else says)
-    with pytest.raises(SystemExit):
-        main([*command, "--acceptance", "typical"])
-    assert "a server is asked for greedy texts" in capsys.readouterr().err
+    for url in ("http://127.0.0.1:9/v1", command[at] + "/x"):
+        error = refused(*command[:at], url, *command[at + 1 :])
+        assert f"--server: {url}: " in error and "start it, or name another" in error
+    for url in ("localhost", "http://a\nb/v1"):
+        error = refused(*command[:at], url, *command[at + 1 :])
+        assert f"--server: found {url!r}; allowed is a URL such as http" in error
+    assert "a server is asked for greedy texts" in refused(*command, "--acceptance", "typical")
