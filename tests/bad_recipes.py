@@ -47,7 +47,6 @@ FILES: dict[str, tuple[str, list[str]]] = {
     "missing section": (edit("model:\n  name: owner/model\n", ""), ["r.yaml: model: missing"]),
     "missing key": (edit("  lr: 1e-3\n", ""), ["r.yaml:8: train.lr: missing"]),
     "text for a number": (edit("1e-3", "fast"), ["r.yaml:11: train.lr", 'found "fast"', "a number"]),
-    "octal": (edit("num: 3", "num: 0x3"), ["r.yaml:4: heads.num", 'found "0x3"', "a whole number"]),
     "fraction for a count": (edit("num: 3", "num: 3.0"), ["heads.num", "found 3.0", "whole number"]),
     "boolean for a count": (edit("num: 3", "num: true"), ["heads.num", "found true", "whole number"]),
     "stage 3": (edit("stage: 1", "stage: 3"), ["stage", "found 3", "allowed is 1 or 2"]),
@@ -149,7 +148,6 @@ OVERRIDES: dict[str, tuple[list[str], list[str]]] = {
         ["heads.lm_head=shared", "heads.vocab=8192"],
         ["heads.vocab", "found 8192 with lm_head: shared", "use own"],
     ),
-    "vocabulary in words": (["heads.vocab=small"], ["heads.vocab", 'found "small"']),
     "vocabulary of nothing": (["heads.vocab=8"], ["heads.vocab", "found 8", "64"]),
     "hidden cache of a moving backbone": (
         ["stage=2", "heads.init_from=old", "heads.num=5", "data.hidden_cache=auto"],

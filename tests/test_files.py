@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,18 +86,21 @@ def test_a_directory_is_replaced_when_its_maker_is_done(tmp_path: Path) -> None:
     assert os.listdir(target.parent) == ["target"]
 
 
+@contextlib.contextmanager
+def another(work: str, path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that works on a path, and has told that it has begun."""
+    text = f"import sys; from pathlib import Path; from medusa_ds import files\nwith files.{work}"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", text, str(path)], **pipes) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"begun\n"
+        yield other
+
+
 def test_two_processes_that_replace_one_directory_leave_a_whole_one(tmp_path: Path) -> None:
     """The later one wins. Mutation: one temporary name for all processes."""
-    text = (
-        "import sys; from pathlib import Path; from medusa_ds import files\n"
-        "with files.replacing(Path(sys.argv[1])) as work:\n"
-        "    work.mkdir(); (work / 'a').touch(); print('begun', flush=True); sys.stdin.read(); (work / 'b').touch()"
-    )
+    touch = "work.mkdir(); (work / 'a').touch(); print('begun', flush=True); sys.stdin.read(); (work / 'b').touch()"
     target = tmp_path / "target"
-    with subprocess.Popen(
-        [sys.executable, "-c", text, str(target)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as other:
-        assert other.stdout is not None and other.stdout.readline() == b"begun\n"
+    with another(f"replacing(Path(sys.argv[1])) as work: {touch}", target) as other:
         with files.replacing(target) as work:
             work.mkdir()
             (work / "c").touch()
@@ -154,14 +158,8 @@ def test_digest_is_of_the_parts_one_after_another(tmp_path: Path) -> None:
 
 
 def test_a_lock_names_its_holder_and_ends_with_it(tmp_path: Path) -> None:
-    text = (
-        "import sys; from pathlib import Path; from medusa_ds import files\n"
-        "with files.lock(Path(sys.argv[1])):\n    print('held', flush=True); sys.stdin.read()"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", text, str(tmp_path / "lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as holder:
-        assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+    hold = "lock(Path(sys.argv[1])): print('begun', flush=True); sys.stdin.read()"
+    with another(hold, tmp_path / "lock") as holder:
         with pytest.raises(files.InUseError, match=f"host .* pid {holder.pid}"), files.lock(tmp_path / "lock"):
             pass
         holder.kill()
