@@ -170,9 +170,8 @@ class Reader:
     def __init__(self, path: Path) -> None:
         self.path, self.step = path, int(path.name[5:])
         self.state: dict[str, Any] = json.loads((path / "state.json").read_bytes())
-        names = [name for name in read_manifest(path) if name != "state.json"]
-        self._files = [safe_open(path / name, framework="pt") for name in names]
-        self._of = {key: file for file in self._files for key in file.keys()}  # noqa: SIM118 - not a mapping
+        opened = [safe_open(path / name, framework="pt") for name in read_manifest(path) if name != "state.json"]
+        self._of = {key: file for file in opened for key in file.keys()}  # noqa: SIM118 - not a mapping
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor."""

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
+from tqdm import tqdm
 
 from medusa_ds.config.recipe import Recipe
 from medusa_ds.data.packing import Data
 from medusa_ds.errors import UserError
 from medusa_ds.heads.joint import Counters, metrics
 from medusa_ds.training.engine import MedusaEngine
-from medusa_ds.training.report import Meter, Report, clock, heads_table
+from medusa_ds.training.report import Meter, Report, heads_table
 from medusa_ds.training.step import StepLeftError
 from medusa_ds.training.supervisor import PATIENCE_S, Supervisor
 
@@ -156,7 +157,8 @@ class Loop:
         lines.append(f"heads saved in {output / 'heads'}")
         if self.recipe.stage == 2:
             lines.append(f"tuned backbone saved in {output / 'backbone'}")
-        lines.append(f"time: {clock(self.report.seconds)} since this start; all figures in {output / 'report.html'}")
+        took = tqdm.format_interval(self.report.seconds)
+        lines.append(f"time: {took} since this start; all figures in {output / 'report.html'}")
         at = shlex.quote(str(output))
         lines.append(f"next: medusa-ds generate {at} --prompt 'What is the capital of France?'")
         lines.append(f"      medusa-ds evaluate {at} --prompts FILE")

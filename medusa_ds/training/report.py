@@ -115,7 +115,7 @@ class Report:
         if self._bar.disable and (now - self._printed > LINE_EVERY_S or step in (self._first + 1, self._total)):
             self._printed = now
             left_s = (now - self._started) / (step - self._first) * (self._total - step)
-            tell(f"step {step}/{self._total}: {shown}, {clock(left_s)} left")
+            tell(f"step {step}/{self._total}: {shown}, {tqdm.format_interval(left_s)} left")
 
     def close(self) -> None:
         """End the bar and the file."""
@@ -129,13 +129,6 @@ def _step_of(line: str) -> int:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return sys.maxsize  # a line cut off by a kill
-
-
-def clock(seconds: float) -> str:
-    """Hours, minutes and seconds as a clock shows them."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def heads_table(before: dict[str, float], after: dict[str, float], num: int) -> str:

@@ -30,7 +30,7 @@ def test_recipe_trains_heads_and_says_where_they_are(tiny_recipe: Path, tmp_path
     assert last["acceptance_length"] > first["acceptance_length"]
     assert f"{first['acceptance_length']:.3f} -> {last['acceptance_length']:.3f}" in text
     assert "heads saved in out/heads" in text.replace(f"{tmp_path}/", "")
-    assert "time: 0:" in text and f"next: medusa-ds generate {out}" in text
+    assert "time: 00:" in text and f"next: medusa-ds generate {out}" in text
     assert text.index("heads saved in") < text.index(f"medusa-ds evaluate {out} --prompts FILE")
     config = json.loads((out / "heads" / "heads.json").read_text())
     assert (config["num"], config["layers"], config["lm_head"]) == (3, 1, "own")
