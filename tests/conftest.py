@@ -30,6 +30,8 @@ LONG = (
     "test_decoder",
     "test_distill",
     "test_distill_server",
+    "test_communication",
+    "test_bench",
     "test_prepare_hidden",
     "test_save_cut_off",
     "test_custom_generate",

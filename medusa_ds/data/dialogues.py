@@ -47,18 +47,12 @@ class Chat:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template_args: dict[str, Any]) -> None:
         self.tokenizer, self.args, self.coder = tokenizer, template_args, Coder(tokenizer)
         self.name = tokenizer.name_or_path or "model.name"
-        if template_args.get("chat_template") is None and tokenizer.chat_template is None:
-            raise UserError(
-                f"{self.name}: its tokenizer has no chat template; choose a chat model, or write a Jinja template as "
-                "data.template_args.chat_template"
-            )
         try:
             self.template = tokenizer.get_chat_template(template_args.get("chat_template"), None)
         except ValueError:
-            named = ", ".join(tokenizer.chat_template)
             raise UserError(
-                f"{self.name}: its tokenizer has the chat templates {named}, of which none is called default; write "
-                "the text of one as data.template_args.chat_template"
+                f"{self.name}: its tokenizer has no chat template, or several of which none is called default; choose "
+                "a chat model, or write a Jinja template as data.template_args.chat_template"
             ) from None
 
     def check(self) -> None:

@@ -197,17 +197,24 @@ def test_ours_takes_the_steps_of_the_original(place):
         assert result["supervised"] == 2 * (24 - 2) and result["tokens"] == 48
 
 
-def test_a_run_on_two_ranks_is_reported(place, capsys):
+def test_a_case_on_two_ranks_is_reported(place, monkeypatch, capsys):
     """The batch is each rank's, tokens are of both. Mutation: leave the other rank's out."""
-    options = "--heads 2 --sequence 24 --batch 2 --warmup 1 --steps 2 --impl ours,original,ours_fp8 --gpus 2"
+    monkeypatch.setattr(bench, "Workers", lambda *case: processes.Workers(*case) if case[0] else FakeWorkers(None))
+    options = "--heads 2 --sequence 24 --batch 2 --warmup 1 --steps 2 --impl ours,ours_fp8 --gpus 2"
     main(["bench", "tiny.yaml", *options.split()])
     out = capsys.readouterr().out
     assert "left out, as this machine or its PyTorch cannot: step: stage 1, 2 heads, 2 x 24, ours_fp8" in out
-    report = json.loads((place / "bench.json").read_text())
-    assert report["machine"]["matmul_tflops"] > 0 and report["machine"]["versions"]["torch"]
-    (two,) = report["results"]  # the original knows one GPU
+    (two,) = json.loads((place / "bench.json").read_text())["results"]
     assert (two["impl"], two["zero"], two["gpus"], two["tokens"], two["supervised"]) == ("ours", "zero2", 2, 96, 88)
     assert two["of_ceiling"] > 0 and f"{two['supervised_tokens_per_s']:.0f}" in out
+
+
+def test_a_machine_is_measured_where_there_is_no_case(place):
+    (place / "case.json").write_text("{}")
+    worker.main("case.json", "result.json")
+    machine = json.loads((place / "result.json").read_text())
+    assert machine["matmul_tflops"] > 0 and machine["copy_gb_per_s"] > 0 and machine["versions"]["torch"]
+    assert "ours" in machine["impls"] and "ours_fp8" not in machine["impls"]
 
 
 def test_stage_2_and_the_loss_of_one_head_in_this_process(place):
