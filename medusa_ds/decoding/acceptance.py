@@ -54,14 +54,9 @@ class Verdict(NamedTuple):
 
 @dataclass(frozen=True)
 class Acceptance:
-    """An acceptance rule; see the module's table.
+    """An acceptance rule; see the module's table and `AcceptanceSettings`.
 
-    Attributes:
-        rule: which.
-        temperature: divides the logits; no effect on greedy.
-        epsilon: typical: hard threshold.
-        delta: typical: entropy-dependent threshold.
-        top_p: exact: draw from the most probable tokens that together have this share; below 1 a step sorts.
+    `top_p`: exact acceptance draws from the most probable tokens that together have this share; below 1 a step sorts.
     """
 
     rule: Literal["greedy", "typical", "exact"] = "greedy"
@@ -71,15 +66,7 @@ class Acceptance:
     top_p: float = 1.0
 
     def choose(self, logits: Tensor, uniform: Tensor) -> Tensor:
-        """The base model's token for every distribution.
-
-        Args:
-            logits: [..., V].
-            uniform: [...] in [0, 1), used by exact sampling.
-
-        Returns:
-            Token ids [...].
-        """
+        """The base model's tokens [...] for logits [..., V] and, of exact sampling, draws [...] from [0, 1)."""
         if self.rule != "exact":
             return logits.argmax(-1)
         # inverse of the cumulative distribution, in float64 so that 128k small terms do not drift
@@ -93,14 +80,7 @@ class Acceptance:
         return torch.searchsorted(cumulative, threshold, right=True)[..., 0].clamp(max=logits.shape[-1] - 1)
 
     def judge(self, logits_BNV: Tensor, tokens_BN: Tensor, tree: Tree, uniform_BN: Tensor) -> Verdict:
-        """Decide a step.
-
-        Args:
-            logits_BNV: the base model's logits after every node.
-            tokens_BN: the nodes' tokens.
-            tree: the tree.
-            uniform_BN: independent draws from [0, 1).
-        """
+        """Decide a step, by the base model's logits after every node and independent draws from [0, 1)."""
         choice_BN = self.choose(logits_BNV, uniform_BN)
         if self.rule == "typical":
             log_p_BNV = (logits_BNV.float() / self.temperature).log_softmax(-1)

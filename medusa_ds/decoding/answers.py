@@ -52,18 +52,10 @@ def answer_prompts(
     medusa: Decoder | None,
     max_new_tokens: int,
 ) -> tuple[list[Answer], int]:
-    """Answers of every user turn.
+    """Answers of every user turn, and how many conversations the model's limit cut short.
 
-    Args:
-        prompts: system and user turns of each conversation, and its category.
-        encode: tokens of a conversation up to where the assistant begins.
-        read: the text of an answer's tokens.
-        plain: decodes the answers.
-        medusa: decodes them a second time, if given.
-        max_new_tokens: of an answer.
-
-    Returns:
-        The answers, and how many conversations the model's limit cut short.
+    Prompts are system and user turns of a conversation, and its category; `encode` gives its tokens up to where the
+    assistant begins, `read` the text of an answer's. `medusa`, if given, decodes them a second time.
 
     Raises:
         UserError: all prompts are too long.

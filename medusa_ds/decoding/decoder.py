@@ -93,7 +93,7 @@ class Decoder:
     ) -> None:
         self.limit, self.clamp = position_limit(backbone.config)  # refuses before anything is changed
         assert tree.depth <= len(heads or ())
-        self.backbone, self.tree = backbone.eval(), tree.to(backbone.device)
+        self.backbone, self.tree = backbone.eval(), Tree(tree.paths, backbone.device)
         self.heads: Any = heads
         self.acceptance = acceptance or Acceptance()
         self.use_graph = backbone.device.type == "cuda" if graph is None else graph
@@ -412,10 +412,7 @@ def prefill(backbone: PreTrainedModel, session: Session, tokens_BP: Tensor) -> T
 def capture(step: Callable[[], None], pool: Any = None, warm_ups: int = 3) -> torch.cuda.CUDAGraph | None:
     """The CUDA graph of a step, which runs a few times before; None: it waits for the GPU, as some models' steps do.
 
-    Args:
-        step: what to capture.
-        pool: of memory that graphs share which never run at the same time.
-        warm_ups: runs before; compiled code needs three.
+    `pool`: of memory that graphs share which never run at the same time. Compiled code needs three warm-ups.
     """
     side, mode, waits = torch.cuda.Stream(), torch.cuda.get_sync_debug_mode(), False
     side.wait_stream(torch.cuda.current_stream())

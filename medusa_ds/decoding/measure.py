@@ -20,17 +20,10 @@ _ROWS = 64  # positions whose logits of all heads are held at once
 
 @torch.no_grad()
 def head_ranks(backbone: PreTrainedModel, heads: Heads, prompt: list[int], answer: list[int]) -> Tensor:
-    """The rank that each head gives to the token that really came, at every position from the prompt's last.
+    """The rank [M, K] that each head gives to the token that really came, at every position from the prompt's last.
 
-    Args:
-        backbone: the base model.
-        heads: K heads; those that see tokens see the answer's own.
-        prompt: tokens before the answer.
-        answer: what the base model wrote.
-
-    Returns:
-        [M, K]: 0 is a right first guess; of equal logits the lowest token comes first, as when decoding. Only
-        positions where the answer has a token for every head, so that all columns are about the same positions.
+    0 is a right first guess; of equal logits the lowest token comes first, as when decoding. Heads that see tokens see
+    the answer's own. Only positions where the answer has a token for every head: all columns are about the same ones.
     """
     text_T = torch.tensor([prompt + answer], device=backbone.device)
     positions = len(answer) - len(heads)

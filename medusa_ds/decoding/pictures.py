@@ -9,12 +9,7 @@ from medusa_ds.files import check_writable, explained
 
 
 def draw_evaluation(heads: dict[str, Any], distribution: dict[str, int], file: str | Path) -> None:
-    """Accuracy per head and the histogram of tokens per step.
-
-    Args:
-        heads: for every head `head{k}` the shares `top1`, `top2`, ...
-        distribution: steps by accepted tokens.
-        file: where to write; the suffix says the format.
+    """Accuracy per head, `heads["head{k}"]["top{n}"]`, and the histogram of steps by their accepted tokens.
 
     Raises:
         UserError: the file cannot be written.

@@ -95,18 +95,9 @@ class Tree:
             above, parents_above = nodes, parents
         return levels
 
-    def to(self, device: torch.device | str) -> "Tree":
-        """The same tree with its tensors on another device."""
-        return Tree(self.paths, device)
-
     @classmethod
     def parse(cls, raw: Any, num: int, where: str) -> "Tree":
-        """A tree from JSON: a list of paths, each a list of ranks from 0.
-
-        Args:
-            raw: the parsed JSON.
-            num: heads that there are.
-            where: origin for messages.
+        """A tree from JSON: a list of paths, each a list of ranks from 0, no longer than there are heads (`num`).
 
         Raises:
             UserError: not such a list, deeper than the heads, a rank out of 0..63, or a path without its beginning.
@@ -137,13 +128,9 @@ def assumed_probability(path: Path) -> float:
 
 
 def best_tree(probability: Callable[[Path], float], num: int, width: int, nodes: int) -> Tree:
-    """The tree of a size whose paths are the most probable.
+    """The tree of the most probable paths: so many nodes with the root, or all of `num` heads of `width` guesses.
 
-    Args:
-        probability: that all guesses of a path are right; not larger than that of the path's beginning.
-        num: heads.
-        width: guesses of each head.
-        nodes: size with the root; fewer when `num` and `width` allow no more.
+    `probability`: that all guesses of a path are right; not larger than that of the path's beginning.
     """
     chosen: list[Path] = []
     frontier: list[tuple[float, int, Path]] = [(-probability((rank,)), 1, (rank,)) for rank in range(width)]

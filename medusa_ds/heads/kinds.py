@@ -10,12 +10,6 @@ KINDS: dict[str, type[Heads]] = {kind.kind: kind for kind in (MedusaHeads, Hydra
 
 
 def make_heads(shape: dict[str, Any], **options: Any) -> Heads:
-    """Heads at their start.
-
-    Args:
-        shape: `kind`, `num`, `layers`, `lm_head` (`own` or `shared`), `hidden_size` and `vocab_size`; other keys are
-            passed over.
-        options: `dtype` and `token_map`, see `Heads`.
-    """
+    """Heads at their start, of a shape as `heads.json` has it, other keys of which are passed over; see `Heads`."""
     sizes = (shape[key] for key in ("num", "layers", "hidden_size", "vocab_size"))
     return KINDS[shape["kind"]](*sizes, own_projection=shape["lm_head"] == "own", **options)

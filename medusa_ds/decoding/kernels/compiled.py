@@ -24,9 +24,7 @@ from medusa_ds.model.backbone import cache_directory
 def compile_part(part: Callable[..., Any], one_row: bool) -> Callable[..., Any]:
     """A part of the step, compiled for the shapes that it is called with.
 
-    Args:
-        part: what to compile.
-        one_row: whether its products multiply one row of each text, as those of a plain step do.
+    `one_row`: whether its products multiply one row of each text, as those of a plain step do.
     """
     torch._dynamo.config.recompile_limit = 256  # one compilation a tree and session, over all decoders
     options: dict[str, Any] = {

@@ -35,14 +35,7 @@ class Tiles(NamedTuple):
 
 
 def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, ahead: Tensor) -> Tensor:
-    """`F.linear` for [..., K] and [N, K]; a few rows on a GPU are multiplied by the kernel.
-
-    Args:
-        hidden: [..., K].
-        weight: [N, K].
-        bias: [N], or None.
-        ahead: the weight that is multiplied by next.
-    """
+    """`F.linear` for [..., K] and [N, K]; a few rows on a GPU by the kernel. `ahead`: the next product's weight."""
     if not applies(hidden, weight):
         return project(hidden, weight, bias)
     parts_SMN = few_rows_product(hidden.flatten(0, -2), weight, ahead)
