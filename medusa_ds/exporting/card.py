@@ -29,13 +29,10 @@ _MEANINGS = {
 
 
 def card(source: Source, targets: list[str], out: str = ".", base: str | None = None) -> ModelCard:
-    """The card.
+    """The card of an export with the files of these targets.
 
-    Args:
-        source: what is exported.
-        targets: names in `TARGETS` whose files are there.
-        out: what users call the export: its repository, or by default the directory that they stand in.
-        base: what they call its base model; None: `./backbone`, or as the heads name it.
+    `out`: what users call it, its repository, or by default the directory that they stand in. `base`: what they call
+    its base model; None: `./backbone`, or as the heads name it.
     """
     meta = source.meta
     named = _without_directories(meta["base_model"])

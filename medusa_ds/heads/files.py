@@ -70,11 +70,8 @@ def different_maps(found: list[int] | None, wanted: list[int] | None) -> str | N
 def save_heads(directory: str | Path, state_dict: dict[str, Tensor], meta: dict[str, Any]) -> None:
     """Write `heads.safetensors` and `heads.json`, each whole or not at all.
 
-    Args:
-        directory: made if missing.
-        state_dict: of `Heads`, whole tensors; with its `token_map` where projections have one.
-        meta: the keys of `META`; `kind` may be left out for Medusa heads. Format version, dtype and the checksum that
-            ties the two files together are added.
+    `state_dict`: of `Heads`, whole tensors. `meta`: the keys of `META`; `kind` may be left out for Medusa heads. Format
+    version, dtype and the checksum that ties the two files together are added.
     """
     assert set(meta) | {"kind"} == set(META), f"meta has {sorted(meta)}, not {sorted(META)}"
     meta = {key: value for key, value in meta.items() if (key, value) != ("kind", DEFAULT_KIND)}

@@ -107,27 +107,12 @@ def linear_kl(
     cap: float | None = None,
     teacher_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Summed forward Kullback-Leibler divergence of a linear layer from another one, and its predictions.
+    """Summed forward Kullback-Leibler divergence, in nats, of a linear layer from a teacher's, and its predictions.
 
     In PyTorch chunks on every device, compiled on a GPU, where Liger's fused JSD takes longer. The factor T^2 keeps the
-    gradients' size when T changes (arXiv 1503.02531, section 2). With no rows the loss is 0 and connected to its
-    inputs, as in `linear_cross_entropy`.
-
-    Args:
-        rows_NH: hidden states.
-        weight_VH: vocabulary projection, of the same dtype.
-        teacher_NH: hidden states of the teacher, which gets no gradient.
-        teacher_VH: vocabulary projection of the teacher; may be `weight_VH`.
-        temperature: T, divides both logits.
-        chunk_mib: memory that one chunk of both logits may take, MiB; a chunk has at least one row.
-        scale: see `linear_cross_entropy`.
-        bias: of the vocabulary [V].
-        cap: of both logits, see `linear_cross_entropy`.
-        teacher_bias: the teacher's.
-
-    Returns:
-        `loss_sum`, in nats (float64 for float64 inputs, otherwise float32), and `predicted_N`, the argmax of the
-        logits.
+    gradients' size when the temperature T, which divides both logits, changes (arXiv 1503.02531, section 2). The
+    teacher gets no gradient, and its weight may be `weight_VH`. The cap is that of both logits, and both of a chunk
+    take `chunk_mib`. All else is as in `linear_cross_entropy`.
     """
     itemsize = rows_NH.element_size() if rows_NH.is_cuda else max(4, rows_NH.element_size())
     chunk_rows = max(1, (chunk_mib << 20) // (2 * weight_VH.shape[0] * itemsize))
