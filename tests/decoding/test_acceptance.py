@@ -14,12 +14,7 @@ def _inputs(tree: Tree, rows: int = 60, vocab: int = 12):
     """Logits and tokens such that paths of every length fit: siblings have different tokens."""
     generator = torch.Generator().manual_seed(tree.nodes)
     logits = 3 * torch.randn(rows, tree.nodes, vocab, generator=generator, dtype=torch.float64)
-    guesses = torch.stack(
-        [
-            torch.stack([torch.randperm(vocab, generator=generator) for _ in range(max(tree.depth, 1))])
-            for _ in range(rows)
-        ]
-    )
+    guesses = torch.rand(rows, max(tree.depth, 1), vocab, generator=generator).argsort(-1)
     candidates = torch.cat([torch.zeros(rows, 1, dtype=torch.long), guesses[..., : tree.width].flatten(1)], 1)
     tokens = candidates[:, tree.slot_N]
     for node in range(1, tree.nodes):  # let about half of the nodes be right

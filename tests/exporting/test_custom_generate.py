@@ -6,6 +6,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -48,17 +49,8 @@ ALONE = """
 import itertools, json, sys, time
 ticks = itertools.count()
 time.perf_counter = lambda: float(next(ticks))  # steps of every size last as long, so that all guesses are verified
-class Refuse:
-    def find_spec(self, name, *_):
-        if name.split(".")[0] == "medusa_ds":
-            raise ImportError("refused")
-sys.meta_path.insert(0, Refuse())
+sys.modules["medusa_ds"] = None  # cannot be imported
 import torch, transformers
-try:
-    import medusa_ds
-    raise SystemExit("medusa_ds could be imported")
-except ImportError:
-    pass
 base, path = sys.argv[1:]
 model = transformers.AutoModelForCausalLM.from_pretrained(base)
 passes, same = {"plain": 0, "heads": 0}, 0
@@ -67,7 +59,7 @@ def count(*_):
     passes[current] += 1
 model.register_forward_hook(count)
 draw = torch.Generator().manual_seed(5)
-for i in range(50):
+for i in range(25):
     ids = torch.randint(3, 300, (1, 2 + i % 9), generator=draw)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0}
     current = "plain"
@@ -116,7 +108,7 @@ def test_transformers_alone_decodes_greedily_with_fewer_passes(make_run: MakeRun
     done = subprocess.run([sys.executable, "-c", ALONE, base, str(path)], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     counts = json.loads(done.stdout.splitlines()[-1])
-    assert counts["same"] == 50
+    assert counts["same"] == 25
     assert counts["heads"] < 0.8 * counts["plain"], counts
 
 
@@ -146,21 +138,11 @@ def test_custom_generate_handles_batches_processors_streams_and_refusals(
         assert decode_with(path, model, ids, **settings, **options).equal(plain), options
     assert (plain[:, -1] == 0).any()  # the last ones stopped some row
 
-    class Stream:
-        tokens: list[int] = []
-        ended = False
-
-        def put(self, tokens: torch.Tensor) -> None:
-            self.tokens += tokens.flatten().tolist()
-
-        def end(self) -> None:
-            self.ended = True
-
-    stream = Stream()
-    out = decode_with(
-        path, model, ids[:1], max_new_tokens=9, do_sample=False, streamer=stream, return_dict_in_generate=True
-    )
-    assert stream.ended and stream.tokens == out.sequences[0].tolist()
+    streamed: list[int] = []
+    stream = SimpleNamespace(put=lambda ids: streamed.extend(ids.flatten().tolist()), end=lambda: streamed.append(-1))
+    settings = {"max_new_tokens": 9, "do_sample": False, "return_dict_in_generate": True}
+    out = decode_with(path, model, ids[:1], streamer=stream, **settings)
+    assert streamed == [*out.sequences[0].tolist(), -1]
     with pytest.raises(ValueError, match="give medusa_heads="):
         model.generate(ids[:1], custom_generate=str(path), trust_remote_code=True)
     for options in (
@@ -187,9 +169,9 @@ def test_sampling_with_heads_has_the_models_distribution(tmp_path: Path) -> None
     passes: list[int] = []
     hook = model.register_forward_hook(lambda *_: passes.append(1))
     torch.manual_seed(0)
-    texts = [model.generate(torch.tensor([[1, 3]] * 2), **settings)[:, 2:] for _ in range(400)]
+    texts = [model.generate(torch.tensor([[1, 3]] * 2), **settings)[:, 2:] for _ in range(200)]
     hook.remove()
-    assert len(passes) < 2.9 * 400  # guesses were kept
+    assert len(passes) < 2.9 * 200  # guesses were kept
     assert_samples(torch.cat(texts), model, [1, 3])
 
 
@@ -218,13 +200,6 @@ def test_heads_read_what_the_base_model_gives_and_guess_with_its_bias(family, tm
     torch.testing.assert_close(seen[0][0], hidden[2], rtol=1e-4, atol=1e-4)
     wanted = torch.stack([head.logits(hidden).argmax(-1) for head in heads], 1)
     assert other.guess(hidden, text[0], 2).equal(wanted)
-
-
-def test_layers_that_cannot_go_back_are_refused(tmp_path) -> None:
-    model, _ = run_of(Asked(AutoConfig.for_model("qwen3_next")), tmp_path)
-    decoding = partial(custom_generate.decode, heads=custom_generate.Heads(model, str(tmp_path), {}))
-    with pytest.raises(ValueError, match="this model's cannot"):
-        model.generate(torch.tensor([[7, 20, 9]]), custom_generate=decoding, max_new_tokens=6)
 
 
 class Knows(custom_generate.Heads):
@@ -274,7 +249,8 @@ def test_rows_that_no_end_token_ended_go_on_as_in_transformers(tmp_path) -> None
 
 
 def test_what_would_give_another_text_is_refused(tmp_path) -> None:
-    """Texts over which the positions of all tokens turn, prompt tuning, a quantised LM head, heads of another model."""
+    """Texts over which all positions turn, layers that cannot go back, prompt tuning, a quantised LM head, heads of
+    another model."""
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
     asked = Asked(AutoConfig.for_model("llama", rope_parameters=rope, max_position_embeddings=16))
     model, _ = run_of(asked, tmp_path)
@@ -283,6 +259,10 @@ def test_what_would_give_another_text_is_refused(tmp_path) -> None:
     model.generate(ids, max_new_tokens=13, **settings)
     with pytest.raises(ValueError, match="Medusa heads need at most 16 tokens"):
         model.generate(ids, max_new_tokens=14, **settings)
+    state, _ = run_of(Asked(AutoConfig.for_model("qwen3_next")), tmp_path / "state")
+    decoding = partial(custom_generate.decode, heads=custom_generate.Heads(state, str(tmp_path / "state"), {}))
+    with pytest.raises(ValueError, match="this model's cannot"):
+        state.generate(ids, custom_generate=decoding, max_new_tokens=6)
     model.prepare_inputs_for_generation = model.prepare_inputs_for_generation  # as PEFT does
     with pytest.raises(ValueError, match="prompt tuning"):
         model.generate(ids, max_new_tokens=3, **settings)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from medusa_ds.benchmarks.worker import measure_machine
+from medusa_ds.config import loading
 from medusa_ds.decoding.acceptance import Acceptance
 from medusa_ds.decoding.decoder import Decoder
 from medusa_ds.decoding.kernels.few_rows import applies, gated_linear, gates, linear
@@ -30,46 +31,16 @@ SMALL = {
     "initializer_range": 0.2,
 }
 SHAPES = {
-    "smollm2_135m": (
-        "llama",
-        {
-            "vocab_size": 49152,
-            "hidden_size": 576,
-            "intermediate_size": 1536,
-            "num_hidden_layers": 30,
-            "num_attention_heads": 9,
-            "num_key_value_heads": 3,
-            "tie_word_embeddings": True,
-        },
-    ),
-    "llama3_8b": (
-        "llama",
-        {
-            "vocab_size": 128256,
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-        },
-    ),
-    "vicuna_7b": (
-        "llama",
-        {
-            "vocab_size": 32000,
-            "hidden_size": 4096,
-            "intermediate_size": 11008,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 32,
-        },
-    ),
+    "smollm2_135m": loading.SHAPES["HuggingFaceTB/SmolLM2-135M-Instruct"],
+    "llama3_8b": loading.SHAPES["meta-llama/Meta-Llama-3-8B-Instruct"],
+    "vicuna_7b": loading.SHAPES["lmsys/vicuna-7b-v1.5"],
 }
 
 
-def _model(family="llama", dtype=torch.float32, liger=False, **config):
+def _model(model_type="llama", dtype=torch.float32, liger=False, **config):
     torch.manual_seed(0)
-    settings = AutoConfig.for_model(family, eos_token_id=3, pad_token_id=0, max_position_embeddings=4096, **config)
+    ends = {"eos_token_id": 3, "pad_token_id": 0, "max_position_embeddings": 4096}
+    settings = AutoConfig.for_model(model_type, **ends | config)
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(settings, dtype=dtype, attn_implementation="sdpa").eval()
     if liger:
@@ -219,8 +190,7 @@ def test_top_tokens_are_those_of_topk(vocab, dtype, number):
 def test_step_times(shape, compiled):
     """Prints milliseconds of a plain step and of tree steps, bf16, batch 1, 512 tokens of text. `MEDUSA_DS_SHAPES`
     names shapes of `SHAPES`, comma-separated; with `-k "not True"` nothing is compiled."""
-    family, config = SHAPES[shape]
-    model = _model(family, torch.bfloat16, liger=not compiled, **config)
+    model = _model(dtype=torch.bfloat16, liger=not compiled, **SHAPES[shape])
     bandwidth = copy_bandwidth(torch.device("cuda"))
     plain = step_ms(Decoder(model, [], chain(0), compile_step=compiled), 512, 50)
     share = plain_step_bytes(model) / (plain / 1000) / bandwidth
@@ -240,8 +210,7 @@ def test_step_times(shape, compiled):
 @pytest.mark.parametrize("shape", os.environ.get("MEDUSA_DS_SHAPES", ",".join(SHAPES)).split(","))
 def test_prefill_step_times(shape, compiled):
     """Prints milliseconds to a text's first token, captured and launched kernel by kernel, bf16, each length warm."""
-    family, config = SHAPES[shape]
-    model = _model(family, torch.bfloat16, liger=not compiled, **config)
+    model = _model(dtype=torch.bfloat16, liger=not compiled, **SHAPES[shape])
     heads, tree = _heads(model, own=False), default_tree(3, 64)
     product_flops = 1e12 * measure_machine()["matmul_tflops"]
     flops = 2 * sum(p.numel() for name, p in model.named_parameters() if "layers" in name)

@@ -46,22 +46,19 @@ def test_sequences_of_one_document_get_causal_attention():
 def test_only_backbones_that_pack_on_a_gpu_get_it(monkeypatch, changes, attention):
     """Built without a device, as under ZeRO-3, on a machine that claims a GPU; elsewhere there is no such kernel."""
     spec = ModelSpec(**{"name": "x", "init": "random", "config": CONFIG, "liger_kernels": False} | changes)
-    options = {"device": None, "packed": True}
-    here = backbones.load_backbone(spec, torch.bfloat16, **options)
-    assert here.config._attn_implementation == (spec.attention or "sdpa")
+    usual = spec.attention or "sdpa"
+
+    def found(dtype=torch.bfloat16, packed=True):
+        return backbones.load_backbone(spec, dtype, device=None, packed=packed).config._attn_implementation
+
+    assert found() == usual
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    assert backbones.load_backbone(spec, torch.bfloat16, **options).config._attn_implementation == (
-        spec.attention or "sdpa"
-    )
+    assert found() == usual
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    assert backbones.load_backbone(spec, torch.bfloat16, **options).config._attn_implementation == attention
-    plain = backbones.load_backbone(spec, torch.float32, **options)
-    assert plain.config._attn_implementation == (spec.attention or "sdpa")
-    assert backbones.load_backbone(spec, torch.bfloat16, device=None).config._attn_implementation == (
-        spec.attention or "sdpa"
-    )
+    assert found() == attention
+    assert found(torch.float32) == found(packed=False) == usual
 
 
 def test_hidden_states_hand_the_starts_to_every_layer(monkeypatch):

@@ -38,17 +38,3 @@ def test_rows_are_those_whose_target_is_a_label_of_the_same_document(sequences, 
     rows, targets = head_rows(labels, positions, offset)
     assert list(zip(rows.tolist(), targets.tolist(), strict=True)) == expected
     assert count_targets(labels, positions, 4)[offset] == len(expected)
-
-
-def test_a_document_and_its_neighbour_share_no_row():
-    positions = torch.tensor([[0, 1, 2, 0, 1, 0, 0, 1, 2, 3]])
-    labels = torch.arange(10)[None]
-    assert head_rows(labels, positions, 1)[0].tolist() == [0, 6, 7]
-    assert head_rows(labels, positions, 1)[1].tolist() == [2, 8, 9]
-
-
-def test_sequences_shorter_than_the_shift_have_no_rows():
-    positions = torch.arange(3)[None]
-    assert head_rows(positions, positions, 2)[0].tolist() == []
-    assert head_rows(positions, positions, 5)[0].tolist() == []
-    assert count_targets(positions, positions, 3).tolist() == [2, 1, 0, 0]
