@@ -218,17 +218,14 @@ class Decoder:
             slots = -(-slots // SLOTS_MULTIPLE) * SLOTS_MULTIPLE
             session = self._session = Session(self.backbone, self.tree, batch, slots)
             if self.use_graph:
-                self._capture(session)
+                with self._installed(session):
+                    session.graph = capture(lambda: self._step(session), session.pool)
+                if session.graph is None:
+                    print("this model waits for the GPU within a step: decoded without CUDA graphs", file=sys.stderr)
         session.length_B.zero_()
         session.active_B.fill_(1)
         session.tree = self.next_tree = self.tree
         return session
-
-    def _capture(self, session: Session) -> None:
-        with self._installed(session):
-            session.graph = capture(lambda: self._step(session), session.pool)
-        if session.graph is None:
-            print("this model waits for the GPU within a step: it is decoded without CUDA graphs", file=sys.stderr)
 
     @contextmanager
     def _installed(self, session: Session) -> Iterator[None]:

@@ -22,7 +22,7 @@ from medusa_ds.data.layouts import UnusableRow
 from medusa_ds.decoding.acceptance import Acceptance
 from medusa_ds.decoding.decoder import begin, capture, end_tokens, prefill
 from medusa_ds.decoding.session import Session, static_attention
-from medusa_ds.decoding.trees import chain
+from medusa_ds.decoding.trees import Tree
 from medusa_ds.distilling.requests import Handle, Reply, Request, Sampling
 from medusa_ds.distilling.texts import loops
 from medusa_ds.model.attention import base_model
@@ -59,7 +59,7 @@ class Sampler:
         )
         self.ends = torch.tensor(end_tokens(backbone), dtype=torch.long, device=device)
         self.steps = 32 if device.type == "cuda" else 4
-        self.tree = chain(0).to(device)
+        self.tree = Tree([], device)  # its root alone
         self.session = Session(backbone, self.tree, batch, -(-(room + 2) // SLOTS_MULTIPLE) * SLOTS_MULTIPLE)
         self.key_B = torch.zeros(batch, dtype=torch.long, device=device)
         self.limit_B = torch.zeros(batch, dtype=torch.long, device=device)

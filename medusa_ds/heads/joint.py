@@ -45,16 +45,11 @@ class Target(NamedTuple):
 
 
 class HeadLoss(NamedTuple):
-    """What one head made of a micro-batch.
-
-    `loss_sum`: scalar with graph. `count`: N. `predicted`: argmax token ids [N]. `rows`, `missed`: see `Target`.
-    """
+    """What one head made of a micro-batch: a scalar with graph, N, and argmax token ids [N]."""
 
     loss_sum: Tensor
     count: int  # type: ignore[assignment]
     predicted: Tensor
-    rows: Tensor
-    missed: Tensor
 
 
 class Counters(NamedTuple):
@@ -278,7 +273,7 @@ class JointModel(nn.Module):
             alone = self.one_gradient and torch.is_grad_enabled()
             loss_sum, predicted_N = in_backward(call, states_NH, self.heads) if alone else call(states_NH)
             predicted_N = self.heads.tokens(predicted_N)
-        return HeadLoss(loss_sum, len(target.rows), predicted_N, target.rows, target.missed)
+        return HeadLoss(loss_sum, len(target.rows), predicted_N)
 
     def _rows_loss(
         self, projection: VocabularyProjection, rows_NH: Tensor, learned: Tensor, scale: Tensor | None
@@ -320,7 +315,7 @@ def _hidden_states(model: Any, input_ids: Tensor, position_ids: Tensor, grad: bo
 
 def _count(losses: list[HeadLoss | None], targets: list[Target | None], num_positions: int) -> Tensor:
     """`Counters` of heads as one tensor."""
-    device = losses[-1].rows.device  # type: ignore[union-attr]
+    device = losses[-1].predicted.device  # type: ignore[union-attr]
     columns = torch.zeros(len(losses), len(Counters._fields), dtype=torch.float64, device=device)
     sums = Counters(*columns.T)
     all_present_R = torch.ones(num_positions, dtype=torch.bool, device=device)
@@ -334,9 +329,9 @@ def _count(losses: list[HeadLoss | None], targets: list[Target | None], num_posi
         if k == 0:
             continue
         nowhere_R = torch.zeros_like(all_present_R)
-        all_present_R = all_present_R & nowhere_R.index_fill(0, torch.cat([loss.rows, loss.missed]), True)
+        all_present_R = all_present_R & nowhere_R.index_fill(0, torch.cat([target.rows, target.missed]), True)
         sums.full_count[k], sums.cond_count[k] = all_present_R.sum(), (all_present_R & all_right_R).sum()
-        all_right_R = all_right_R & nowhere_R.index_put((loss.rows,), right_N)
-        sums.missed[k].fill_(len(loss.missed))
+        all_right_R = all_right_R & nowhere_R.index_put((target.rows,), right_N)
+        sums.missed[k].fill_(len(target.missed))
         sums.full_correct[k] = sums.cond_correct[k] = (all_present_R & all_right_R).sum()
     return columns

@@ -149,7 +149,7 @@ TOKENS = torch.arange(V).roll(7)[: V // 2]  # not ascending: a map that another 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_truncated_vocabulary_drops_targets_outside_and_counts_them_as_misses(stage, impl):
     """Against float64 sums over known targets alone. Mutations: keep the unknown rows with row 0 as target; leave
-    `missed` out of the accuracy; leave `loss.missed` out of `full_count`; zero the weight gradient's other rows."""
+    `missed` out of the accuracy; leave `target.missed` out of `full_count`; zero the weight gradient's other rows."""
     model = build(stage=stage, impl=impl, tokens=TOKENS)
     output, found = gradients(model, PACKED)
     model.zero_grad()
@@ -165,7 +165,7 @@ def test_truncated_vocabulary_drops_targets_outside_and_counts_them_as_misses(st
         assert model.heads[k - 1].projection.weight.shape == (len(TOKENS), H)
         torch.testing.assert_close(output.losses[k].loss_sum.double(), sums[k], rtol=1e-5, atol=0)
         mine = [place for place in right if place[0] == k]
-        missed = len(output.losses[k].missed)
+        missed = int(output.counters[k, 7])
         assert counts[k] == output.losses[k].count == output.counters[k, 1] == len(mine) - missed
         assert 0 < missed < len(mine)
         assert figures[f"head{k}_acc"] == sum(right[place] for place in mine) / len(mine)

@@ -15,15 +15,12 @@ from medusa_ds.decoding.trees import default_tree
 from medusa_ds.heads.base import Head, Heads
 from medusa_ds.heads.files import load_heads, save_heads
 from medusa_ds.heads.kinds import KINDS, make_heads
+from medusa_ds.model.projection import ZeroLinear
 from medusa_ds.training.build import build_model, heads_meta
 
 
-class Gate(nn.Linear):
+class Gate(ZeroLinear):
     """`s * sigmoid(w e + c)`, the state halved at the start."""
-
-    def reset_parameters(self):
-        for parameter in self.parameters():
-            nn.init.zeros_(parameter)
 
     def forward(self, states, tokens):
         return states * super().forward(tokens).sigmoid()
