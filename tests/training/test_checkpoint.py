@@ -177,78 +177,31 @@ def test_checkpoint_under_another_steps_name_is_refused(root: Path) -> None:
     assert found_step(root) == 40
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing after it runs."""
+def test_full_disk_at_any_file_call_is_one_line_and_keeps_older_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "reliability" / "inject")
+    from file_faults import FileCalls
 
+    def fail(number: int, *_: Any) -> None:
+        if number == at:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-class Interruption:
-    """Raises at the n-th file call of the package, and at all later ones when it stands for a kill."""
-
-    def __init__(self, patch: pytest.MonkeyPatch, at: int, error: type[BaseException]) -> None:
-        self.left, self.error, self.rmtree = at, error, shutil.rmtree
-        for name in ("fsync", "rename", "replace", "open"):
-            patch.setattr(os, name, self.wrap(getattr(os, name)))
-        patch.setattr(Path, "mkdir", self.wrap(Path.mkdir))
-        patch.setattr(Path, "symlink_to", self.wrap(Path.symlink_to))
-        patch.setattr(shutil, "rmtree", self.wrap(shutil.rmtree))
-        patch.setattr("builtins.open", self.wrap(open))
-
-    def wrap(self, call: Any) -> Any:
-        def wrapped(*arguments: Any, **options: Any) -> Any:
-            self.left -= 1
-            if self.left == 0 or (self.left < 0 and self.error is Killed):
-                if call is open and "wb" in arguments:  # the file is there, and half of it may be
-                    call(*arguments, **options).close()
-                if call is self.rmtree and Path(arguments[0]).is_dir():  # half of it is gone
-                    next(iter(Path(arguments[0]).iterdir())).unlink()
-                raise self.error() if self.error is Killed else OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return call(*arguments, **options)
-
-        return wrapped
-
-
-def test_save_cut_off_at_any_file_call_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
-    """Mutation: writing under the final name, or renaming before the manifest is written, leaves a damaged one.
-
-    The calls of pruning are among those cut off.
-    """
-    seen = set()
-    for at in range(1, 100):
-        root = tmp_path / str(at)
-        save(root, 20)
-        save(root, 40)
-        with pytest.MonkeyPatch.context() as patch:
-            interruption = Interruption(patch, at, Killed)
-            try:
-                save(root, 60)
-                checkpoint.keep(root, 60, 60, 1)
-            except Killed:
-                pass
-        assert all(checkpoint.check(path) == [] for path in checkpoint.completed(root))
-        seen.add(found_step(root))
-        assert not list(root.glob(".tmp*"))
-        if interruption.left > 0:
-            break
-    assert at > 15
-    assert seen == {40, 60}
-    assert [path.name for path in checkpoint.completed(root)] == ["step-000060"]
-
-
-def test_full_disk_at_any_file_call_is_one_line_and_keeps_older_checkpoints(tmp_path: Path) -> None:
     messages = []
     for at in range(1, 100):
         root = tmp_path / str(at)
         save(root, 20)
-        with pytest.MonkeyPatch.context() as patch:
-            interruption = Interruption(patch, at, OSError)
-            try:
-                save(root, 40)
-            except UserError as error:
-                messages.append(str(error))
-                patch.undo()
-                assert not list(root.glob(".tmp*"))
+        calls = FileCalls(root, fail)
+        calls.install()
+        try:
+            save(root, 40)
+        except UserError as error:
+            messages.append(str(error))
+        finally:
+            calls.remove()
+        assert not list(root.glob(".tmp*"))
         assert found_step(root) in (20, 40)
-        if interruption.left > 0:
+        if calls.count < at:
             break
     assert len(messages) > 8
     assert all(f"{tmp_path}" in text and "\n" not in text for text in messages)
