@@ -31,14 +31,9 @@ _PLAIN = [{"role": role, "content": text} for role, text in _TURNS]  # the least
 
 
 class Chat:
-    """A tokenizer and the chat template in force.
+    """A fast tokenizer and the chat template in force, `template`; a tokenizer can have another one for tools.
 
-    Args:
-        tokenizer: a fast one.
-        template_args: arguments of the chat template, such as `enable_thinking`, or a `chat_template` of one's own.
-
-    Attributes:
-        template: in force where there are no tools; a tokenizer can have another one for those.
+    `template_args` are arguments of the chat template, such as `enable_thinking`, or a `chat_template` of one's own.
 
     Raises:
         UserError: the tokenizer has no chat template or is not a fast one.

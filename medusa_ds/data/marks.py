@@ -92,14 +92,11 @@ class Coder:
     def encode(
         self, marked: str, turns: list[int], unfinished: Collection[int], ends: Collection[int], ends_in_call: bool
     ) -> Encoded:
-        """Ids of a marked text, labelled from each BEGIN to the token that ends its turn.
+        """Ids of a text with a BEGIN for each of `turns`, labelled from there to the token that ends the turn.
 
-        Args:
-            marked: with a BEGIN for each turn.
-            turns: numbers of the messages to label.
-            unfinished: those whose end has no label.
-            ends: tokens with which the template ends a plain turn; where none follows a turn, any special token does.
-            ends_in_call: the last message has a call, whose arguments follow its last mark.
+        The end of an unfinished turn has no label. `ends` are tokens with which the template ends a plain turn; where
+        none follows a turn, any special token does. `ends_in_call`: the last message has a call, whose arguments follow
+        its last mark.
 
         Raises:
             UnusableRow: no special token follows a turn before the next message, unless the text ends with it.

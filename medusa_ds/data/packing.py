@@ -86,7 +86,7 @@ class Sequences:
         self.max_length, self.packing, self.seed, self.pad_id = max_length, packing, seed, pad_id
         self.lengths = np.asarray(self.data["length"][:])[rows]
         self.epoch = functools.lru_cache(maxsize=2)(self._pack)
-        self._sizes: dict[int, int] = {}
+        self._size = functools.cache(lambda epoch: len(self.epoch(epoch)))
 
     def __len__(self) -> int:
         """Sequences of the first epoch."""
@@ -123,13 +123,6 @@ class Sequences:
                 batch = batch._replace(hidden=self.hidden(np.concatenate(group), batch.labels, batch.position_ids))
             batches.append(batch)
         return batches
-
-    def _size(self, epoch: int) -> int:
-        if not self.packing:
-            return len(self.rows)
-        if epoch not in self._sizes:
-            self._sizes[epoch] = len(self.epoch(epoch))
-        return self._sizes[epoch]
 
     def _pack(self, epoch: int) -> list[np.ndarray]:
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))

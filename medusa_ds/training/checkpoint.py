@@ -48,18 +48,11 @@ def completed(root: Path) -> list[Path]:
 def save(
     root: Path, step: int, tensors: Iterator[tuple[str, torch.Tensor]], state: dict[str, Any], bytes_needed: int
 ) -> Path:
-    """Write a checkpoint; every rank calls it.
+    """Write a checkpoint into `root`, a directory that all ranks share; every rank calls it. Returns its directory.
 
-    Args:
-        root: `OUTPUT/checkpoints`, on a file system that all ranks share.
-        step: optimizer steps done.
-        tensors: names and full tensors, the same order on every rank; making one may be a collective call, so every
-            rank takes them all, and tensor i is written by rank i % ranks.
-        state: what else a resumed run needs; JSON.
-        bytes_needed: estimate of the checkpoint's size, for the check of free space.
-
-    Returns:
-        The finished directory.
+    `tensors` are names and full tensors, the same order on every rank; making one may be a collective call, so every
+    rank takes them all, and tensor i is written by rank i % ranks. `state`: what else a resumed run needs; JSON.
+    `bytes_needed`: estimate of the checkpoint's size, for the check of free space.
 
     Raises:
         UserError: no room, read-only, quota or any other failed file operation on any rank, or a tensor that is not

@@ -20,12 +20,9 @@ from medusa_ds.heads.kinds import make_heads
 class StepFlops:
     """FLOPs of one token of a step.
 
-    Args:
-        backbone: forward FLOPs a token without attention and LM head.
-        attention: forward FLOPs a token and token of visible context.
-        head_row: FLOPs of a head's row, forward and backward.
-        lm_row: FLOPs of an LM head's row, forward and backward; 0 in stage 1.
-        passes: backbone passes in forward equivalents: 1 in stage 1, 3 in stage 2, 4 with a frozen start.
+    `backbone`: forward, without attention and LM head. `attention`: forward, of a token of visible context. `head_row`,
+    `lm_row`: of a row of a head and of the LM head (0 in stage 1), forward and backward. `passes`: of the backbone, in
+    forward equivalents: 1 in stage 1, 3 in stage 2, 4 with a frozen start.
     """
 
     backbone: float
@@ -41,15 +38,10 @@ class StepFlops:
 
 
 def step_flops(recipe: Recipe, config: Any, backbone_parameters: int) -> StepFlops:
-    """FLOPs by part.
+    """FLOPs by part, with a backbone of so many parameters in matrix products, without embeddings and LM head.
 
-    The teacher's logits of a row are one more product with the target `distribution`, and with `argmax` for the LM
-    head's rows, which stage 1 does not count.
-
-    Args:
-        recipe: stage, heads and target; with a hidden cache the backbone computes nothing.
-        config: the backbone's transformers config.
-        backbone_parameters: parameters of its matrix products, without embeddings and LM head.
+    `config` is its transformers config; with a hidden cache it computes nothing. The teacher's logits of a row are one
+    more product with the target `distribution`, and with `argmax` for the LM head's rows, which stage 1 does not count.
     """
     stage, target, heads = recipe.stage, recipe.loss.target, recipe.heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

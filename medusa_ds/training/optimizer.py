@@ -55,10 +55,8 @@ def loss_weights(step: int, total_steps: int, num: int, stage: int, loss: LossSp
 def parameter_groups(model: nn.Module, train: TrainSpec) -> list[dict[str, Any]]:
     """Optimizer groups: heads and backbone, each with and without weight decay.
 
-    Args:
-        model: has submodules `heads` and `backbone`; trainable is what requires a gradient.
-        train: `lr`, `lr_multiplier` (of the heads, stage 2) and `weight_decay` (not for biases and norms, that is,
-            for parameters of fewer than two dimensions).
+    `model` has submodules `heads` and `backbone`; trainable is what requires a gradient. Biases and norms, that is,
+    parameters of fewer than two dimensions, have no weight decay.
 
     Returns:
         Groups that are not empty, each with `name` (`heads`, `heads_no_decay`, ...) and `lr_scale`, its learning rate

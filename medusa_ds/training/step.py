@@ -96,11 +96,8 @@ def clip(
     Its kernel divides by `grad_scale` and does nothing where `found_inf` is 1, as `torch.amp.GradScaler` uses it, so
     that neither takes a pass over the gradients, and the host need not wait for the norm.
 
-    Args:
-        optimizer: PyTorch's AdamW with `fused=True`.
-        gradients: this rank's parts; all ranks' parts together hold each gradient once.
-        max_norm: 0 for no clipping.
-        bad: above 0 where nothing shall change for another reason.
+    `gradients` are this rank's parts; all ranks' parts together hold each gradient once. A `max_norm` of 0 clips
+    nothing, and where `bad` is above 0 nothing changes for another reason.
 
     Returns:
         The norm over all ranks, before clipping.
