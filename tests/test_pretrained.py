@@ -8,6 +8,7 @@ from support import tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from medusa_ds import runs
+from medusa_ds.config.loading import SHAPES
 from medusa_ds.decoding.decoder import Decoder
 from medusa_ds.errors import UserError
 from medusa_ds.programs import tree
@@ -18,18 +19,8 @@ NAMES = sorted(folder.name for folder in runs.PRETRAINED.iterdir())
 def base(spec, dtype, device, liger):
     """A model of the shapes of the one that the heads belong to, without its weights."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-        eos_token_id=2,
-    )
-    return LlamaForCausalLM(config).to(dtype)
+    less = {"intermediate_size": 64, "num_hidden_layers": 1, "max_position_embeddings": 128, "eos_token_id": 2}
+    return LlamaForCausalLM(LlamaConfig(**SHAPES["HuggingFaceTB/SmolLM2-135M-Instruct"] | less)).to(dtype)
 
 
 @pytest.fixture(params=NAMES)

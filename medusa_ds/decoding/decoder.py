@@ -443,19 +443,12 @@ def head_logits(heads: Sequence[Head], states: Sequence[Tensor], lm_head: Vocabu
     return torch.stack([head.logits(state, lm_head) for head, state in zip(heads, states, strict=True)])
 
 
-class StopStrings:
-    """A `stop` for `Decoder.generate`: true once the decoded text holds one of the strings.
+def stop_at(tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]) -> Callable[[list[int]], bool]:
+    """A `stop` for `Decoder.generate`: true once the decoded text holds one of the strings that are not empty."""
+    tail = 4 * max(map(len, strings)) + 8  # a character has at most four byte tokens
 
-    Args:
-        tokenizer: decodes the tail of the row (a character has at most four byte tokens).
-        strings: what to stop at.
-    """
+    def stop(tokens: list[int]) -> bool:
+        text = tokenizer.decode(tokens[-tail:])
+        return any(string in text for string in strings if string)
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]) -> None:
-        self.tokenizer, self.strings = tokenizer, [text for text in strings if text]
-        self.tail = 4 * max(map(len, self.strings), default=0) + 8
-
-    def __call__(self, tokens: list[int]) -> bool:
-        """Whether these tokens end the row."""
-        text = self.tokenizer.decode(tokens[-self.tail :])
-        return any(string in text for string in self.strings)
+    return stop

@@ -9,7 +9,7 @@ import sys
 
 from medusa_ds.config.types import Count, Seed
 from medusa_ds.decoding.acceptance import AcceptanceSettings
-from medusa_ds.decoding.decoder import Decoder, Generation, StopStrings
+from medusa_ds.decoding.decoder import Decoder, Generation, stop_at
 from medusa_ds.errors import UserError, counted
 from medusa_ds.runs import Run, RunSettings, Saved, encode
 
@@ -82,7 +82,7 @@ def _fitting(run: Saved | Run, messages: list[dict[str, str]], limit: int) -> li
 def _answer(settings: Settings, run: Run, decoder: Decoder, messages: list[dict[str, str]]) -> str:
     """Print the answer as it comes, then figures on standard error; Ctrl-C in a chat stops it where it is."""
     prompt = _fitting(run, messages, decoder.limit)
-    ends = StopStrings(run.tokenizer, settings.stop) if settings.stop else None
+    ends = stop_at(run.tokenizer, settings.stop) if settings.stop else None
     decoder.prepare(1, min(len(prompt) + settings.max_new_tokens, decoder.limit + 1))  # not part of the speed
     text, row = "", Generation()
     try:

@@ -1,6 +1,6 @@
 """Tiny random models, heads that know a text, and the reference: transformers' own greedy decoding."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from support import SIZES
@@ -8,6 +8,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from medusa_ds.heads.base import Head, Heads
+from medusa_ds.heads.kinds import KINDS
 from medusa_ds.heads.medusa import MedusaHeads
 from medusa_ds.model.projection import VocabularyProjection
 
@@ -57,9 +58,9 @@ def reference(model: PreTrainedModel, prompt: list[int], max_new_tokens: int, **
     return out[0, len(prompt) :].tolist()
 
 
-def random_heads(vocab: int = VOCAB, token_map: torch.Tensor | None = None) -> MedusaHeads:
+def random_heads(kind: str = "medusa", layers: int = 1, vocab: int = VOCAB, **options: Any) -> Heads:
     torch.manual_seed(1)
-    heads = MedusaHeads(NUM, 1, 32, vocab, token_map=token_map)
+    heads = KINDS[kind](NUM, layers, 32, vocab, **options)
     for parameter in heads.parameters():
         nn.init.normal_(parameter, std=0.3)
     return heads

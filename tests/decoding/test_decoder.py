@@ -18,7 +18,7 @@ from transformers import DynamicCache
 
 from medusa_ds.decoding import session as cache
 from medusa_ds.decoding.acceptance import Acceptance
-from medusa_ds.decoding.decoder import Decoder, StopStrings, begin, capture, end_at, end_tokens, padded_length
+from medusa_ds.decoding.decoder import Decoder, begin, capture, end_at, end_tokens, padded_length, stop_at
 from medusa_ds.decoding.trees import Tree, chain, default_tree
 from medusa_ds.errors import UserError
 from medusa_ds.heads.medusa import MedusaHeads
@@ -175,7 +175,7 @@ def test_stop_strings_end_the_text_with_the_token_that_completes_one(llama):
     decoder = Decoder(llama, oracles(llama, prompt + longer), chain(3))
     for start in range(1, 9):
         string = text[start : start + 3]
-        row = decoder.generate([prompt], 30, StopStrings(Letters(), ["", string]))[0]
+        row = decoder.generate([prompt], 30, stop_at(Letters(), ["", string]))[0]
         assert Letters().decode(row.tokens) == text[: text.index(string) + 3]
         assert row.finish == "stop"
 
@@ -282,7 +282,7 @@ def test_exact_sampling_has_the_base_models_distribution(temperature):
     with torch.no_grad():
         model.lm_head.weight.mul_(0.25)  # distributions that are neither flat nor one-sided
     tree = Tree([(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0)])
-    decoder = Decoder(model, random_heads(4), tree, Acceptance("exact", temperature))
+    decoder = Decoder(model, random_heads(vocab=4), tree, Acceptance("exact", temperature))
     rows = decoder.generate([[2, 0, 1]] * 6000, 4, seed=5)
     assert sum(sum(row.accepted) for row in rows) > 1.15 * sum(len(row.accepted) for row in rows)  # guesses matter
     assert_samples(torch.tensor([row.tokens for row in rows]), model, [2, 0, 1], temperature)

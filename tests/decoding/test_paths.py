@@ -1,22 +1,17 @@
 """Heads whose guesses depend on the path above them: against a walk along every path of the tree."""
 
+from functools import partial
+
 import pytest
 import torch
-from decoding_models import NUM, VOCAB, build, build_permutation, reference
-from torch import nn
+from decoding_models import NUM, VOCAB, build, build_permutation, random_heads, reference
 
 from medusa_ds.decoding.decoder import Decoder
 from medusa_ds.decoding.measure import head_ranks
 from medusa_ds.decoding.trees import Tree, chain, default_tree
 from medusa_ds.heads.hydra import HydraHeads
 
-
-def random_heads(own=True, token_map=None):
-    torch.manual_seed(1)
-    heads = HydraHeads(NUM, 2, 32, VOCAB, own_projection=own, token_map=token_map)
-    for parameter in heads.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    return heads
+hydra_heads = partial(random_heads, "hydra", 2)
 
 
 def best(model, heads, hidden, path_tokens, width):
@@ -41,7 +36,8 @@ TREES = {
 @pytest.mark.parametrize("name", TREES)
 def test_a_nodes_guesses_depend_on_its_path(name, own):
     """Mutations: give a node its neighbour's state, or the root's; leave out the step's token."""
-    model, heads, tree = build("llama"), random_heads(own, torch.arange(119, 20, -1) if own else None), TREES[name]
+    model, tree, tokens = build("llama"), TREES[name], torch.arange(119, 20, -1) if own else None
+    heads = hydra_heads(own_projection=own, token_map=tokens)
     hidden_BH, root_B = torch.randn(2, 32), torch.tensor([9, 40])
     proposed = Decoder(model, heads, tree)._propose(hidden_BH, root_B)
     for hidden, tokens in zip(hidden_BH, proposed.tolist(), strict=True):
@@ -57,7 +53,7 @@ def test_greedy_text_is_the_models_own(name, own):
     model = build("qwen3")
     prompts = [[9, 40, 77], [7], [30, 2, 60, 11]]
     texts = [reference(model, prompt, 20) for prompt in prompts]
-    rows = Decoder(model, random_heads(own), TREES[name]).generate(prompts, 20)
+    rows = Decoder(model, hydra_heads(own_projection=own), TREES[name]).generate(prompts, 20)
     assert [row.tokens for row in rows] == texts
 
 
@@ -76,7 +72,7 @@ def test_heads_that_learned_a_text_are_accepted_along_the_path():
 @torch.no_grad()
 def test_ranks_are_those_along_the_answer():
     """Mutation: the states of the tokens one place on."""
-    model, heads, prompt = build("llama"), random_heads(), [9, 40, 77, 12]
+    model, heads, prompt = build("llama"), hydra_heads(), [9, 40, 77, 12]
     text = prompt + reference(model, prompt, 40, eos_token_id=VOCAB)
     hidden_TH = model.base_model(input_ids=torch.tensor([text])).last_hidden_state[0]
     ranks = head_ranks(model, heads, prompt, text[4:]).tolist()

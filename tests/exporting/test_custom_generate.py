@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from decoding_models import VOCAB, assert_samples, build
+from decoding_models import VOCAB, assert_samples, build, random_heads
 from exporting import MakeRun, export_
 from support import heads_meta
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, StoppingCriteria
@@ -35,9 +35,7 @@ def test_guesses_are_those_of_our_own_decoder(kind: str, own: bool, tmp_path: Pa
     """Mutations: rows for tokens; the embedding as it is, not its unit; the first token for every head, or the state
     behind the blocks; a block too many."""
     model, tokens = build("llama"), torch.arange(119, 20, -1) if own else None
-    heads = KINDS[kind](3, 2, 32, VOCAB, own_projection=own, token_map=tokens)
-    for parameter in heads.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
+    heads = random_heads(kind, 2, own_projection=own, token_map=tokens)
     meta = heads_meta(3, 2, 32, VOCAB, kind=kind, lm_head="own" if own else "shared")
     save_heads(tmp_path / "heads", heads.state_dict(), meta)
     hidden_BH, root_B = torch.randn(5, 32), torch.arange(40, 45)

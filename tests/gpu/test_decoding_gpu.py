@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
+from support import SIZES
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from medusa_ds.benchmarks.worker import measure_machine
@@ -21,15 +22,8 @@ from medusa_ds.model.backbone import use_liger_layers
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
-SMALL = {
-    "vocab_size": 500,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.2,
-}
+SMALL = SIZES | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3}
+SMALL |= {"vocab_size": 500, "initializer_range": 0.2}
 SHAPES = {
     "smollm2_135m": loading.SHAPES["HuggingFaceTB/SmolLM2-135M-Instruct"],
     "llama3_8b": loading.SHAPES["meta-llama/Meta-Llama-3-8B-Instruct"],
