@@ -266,8 +266,9 @@ def open_run(name: str | Path, base_model: str | None = None) -> Saved:
             f"or {', '.join(sorted(folder.name for folder in PRETRAINED.iterdir()))}"
         )
     config, weights = load_heads(folder)
-    model, _, stage, template_args = _from_recipe(config["recipe"], folder / "heads.json", base_model)
-    if stage == 2:
+    kept = _from_recipe(config["recipe"], folder / "heads.json", base_model)
+    model = kept.model
+    if kept.stage == 2:
         if base_model:
             raise UserError(f"--base-model: found it, but {folder.parent} has its own, tuned in stage 2; leave it out")
         tuned = folder.parent / "backbone"
@@ -281,8 +282,8 @@ def open_run(name: str | Path, base_model: str | None = None) -> Saved:
         weights=weights,
         dtype=getattr(torch, config["dtype"]),
         model=model,
-        stage=stage,
-        template_args=template_args,
+        stage=kept.stage,
+        template_args=kept.template_args,
         tree=config.get("tree"),
         shipped=shipped,
     )
@@ -293,11 +294,11 @@ def _open_checkpoint(folder: Path, base_model: str | None) -> Saved:
         raise UserError(*(f"{problem}; name another checkpoint" for problem in problems))
     output, reader = folder.parents[1], Reader(folder)
     text = read_text(output / "recipe.yaml")
-    model, heads, stage, template_args = _from_recipe(text, output / "recipe.yaml", base_model)
-    config, weights = load_config(model).get_text_config(), _masters(reader, "heads.")
+    kept = _from_recipe(text, output / "recipe.yaml", base_model)
+    config, weights = load_config(kept.model).get_text_config(), _masters(reader, "heads.")
     if token_map := reader.state.get("engine", {}).get("token_map"):
         weights["token_map"] = torch.tensor(token_map, dtype=torch.int64)
-    meta = {"base_model": model.name, "revision": model.revision, "recipe": text} | heads.shape
+    meta = {"base_model": kept.model.name, "revision": kept.model.revision, "recipe": text} | kept.heads.shape
     meta |= {"hidden_size": config.hidden_size, "vocab_size": config.vocab_size}
     return Saved(
         folder,
@@ -305,9 +306,9 @@ def _open_checkpoint(folder: Path, base_model: str | None) -> Saved:
         meta=meta,
         weights=weights,
         dtype=None,
-        model=model,
-        stage=stage,
-        template_args=template_args,
+        model=kept.model,
+        stage=kept.stage,
+        template_args=kept.template_args,
         checkpoint=reader,
     )
 
@@ -357,14 +358,22 @@ def save_tree(config_file: Path, paths: list[TreePath]) -> None:
         write_json(config_file, read_json(config_file) | {"tree": paths})
 
 
-def _from_recipe(text: str, where: Path, base_model: str | None) -> tuple[ModelSpec, HeadsSpec, int, dict[str, Any]]:
-    """What decoding needs of the resolved recipe that a run keeps: model, heads, stage, arguments of the template."""
+class _Kept(NamedTuple):
+    """What decoding needs of the resolved recipe that a run keeps."""
+
+    model: ModelSpec
+    heads: HeadsSpec
+    stage: int
+    template_args: dict[str, Any]
+
+
+def _from_recipe(text: str, where: Path, base_model: str | None) -> _Kept:
     raw, _ = parse_yaml(text, str(where))
     try:
         if base_model:
             raw["model"] |= {"name": base_model, "revision": None}
         model, heads = ModelSpec.model_validate(raw["model"]), HeadsSpec.model_validate(raw["heads"])
-        return model, heads, int(raw["stage"]), dict(raw["data"].get("template_args") or {})
+        return _Kept(model, heads, int(raw["stage"]), dict(raw["data"].get("template_args") or {}))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{where}: not a resolved recipe ({one_line(error)})") from None
 

@@ -1,11 +1,7 @@
-"""The programs that heads are exported for. Another one is a file beside this, named here.
-
-It tells the `KINDS` of heads that it runs, the `files` that it reads beside `config.json`, the tokenizer and our own
-`heads`, and as Markdown the `code` by which the export `out` and its base model are used.
-"""
+"""The programs that heads are exported for. Another one is a file beside this: `KINDS`, `files`, `code`; named here."""
 
 from pathlib import Path
-from types import ModuleType
+from typing import Protocol
 
 from medusa_ds.config.parsing import read_json
 from medusa_ds.exporting import fasterdecoding, tensorrt_llm, tgi, transformers, vllm
@@ -13,7 +9,20 @@ from medusa_ds.exporting.source import Files, Source
 from medusa_ds.files import write_json
 from medusa_ds.heads.files import save_heads
 
-TARGETS: dict[str, ModuleType] = {
+
+class Target(Protocol):
+    """A program that reads an export; `KINDS` of heads are those that it runs."""
+
+    KINDS: tuple[str, ...]
+
+    def files(self, source: Source) -> Files:
+        """What it reads beside `config.json`, the tokenizer and our own `heads`."""
+
+    def code(self, source: Source, out: str, base: str) -> str:
+        """How the export `out` and its base model are used, as Markdown."""
+
+
+TARGETS: dict[str, Target] = {
     "transformers": transformers,
     "vllm": vllm,
     "tgi": tgi,

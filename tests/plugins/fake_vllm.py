@@ -1,8 +1,8 @@
 """What the plug-in finds in vLLM 0.28 to 0.33, written down from their sources: names, signatures, what is asked of it.
 
 `vllm/transformers_utils/config.py` (tables of config readers), `vllm/model_executor/layers/vocab_parallel_embedding.py`
-(rows padded to 64), `.../logits_processor.py`, `.../models/utils.py`, and the loop `_generate_drafts` of
-`vllm/v1/worker/gpu/spec_decode/multi_module_mtp/speculator.py`.
+(rows padded to 64), `.../logits_processor.py`, `.../models/utils.py`, and of `vllm/v1/worker/gpu/spec_decode/` the loop
+`multi_module_mtp/speculator.py: _generate_drafts` and `eagle/utils.py: load_eagle_model`.
 """
 
 import contextlib
@@ -80,6 +80,8 @@ class MultiModuleMTPSpeculator:
     passes_step = True
     use_local_argmax_reduction = False
 
+    def _run_model(self, num_tokens: int, spec_module_idx: int) -> None: ...
+
     def drafts(self, model: Any, hidden_NH: Tensor, tokens_N: Tensor, steps: int) -> Tensor:
         """Each row's drafts [N, steps]; rows are requests of one token."""
         drafts = []
@@ -98,6 +100,9 @@ class MultiModuleMTPSpeculator:
                 tokens_N = model.compute_logits(hidden_NH, **known).argmax(-1)
             drafts.append(tokens_N)
         return torch.stack(drafts, 1)
+
+
+def load_eagle_model(target_model: nn.Module, vllm_config: Any) -> Any: ...
 
 
 @contextlib.contextmanager
@@ -123,6 +128,10 @@ def modules(version: str = "0.32.0") -> dict[str, ModuleType]:
             "AutoWeightsLoader": AutoWeightsLoader,
             "WeightsMapper": WeightsMapper,
             "maybe_prefix": lambda prefix, name: f"{prefix}.{name}" if prefix else name,
+        },
+        "vllm.v1.worker.gpu.spec_decode.eagle.utils": {"load_eagle_model": load_eagle_model},
+        "vllm.v1.worker.gpu.spec_decode.multi_module_mtp.speculator": {
+            "MultiModuleMTPSpeculator": MultiModuleMTPSpeculator
         },
     }
     made = {}

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import fake_vllm
 import pytest
 import torch
 from exporting import MakeRun, export_
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import silu
 from transformers import AutoConfig
 
 from medusa_ds.runs import load_run
@@ -108,6 +110,44 @@ def test_drafts_are_the_guesses_of_the_exported_heads(
     assert len(set(drafts.flatten().tolist())) > 20 and not drafts[:, 0].equal(drafts[:, 1])
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_hydra_drafts_are_those_of_its_equation(plugin: Any, tmp_path: Path, shared: bool) -> None:
+    """In float64, one row at a time. Turns red when a step gets the token before the last one, or the first state."""
+    size, vocab, num = 16, 90, 3
+    draw = torch.Generator().manual_seed(0)
+    tensors = {f"steps.{k}.weight": torch.randn(size, 2 * size, generator=draw) / 4 for k in range(num)}
+    tensors |= {f"steps.{k}.bias": torch.randn(size, generator=draw) for k in range(num)}
+    tensors |= {f"blocks.{k}.layers.0.weight": torch.randn(size, size, generator=draw) / 4 for k in range(num)}
+    tensors |= {f"blocks.{k}.layers.0.bias": torch.randn(size, generator=draw) for k in range(num)}
+    own = {f"lm_heads.{k}.weight": torch.randn(vocab, size, generator=draw) for k in range(num)}
+    config = {
+        "model_type": "medusa",
+        "heads_kind": "hydra",
+        "hidden_size": size,
+        "vocab_size": vocab,
+        "medusa_num_heads": num,
+        "medusa_num_layers": 2,
+        "original_lm_head": shared,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(tensors | ({} if shared else own), tmp_path / "model.safetensors")
+    embeddings, lm_head = torch.nn.Embedding(vocab, size), torch.nn.Linear(size, vocab)
+    model = load(plugin, tmp_path, lm_head, embeddings)
+    hidden, ids = torch.randn(20, size, generator=draw), torch.randint(vocab, (20,), generator=draw)
+    with torch.no_grad():
+        drafts = fake_vllm.MultiModuleMTPSpeculator().drafts(model, hidden, ids, num)
+        for row in range(20):
+            state, token = hidden[row].double(), int(ids[row])
+            for k in range(num):
+                embedded = embeddings.weight[token].double()
+                inputs = torch.cat([state, embedded / (embedded.square().mean() + 1e-6).sqrt()])
+                state = state + silu(tensors[f"steps.{k}.weight"].double() @ inputs + tensors[f"steps.{k}.bias"])
+                weight, bias = (lm_head.weight, lm_head.bias) if shared else (own[f"lm_heads.{k}.weight"], 0)
+                block = [tensors[f"blocks.{k}.layers.0.{kind}"].double() for kind in ("weight", "bias")]
+                token = int((weight.double() @ (state + silu(block[0] @ state + block[1])) + bias).argmax())
+                assert drafts[row, k] == token, (row, k)
+
+
 @pytest.mark.parametrize("lm_head", ["own", "shared"])
 def test_exported_hydra_heads_draft_what_they_guess(plugin: Any, make_run: MakeRun, lm_head: str) -> None:
     """Turns red when a step gets the token before the last one, or the first state."""
@@ -195,6 +235,13 @@ def test_what_would_not_ask_each_head_is_refused_in_a_line(
     with pytest.raises(ValueError, match=text) as error:
         plugin.MedusaMTPModel(vllm_config=fake_vllm.config_of(config, **changes))
     assert "\n" not in str(error.value)
+
+
+def test_another_signature_is_refused(plugin: Any, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = AutoConfig.from_pretrained(exported)
+    monkeypatch.setattr(fake_vllm.MultiModuleMTPSpeculator, "_run_model", lambda self, num_tokens: None)
+    with pytest.raises(ValueError, match="has no spec_module_idx in this vLLM"):
+        plugin.MedusaMTPModel(vllm_config=fake_vllm.config_of(config))
 
 
 def test_the_plugin_needs_no_trainer_and_both_distributions_bring_it() -> None:

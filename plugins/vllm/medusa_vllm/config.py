@@ -45,6 +45,8 @@ class MedusaConfig(PretrainedConfig):
         problem = unknown_version()
         if misread:
             problem = f"{path}: vLLM reads a path with {misread[0]!r} in it as another method's; rename the directory"
+        elif heads_kind not in ("medusa", "hydra"):
+            problem = f"{path}: heads_kind: found {heads_kind!r}; allowed are medusa and hydra"
         if problem:
             raise ValueError(problem)
         self.hidden_size, self.vocab_size = hidden_size, vocab_size

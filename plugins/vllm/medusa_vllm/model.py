@@ -18,6 +18,7 @@ replicated.
 Shapes: N tokens of a batch, R rows guessed from, H hidden size, V vocabulary.
 """
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -129,11 +130,12 @@ class MedusaMTPModel(nn.Module):
         """Logits or tokens of a step's head; the steps after 0 of heads that share a projection are asked in order."""
         step, blocks = self.step if step is None else step, self.model.blocks
         projection = self.lm_heads[step % len(self.lm_heads)] if self.lm_heads else self.lm_head
+        bias = getattr(projection, "bias", None)
         if len(self.lm_heads) > 1 or self.model.steps:
-            return of_rows(projection, blocks[step](state_RH))
+            return of_rows(projection, blocks[step](state_RH), bias)
         if step == 0:
             number = self.vllm_config.speculative_config.num_speculative_tokens
-            found = of_rows(projection, torch.cat([block(state_RH) for block in blocks[:number]]))
+            found = of_rows(projection, torch.cat([block(state_RH) for block in blocks[:number]]), bias)
             self.guessed = (None,) * number if found is None else found.chunk(number)
         return self.guessed[step]
 
@@ -156,7 +158,7 @@ class MedusaMTPModel(nn.Module):
 
 
 def unusable(vllm_config: VllmConfig) -> str | None:
-    """Why vLLM, as configured, would not ask the heads as they are meant; None when it does."""
+    """Why vLLM, as configured or as it is, would not ask the heads as they are meant; None when it does."""
     spec, heads = vllm_config.speculative_config, vllm_config.speculative_config.draft_model_config.hf_config
     number = heads.medusa_num_heads
     if spec.method != "mtp":
@@ -165,4 +167,11 @@ def unusable(vllm_config: VllmConfig) -> str | None:
         return f"num_speculative_tokens: found {spec.num_speculative_tokens}; allowed is at most {number}, one a head"
     if not vllm_config.use_v2_model_runner:
         return "vLLM's V1 model runner asks one head for all steps; set VLLM_USE_V2_MODEL_RUNNER=1"
+    from vllm.v1.worker.gpu.spec_decode.eagle.utils import load_eagle_model
+    from vllm.v1.worker.gpu.spec_decode.multi_module_mtp.speculator import MultiModuleMTPSpeculator as Speculator
+
+    needed = {load_eagle_model: {"target_model", "vllm_config"}, Speculator._run_model: {"spec_module_idx"}}
+    for function, parameters in needed.items():
+        if missing := parameters - set(inspect.signature(function).parameters):
+            return f"{function.__qualname__} has no {missing.pop()} in this vLLM; the plug-in does not know it"
     return None
