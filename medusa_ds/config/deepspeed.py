@@ -217,8 +217,7 @@ def fill_sizes(config: dict[str, Any], hidden_size: int) -> dict[str, Any]:
     """Replace `"auto"` bucket sizes by what follows from the hidden size, as transformers does.
 
     `reduce_bucket_size` = H^2, `stage3_prefetch_bucket_size` = 0.9 H^2, `stage3_param_persistence_threshold` = 10 H;
-    any other `"auto"` is dropped, so that DeepSpeed's default holds. transformers' own `HfTrainerDeepSpeedConfig` fills
-    them from a `TrainingArguments`, of which a recipe has none.
+    any other `"auto"` is dropped, so that DeepSpeed's default holds.
     """
     sizes = {
         "reduce_bucket_size": hidden_size * hidden_size,

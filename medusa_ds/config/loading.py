@@ -32,8 +32,7 @@ class Origin:
 
     def overridden(self, key: str) -> bool:
         """Whether an override set this key or a section that holds it."""
-        parts = key.split(".")
-        return any(".".join(parts[: end + 1]) in self._overridden for end in range(len(parts)))
+        return any(f"{key}.".startswith(f"{name}.") for name in self._overridden)
 
     def say(self, key: str, text: str) -> str:
         """One problem, with the place of its key."""
@@ -140,13 +139,7 @@ def resolve_paths(raw: dict[str, Any], at: Origin, planning: bool) -> list[str]:
         paths = [place / os.path.expanduser(value) for place in (*places, *more)]
         return next((path.absolute() for path in paths if value and os.path.exists(path)), None)
 
-    def section(name: str) -> dict[str, Any]:
-        return raw[name] if isinstance(raw.get(name), dict) else {}
-
-    def text_of(name: str, key: str) -> str | None:
-        value = section(name).get(key)
-        return value if isinstance(value, str) else None
-
+    heads, model, data = (raw[name] if isinstance(raw.get(name), dict) else {} for name in ("heads", "model", "data"))
     raw.setdefault("deepspeed", "ds_configs/zero2.json")
     if isinstance(value := raw["deepspeed"], str) and value != "auto":
         found = find(value, "deepspeed", shipped("ds_configs").parent)
@@ -156,26 +149,26 @@ def resolve_paths(raw: dict[str, Any], at: Origin, planning: bool) -> list[str]:
             wrong("deepspeed", f"found {value}, which does not exist; {mend}")
         raw["deepspeed"] = str(found or value)
 
-    if (value := text_of("heads", "init_from")) is not None:
+    if isinstance(value := heads.get("init_from"), str):
         found = find(value, "heads.init_from")
         if found is None and not planning:
             mend = "run stage 1 first, or name the output directory of a finished run"
             wrong("heads.init_from", f"found {value}, which does not exist; {mend}")
-        raw["heads"]["init_from"] = str(found or Path(os.path.expanduser(value)).absolute())
+        heads["init_from"] = str(found or Path(os.path.expanduser(value)).absolute())
 
-    if (value := text_of("model", "name")) is not None:
+    if isinstance(value := model.get("name"), str):
         found = find(value, "model.name")
         if found is not None and os.path.isdir(found):
-            raw["model"]["name"] = str(found)
+            model["name"] = str(found)
         elif not _HUB_ID.fullmatch(value):
             wrong("model.name", f"found {value!r}; allowed is an existing directory or a hub id like owner/name")
 
-    path = section("data").get("path")
-    sources = [(section("data"), "data.path")] if isinstance(path, str) else []
+    path = data.get("path")
+    sources = [(data, "data.path")] if isinstance(path, str) else []
     if isinstance(path, list):
         path[:] = [{"path": item} if isinstance(item, str) else item for item in path]
         sources = [(item, f"data.path.{i}.path") for i, item in enumerate(path) if isinstance(item, dict)]
-    for holder, key in [*sources, (section("data"), "data.validation")]:
+    for holder, key in [*sources, (data, "data.validation")]:
         name = key.rpartition(".")[2]
         value = holder.get(name)
         if not isinstance(value, str) or value == "sample":
@@ -192,8 +185,8 @@ def resolve_paths(raw: dict[str, Any], at: Origin, planning: bool) -> list[str]:
             mend = f"allowed are sample, {kinds}, a directory of them, or a hub id like owner/name"
             wrong(key, f"found {value!r}, which does not exist; {mend}")
 
-    if (value := text_of("data", "hidden_cache")) not in (None, "off", "auto"):
-        raw["data"]["hidden_cache"] = str(Path(os.path.expanduser(value)).absolute())
+    if isinstance(value := data.get("hidden_cache"), str) and value not in ("off", "auto"):
+        data["hidden_cache"] = str(Path(os.path.expanduser(value)).absolute())
 
     if isinstance(value := raw.get("output"), str):
         output = Path(os.path.expanduser(value)).absolute()

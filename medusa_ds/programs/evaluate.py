@@ -78,7 +78,7 @@ def run(settings: Settings) -> Report:
         "acceptance": vars(settings.acceptance),
         "device": device_name(run.backbone),
         "tree": {"nodes": run.tree.nodes, "depth": run.tree.depth, "measured": run.measured},
-        "heads": _accuracies([head_ranks(run.backbone, run.heads, a.prompt, a.plain.tokens) for a in answers]),
+        "heads": _accuracies(run, answers),
         "accepted": _accepted(answers),
         "speed": _speed(run, answers, plain, medusa, settings.max_new_tokens),
     }
@@ -104,7 +104,7 @@ def _served(settings: Settings, prompts: list[Prompt], run: Run, plain: Decoder,
             "left_out_too_long": left_out,
             "failed": len(found.problems),
         },
-        "heads": _accuracies([head_ranks(run.backbone, run.heads, a.prompt, a.plain.tokens) for a in answers]),
+        "heads": _accuracies(run, answers),
         "speed": {"server_tokens_per_s": found.tokens / found.seconds, "tokens": found.tokens},
         "texts": _differences(run, answers, [_tokens(run, *each) for each in zip(answers, found.replies, strict=True)]),
     }
@@ -146,9 +146,9 @@ def _tokens(run: Run, answer: Answer, reply: Reply) -> list[int] | None:
     return plain if same else run.tokenizer(reply.text, add_special_tokens=False)["input_ids"]
 
 
-def _accuracies(per_answer: list[torch.Tensor]) -> Report:
+def _accuracies(run: Run, answers: list[Answer]) -> Report:
     """Teacher-forced figures over the same positions for all heads."""
-    ranks_Mk = torch.cat(per_answer)
+    ranks_Mk = torch.cat([head_ranks(run.backbone, run.heads, a.prompt, a.plain.tokens) for a in answers])
     total = max(len(ranks_Mk), 1)
     right_Mk = (ranks_Mk == 0).cumprod(1).bool()
     result: Report = {"positions": len(ranks_Mk)}
