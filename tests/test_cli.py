@@ -130,7 +130,7 @@ def test_a_full_disk_and_a_cache_that_cannot_be_made_are_a_line(
     assert f"{tiny_recipe}/cache: cannot be made (Not a dir" in refused("prepare", tiny_recipe)
 
 
-def test_estimate_counts_the_real_model(tiny_recipe: Path, tiny_model: Path, said: Callable[..., str]) -> None:
+def test_estimate_counts_the_real_model(tiny_recipe: Path, said: Callable[..., str]) -> None:
     """Parts add up to what a built model and its heads hold, tied and untied, own projections and shared."""
     from transformers import AutoModelForCausalLM
 

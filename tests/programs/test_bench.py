@@ -298,7 +298,7 @@ def every_conversation(data):
     return [label for labels in examples for label in labels], [at for labels in examples for at in range(len(labels))]
 
 
-def test_conversations_are_padded_for_the_original(monkeypatch, tiny_model, conversations):
+def test_conversations_are_padded_for_the_original(tiny_model, conversations):
     """One a sequence, labels where the assistant speaks."""
     recipe = case(overrides=chats_of(tiny_model, conversations), part="chat", sequence=64)
     data, _ = load_conversations(recipe.load_recipe())

@@ -243,7 +243,7 @@ def test_a_file_without_rows_is_nobodys(tiny_recipe, tmp_path, prompts):
     assert lines(out) and lines(tmp_path / "out.jsonl.progress")[0]["seed"] == 0
 
 
-def test_unusable_prompts_are_told_with_file_and_line(tiny_recipe, tmp_path, prompts, capsys):
+def test_unusable_prompts_are_told_with_file_and_line(tiny_recipe, tmp_path, capsys):
     half = tmp_path / "half.jsonl"
     half.write_text('{"turns": ["one two"]}\n{"turns": ["three\n{"a": 1}\n')
     run(tiny_recipe, tmp_path / "out.jsonl", half, "--keep-unfinished")

@@ -39,7 +39,7 @@ SHAPES = [
 
 @pytest.mark.parametrize(("lm_head", "layers", "dtype"), SHAPES)
 def test_every_engine_gets_the_heads_bit_for_bit(
-    make_run: MakeRun, tiny_model: Path, lm_head: str, layers: int, dtype: torch.dtype
+    make_run: MakeRun, lm_head: str, layers: int, dtype: torch.dtype
 ) -> None:
     """Turns red when biases are left out, heads are numbered from 1, or shared heads get no projection in the .pt."""
     run = make_run("run", f"heads.lm_head={lm_head}", f"heads.layers={layers}", dtype=dtype)
@@ -96,9 +96,7 @@ def test_engines_without_token_maps_get_rows_whose_guesses_are_those_of_the_mapp
     }
 
 
-def test_export_cuts_heads_trained_in_full_to_the_most_frequent_tokens(
-    make_run: MakeRun, tiny_model: Path, refused: Refused
-) -> None:
+def test_export_cuts_heads_trained_in_full_to_the_most_frequent_tokens(make_run: MakeRun, refused: Refused) -> None:
     run = make_run()
     path = export_(run, "out", "--vocab", "120")
     (_, whole), (config, cut) = load_heads(run), load_heads(path)
@@ -170,7 +168,7 @@ def test_checkpoints_of_two_zero_3_ranks_export_like_the_finished_run(tiny_recip
     assert all(tuned[0][name].equal(other[name]) for other in tuned[1:] for name in tuned[0])
 
 
-def test_stage_2_backbone_lies_beside_the_heads(make_run: MakeRun, tiny_model: Path, tmp_path: Path) -> None:
+def test_stage_2_backbone_lies_beside_the_heads(make_run: MakeRun, tiny_model: Path) -> None:
     first = make_run("first")
     run = make_run("run", "stage=2", f"heads.init_from={first}", "train.lr=1e-3")
     path = export_(run, "out")
@@ -312,7 +310,7 @@ def test_card_says_how_every_program_uses_the_heads_and_what_was_measured(
 
 
 def test_card_names_the_license_of_the_base_and_only_real_data_sets(
-    make_run: MakeRun, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Base\n")

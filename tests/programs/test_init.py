@@ -30,7 +30,7 @@ def test_a_recipe_for_a_model_and_data_of_ones_own(tiny_model, place, capsys):
     main(["validate", "mine.yaml", "--world-size", "2"])
 
 
-def test_the_commands_to_go_on_with_can_be_pasted(tiny_model, place, capsys):
+def test_the_commands_to_go_on_with_can_be_pasted(tiny_model, capsys):
     main(["init", str(tiny_model), "--out", "my own.yaml"])
     assert "deepspeed 'my own.yaml'" in capsys.readouterr().out
 
