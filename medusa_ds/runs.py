@@ -43,33 +43,19 @@ _MASTER = "/master"  # a checkpoint names the fp32 master of parameter P `P/mast
 
 @dataclass
 class Saved:
-    """A run's files, checked; its base model is not loaded.
+    """A run's files, checked; its base model is not loaded."""
 
-    Attributes:
-        folder: the heads folder or the checkpoint.
-        output: the directory that it lies in.
-        meta: what heads say of themselves, see `save_heads`.
-        weights: state dict of the heads, on the CPU; fp32 from a checkpoint.
-        dtype: that the run saved the heads in; None for a checkpoint.
-        model: the base model; after stage 2 the tuned one, except for a checkpoint, which holds its weights itself.
-        stage: of the training.
-        template_args: arguments of the chat template.
-        tree: paths of the run's measured tree, if it has one.
-        checkpoint: its tensors, if it is one.
-        shipped: whether the package holds it.
-    """
-
-    folder: Path
-    output: Path
-    meta: dict[str, Any]
-    weights: dict[str, torch.Tensor]
-    dtype: torch.dtype | None
-    model: ModelSpec
-    stage: int
-    template_args: dict[str, Any]
-    tree: list[Any] | None = None
-    checkpoint: Reader | None = None
-    shipped: bool = False
+    folder: Path  # the heads folder or the checkpoint
+    output: Path  # the directory that it lies in
+    meta: dict[str, Any]  # what heads say of themselves, see `save_heads`
+    weights: dict[str, torch.Tensor]  # state dict of the heads, on the CPU; fp32 from a checkpoint
+    dtype: torch.dtype | None  # that the run saved the heads in; None for a checkpoint
+    model: ModelSpec  # the base model; after stage 2 the tuned one, but of a checkpoint, which holds its weights itself
+    stage: int  # of the training
+    template_args: dict[str, Any]  # arguments of the chat template
+    tree: list[Any] | None = None  # paths of the run's measured tree, if it has one
+    checkpoint: Reader | None = None  # its tensors, if it is one
+    shipped: bool = False  # whether the package holds it
 
     @property
     def config_file(self) -> Path | None:
@@ -148,22 +134,14 @@ class Saved:
 
 
 class Run(NamedTuple):
-    """What decodes.
+    """What decodes."""
 
-    Attributes:
-        backbone, heads: on the device, in the dtype asked for.
-        tokenizer: with the chat template.
-        tree: the run's own, found by `medusa-ds tree`, or a default.
-        measured: whether the tree is the run's own.
-        template_args: arguments of the chat template.
-    """
-
-    backbone: PreTrainedModel
+    backbone: PreTrainedModel  # as the heads on the device, in the dtype asked for
     heads: Heads
-    tokenizer: Any
-    tree: Tree
-    measured: bool
-    template_args: dict[str, Any]
+    tokenizer: Any  # with the chat template
+    tree: Tree  # the run's own, found by `medusa-ds tree`, or a default
+    measured: bool  # whether the tree is the run's own
+    template_args: dict[str, Any]  # arguments of the chat template
 
     def decode(self, tokens: list[int]) -> str:
         """The text of an answer's tokens."""
