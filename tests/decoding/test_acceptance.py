@@ -67,14 +67,13 @@ def test_verdict_is_that_of_a_walk_from_the_root(tree, rule):
 def test_typical_acceptance_is_the_rule_of_the_paper(tree):
     """Mutations: max for min of the two thresholds; entropy of the node itself instead of its parent's."""
     rule = Acceptance("typical", temperature=0.7, epsilon=0.3, delta=0.8)
-    logits, tokens, uniform = _inputs(tree)
+    (logits, tokens, uniform), nodes = _inputs(tree), [(), *tree.paths]
     verdict = rule.judge(logits, tokens, tree, uniform)
     for row in range(len(tokens)):
         p_NV = (logits[row] / 0.7).softmax(-1)
         best = (0, 0.0, 0)
-        for path in [(), *tree.paths]:
-            node = ([(), *tree.paths]).index(path)
-            chain_of = [([(), *tree.paths]).index(path[:length]) for length in range(len(path) + 1)]
+        for node, path in enumerate(nodes):
+            chain_of = [nodes.index(path[:length]) for length in range(len(path) + 1)]
             logs = []
             for parent, child in itertools.pairwise(chain_of):
                 p_V = p_NV[parent]

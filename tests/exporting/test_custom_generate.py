@@ -20,6 +20,7 @@ from medusa_ds.decoding.decoder import Decoder
 from medusa_ds.decoding.trees import chain
 from medusa_ds.exporting import custom_generate
 from medusa_ds.heads.files import META, load_heads, save_heads
+from medusa_ds.heads.joint import JointModel
 from medusa_ds.heads.kinds import KINDS
 from medusa_ds.heads.medusa import MedusaHeads
 from medusa_ds.model.attention import base_model
@@ -73,27 +74,17 @@ def distil(run: Path) -> None:
     """Teach a run's heads the greedy text of its backbone."""
     loaded = load_run(run, torch.device("cpu"), torch.float32)
     draw = torch.Generator().manual_seed(4)
-    texts = loaded.backbone.generate(
-        torch.randint(3, 300, (96, 4), generator=draw),
-        max_new_tokens=40,
-        min_new_tokens=40,
-        do_sample=False,
-        pad_token_id=0,
-    )
-    with torch.no_grad():
-        hidden = loaded.backbone.base_model(input_ids=texts).last_hidden_state
-    heads = torch.nn.ModuleList(loaded.heads)
-    optimizer = torch.optim.Adam(heads.parameters(), lr=1e-2)
+    prompts, settings = torch.randint(3, 300, (96, 4), generator=draw), {"do_sample": False, "pad_token_id": 0}
+    texts = loaded.backbone.generate(prompts, max_new_tokens=40, min_new_tokens=40, **settings)
+    model = JointModel(loaded.backbone, loaded.heads, 1, loss_impl="torch", chunk_mib=1024)
+    optimizer = torch.optim.Adam(loaded.heads.parameters(), lr=1e-2)
     for _ in range(60):
         optimizer.zero_grad()
-        loss = torch.zeros(())
-        for k, head in enumerate(heads, 1):
-            logits = head.logits(hidden[:, 3 : -k - 1])
-            loss = loss + torch.nn.functional.cross_entropy(logits.flatten(0, 1), texts[:, 4 + k :].flatten())
-        loss.backward()
+        losses = model(texts, texts, torch.arange(44).expand(96, -1)).losses[1:]
+        sum(loss.loss_sum / loss.count for loss in losses).backward()
         optimizer.step()
     config, _ = load_heads(run)
-    save_heads(run / "heads", heads.state_dict(), {key: config[key] for key in META if key in config})
+    save_heads(run / "heads", loaded.heads.state_dict(), {key: config[key] for key in META})
 
 
 def test_transformers_alone_decodes_greedily_with_fewer_passes(make_run: MakeRun, tmp_path: Path) -> None:

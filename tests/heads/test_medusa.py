@@ -10,7 +10,7 @@ from torch import nn
 
 from medusa_ds.errors import UserError
 from medusa_ds.files import digest
-from medusa_ds.heads.files import different_maps, load_heads, save_heads
+from medusa_ds.heads.files import load_heads, save_heads
 from medusa_ds.heads.medusa import MedusaHeads
 from medusa_ds.model.projection import VocabularyProjection, project
 
@@ -183,13 +183,6 @@ def test_token_map_beside_a_shared_projection_is_refused(tmp_path):
     save_heads(tmp_path, state, META | {"num": 3, "layers": 1, "lm_head": "shared"})
     with pytest.raises(UserError, match="shared, which has no rows"):
         load_heads(tmp_path)
-
-
-def test_token_maps_that_differ_are_told_apart():
-    assert different_maps(None, None) is None
-    assert different_maps([1, 2], [1, 2]) is None
-    assert different_maps(None, [1, 2]) == "found projections onto all tokens; this recipe has 2 tokens"
-    assert different_maps([1, 2, 3], [1, 2, 9]) == "found 1 other tokens among its 3, as 3"
 
 
 @pytest.mark.parametrize("shape", [(16,), (1, 16), (2, 7, 16)])

@@ -116,17 +116,6 @@ def test_a_directory_loads_exactly_and_its_config_can_be_overridden(directory):
     assert load_config(smaller).hidden_size == 32
 
 
-def test_a_directory_without_weights_or_tokenizer_is_named(directory):
-    with pytest.raises(UserError, match=r"model\.name: no tokenizer in .*saved"):
-        load_tokenizer(ModelSpec(name=str(directory)))
-    (directory / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"model\.name: .*saved cannot be loaded"):
-        load_backbone(ModelSpec(name=str(directory)), torch.float32, device="cpu")
-    (directory / "config.json").unlink()
-    with pytest.raises(UserError, match=r"model\.name: "):
-        load_config(ModelSpec(name=str(directory)))
-
-
 def test_an_adapter_alone_is_no_model(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/model"}')
     with pytest.raises(UserError, match=r"model\.name: found an adapter in .*; merge it into its model"):
@@ -159,6 +148,7 @@ def test_weights_of_another_shape_are_a_line_under_zero3_too(directory, monkeypa
 @pytest.mark.parametrize(
     ("name", "content"),
     [
+        *((name, None) for name in ("config.json", "model.safetensors", "tokenizer.json")),
         *(("config.json", text) for text in ("[]", '{"quantization_config": []}', '{"dtype": "x"}')),
         ("config.json", '{"num_attention_heads": 0}'),
         *(("model.safetensors.index.json", text) for text in ("[]", "{}", '{"weight_map": [1]}')),
@@ -170,13 +160,13 @@ def test_weights_of_another_shape_are_a_line_under_zero3_too(directory, monkeypa
     ],
 )
 def test_files_of_a_model_in_another_shape_are_a_line(tiny_model, tmp_path, name, content):
-    """Mutation: leave out a kind of `UNREADABLE`."""
+    """Or missing. Mutation: leave out a kind of `UNREADABLE`."""
     directory = shutil.copytree(tiny_model, tmp_path / "model")
-    if "index" in name:
-        (directory / "model.safetensors").unlink()
-    elif name == "config.json" and content != "[]":
-        content = json.dumps(json.loads((directory / name).read_text()) | json.loads(content))
-    (directory / name).write_text(content)
+    (directory / ("model.safetensors" if "index" in name else name)).unlink()
+    if content is not None:
+        if name == "config.json" and content != "[]":
+            content = json.dumps(json.loads((tiny_model / name).read_text()) | json.loads(content))
+        (directory / name).write_text(content)
     spec = ModelSpec(name=str(directory))
     with pytest.raises(UserError, match=r"^model\.name: [^\n]*$"):  # noqa: PT012
         load_tokenizer(spec)
