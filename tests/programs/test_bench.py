@@ -39,21 +39,13 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
+SMALL = Case(
+    "tiny.yaml", (), "step", stage=1, heads=2, sequence=24, batch=2, impl="original", zero="zero2", warmup=1, steps=2
+)
+
+
 def case(**changes):
-    values = {
-        "recipe": "tiny.yaml",
-        "overrides": (),
-        "part": "step",
-        "stage": 1,
-        "heads": 2,
-        "sequence": 24,
-        "batch": 2,
-        "impl": "original",
-        "zero": "zero2",
-        "warmup": 1,
-        "steps": 2,
-    }
-    return Case(**values | changes)
+    return replace(SMALL, **changes)
 
 
 @pytest.mark.parametrize(
@@ -303,8 +295,7 @@ def test_conversations_are_padded_for_the_original(tiny_model, conversations):
     recipe = case(overrides=chats_of(tiny_model, conversations), part="chat", sequence=64)
     data, _ = load_conversations(recipe.load_recipe())
     padded, packed = (
-        [make_feed(one, data, 300, 0)(step) for step in range(4)]
-        for one in (recipe, Case(**asdict(recipe) | {"impl": "ours"}))
+        [make_feed(one, data, 300, 0)(step) for step in range(4)] for one in (recipe, replace(recipe, impl="ours"))
     )
     assert padded[0].input_ids.shape == packed[0].input_ids.shape == (2, 64)
     share = [sum(int((b.labels >= 0).sum()) for b in batches) for batches in (padded, packed)]

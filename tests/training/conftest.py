@@ -9,6 +9,9 @@ from forks import run_forks
 from worker import ZEROS
 
 WORKER = Path(__file__).with_name("worker.py")
+FAILURES = [(zero, "gradient", "fp32") for zero in ZEROS]
+FAILURES += [(zero, "loss", "fp32") for zero in ("zero0", "zero2", "zero3")]
+FAILURES += [(zero, "gradient", "bf16") for zero in ("zero0", "zero1", "zero2")]
 TARGETS = [(target, lm_head) for target in ("argmax", "distribution") for lm_head in ("own", "shared")]
 
 
@@ -76,12 +79,9 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Runs:
             jobs.append((name, "trajectory", {"zero": zero, "stage": stage, "save": True}))
             source = {"source": str(folder / name)}
             jobs.append((f"{name}-resumed", "resumed", {"zero": zero, "stage": stage, **source}))
-    failures = [(zero, "gradient", "fp32") for zero in ZEROS]
-    failures += [(zero, "loss", "fp32") for zero in ("zero0", "zero2", "zero3")]
-    failures += [(zero, "gradient", "bf16") for zero in ("zero0", "zero1", "zero2")]
     jobs += [
         (f"{zero}-nan-{where}-{precision}", "not_finite", {"zero": zero, "where": where, "precision": precision})
-        for zero, where, precision in failures
+        for zero, where, precision in FAILURES
     ]
     for zero in ("zero0", "zero1", "zero2", "zero3"):
         whole = {"micro_batch_size": 2} if zero == "zero2" else {}  # one micro-batch: its gradients stay bf16
