@@ -6,6 +6,7 @@ defaults, losses are means weighted by the decay. Rows require a gradient, witho
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,12 +59,13 @@ class OriginalStep:
         self.params = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.device = self.params[0].device
         self.loss = mean_loss(impl, self.device)
-        options = {"betas": tuple(train.betas), "eps": train.eps, "weight_decay": train.weight_decay}
         self.optimizer = torch.optim.AdamW(
             self.params,
             lr=train.lr,
+            betas=(train.betas[0], train.betas[1]),
+            eps=train.eps,
+            weight_decay=train.weight_decay,
             fused=self.device.type == "cuda",
-            **options,  # type: ignore[arg-type]
         )
 
     def __call__(self, batch: MicroBatch, step: int) -> float:
@@ -72,18 +74,16 @@ class OriginalStep:
         with torch.set_grad_enabled(self.recipe.stage == 2):
             hidden_BSH = model.backbone.base_model(input_ids=ids, use_cache=False).last_hidden_state
         weights = loss_weights(step, TOTAL_STEPS, len(model.heads), self.recipe.stage, self.recipe.loss)
-        total: Tensor | float = 0.0
+        total: Any = 0.0
         for k in range(0 if self.recipe.stage == 2 else 1, len(weights)):
             rows_NH = hidden_BSH[:, : -(k + 1)].flatten(0, 1)
-            head = model.heads[k - 1] if k else None
-            rows_NH = head.blocks(rows_NH) if head is not None else rows_NH  # type: ignore[operator]
+            head: Any = model.heads[k - 1] if k else None
+            rows_NH = head.blocks(rows_NH) if head is not None else rows_NH
             rows_NH = rows_NH if rows_NH.requires_grad else rows_NH.detach().requires_grad_()
-            owner = head.projection if head is not None and head.projection is not None else None
-            weight = (owner or model.backbone.get_output_embeddings()).weight  # type: ignore[union-attr]
+            owner: Any = (head.projection if head is not None else None) or model.backbone.get_output_embeddings()
             with record_function(f"head {k} projection and CE"):
-                loss = self.loss(weight, rows_NH, labels[:, k + 1 :].flatten())  # type: ignore[arg-type]
+                loss = self.loss(owner.weight, rows_NH, labels[:, k + 1 :].flatten())
             total = total + weights[k] * loss
-        assert isinstance(total, Tensor)
         total.backward()
         if self.recipe.train.max_grad_norm:
             nn.utils.clip_grad_norm_(self.params, self.recipe.train.max_grad_norm)

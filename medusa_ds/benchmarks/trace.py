@@ -33,11 +33,11 @@ def trace_step(step: Callable[[], Any], model: JointModel, file: Path | None) ->
     if file is None:
         step()
         return None
-    ranges = [("backbone", model.backbone.base_model)]
+    ranges: list[tuple[str, Any]] = [("backbone", model.backbone.base_model)]
     for k, head in enumerate(model.heads, 1):
-        ranges.append((f"head {k} blocks", head.blocks))  # type: ignore[arg-type]
+        ranges.append((f"head {k} blocks", head.blocks))
         if head.projection is not None:
-            ranges.append((f"head {k} projection and CE", head.projection))  # type: ignore[arg-type]
+            ranges.append((f"head {k} projection and CE", head.projection))
     names = [name for name, _ in ranges]
     handles = [handle for name, module in ranges for handle in _open_range(name, module)]
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
