@@ -1,5 +1,6 @@
 """JointModel on tiny random models: losses and counters against transformers' own outputs and plain loops."""
 
+import copy
 import math
 
 import pytest
@@ -28,19 +29,25 @@ def build(
     dtype=torch.float32,
     tokens=None,
     kind="medusa",
+    vocab=V,
+    target="label",
+    temperature=1.0,
 ):
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **SIZES, **FAMILIES[family], tie_word_embeddings=tied, initializer_range=0.3)
+    sizes = SIZES | {"vocab_size": vocab, "tie_word_embeddings": tied, "initializer_range": 0.3} | FAMILIES[family]
+    config = AutoConfig.for_model(family, **sizes)
     backbone = AutoModelForCausalLM.from_config(config, dtype=dtype)
     shape = {"kind": kind, "num": NUM, "layers": layers, "lm_head": "own" if own else "shared"}
-    shape |= {"hidden_size": H, "vocab_size": V}
+    shape |= {"hidden_size": H, "vocab_size": vocab}
     heads = make_heads(shape, dtype=dtype, token_map=tokens)
     heads.initialize(backbone.get_output_embeddings().weight)
     if trained:
         with torch.no_grad():
             for parameter in heads.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-    return JointModel(backbone, heads, stage, loss_impl=impl, chunk_mib=1)
+    start = copy.deepcopy(backbone) if stage == 2 and target != "label" else None
+    options = {"loss_impl": impl, "chunk_mib": 1, "target": target, "temperature": temperature, "start": start}
+    return JointModel(backbone, heads, stage, **options)
 
 
 def documents(lengths, seed=0):

@@ -1,18 +1,14 @@
 """A whole training step, forward and backward: what it may allocate, and that ignored rows cost nothing."""
 
-import copy
-
 import pytest
 import torch
-from test_joint import NUM, SIZES, H, batch, documents
+from test_joint import NUM, SIZES, H, batch, build, documents
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from watch import Watch
 
 from medusa_ds.config.recipe import Recipe
-from medusa_ds.heads.joint import JointModel
-from medusa_ds.heads.medusa import MedusaHeads
 from medusa_ds.training.flops import step_flops
 
 VOCAB, CHUNK_MIB = 4099, 1
@@ -34,17 +30,6 @@ class Allocations(TorchDispatchMode):
         return result
 
 
-def build(stage, impl, dtype=torch.float32, target="label"):
-    torch.manual_seed(0)
-    config = AutoConfig.for_model("llama", **SIZES | {"vocab_size": VOCAB})
-    backbone = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    heads = MedusaHeads(NUM, 1, H, VOCAB, dtype=dtype)
-    heads.initialize(backbone.get_output_embeddings().weight)
-    start = copy.deepcopy(backbone) if stage == 2 and target != "label" else None
-    options = {"loss_impl": impl, "chunk_mib": CHUNK_MIB, "target": target, "start": start}
-    return JointModel(backbone, heads, stage, **options).train()
-
-
 def step(model, inputs):
     output = model(*inputs)
     torch.stack([0.1 * loss.loss_sum for loss in output.losses if loss is not None]).sum().backward()
@@ -58,7 +43,7 @@ def test_nothing_beyond_the_chunk_budget_is_allocated(stage, dtype):
     assert VOCAB * H * 4 < CHUNK_MIB << 20, "a weight's gradient is no logits"
     largest = {}
     for impl in ("torch", "eager"):
-        model = build(stage, impl, dtype)
+        model = build(stage=stage, impl=impl, dtype=dtype, vocab=VOCAB).train()
         with Allocations(model.parameters()) as watch:
             step(model, PACKED)
         largest[impl] = watch.largest
@@ -79,7 +64,7 @@ def counted(model, inputs):
 def test_ignored_rows_cost_no_product_in_any_pass(stage, target):
     """Mutation: send every position through a head, forward or backward, and mask the loss afterwards."""
     ids, labels, positions = PACKED
-    model = build(stage, "torch", target=target)
+    model = build(stage=stage, target=target, vocab=VOCAB).train()
     flops, rows = counted(model, PACKED)
     with Watch(VOCAB) as watch:
         without, none = counted(model, (ids, torch.full_like(labels, -100), positions))
@@ -120,7 +105,7 @@ def test_gradients_can_be_made_one_by_one():
     """As an offloaded optimizer takes them. Mutation: make them in the forward pass, or leave a head out."""
     made, grads = {}, {}
     for alone in (False, True):
-        model = build(1, "torch")
+        model = build(vocab=VOCAB).train()
         model.one_gradient = alone
         with Weights() as watch:
             counts = []

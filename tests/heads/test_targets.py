@@ -12,14 +12,13 @@ from medusa_ds.heads.joint import Counters, JointModel, metrics
 
 def student(target="label", own=True, temperature=1.0, stage=1, tied=False, kind="medusa", impl="torch"):
     """Stage 2 beside its start: a model that has moved away from it."""
-    plain, start = build(stage=stage, own=own, layers=2, tied=tied or not own, kind=kind), None
-    if stage == 2 and target != "label":
-        start = copy.deepcopy(plain.backbone)
+    options = {"kind": kind, "impl": impl, "target": target, "temperature": temperature}
+    model = build(stage=stage, own=own, layers=2, tied=tied or not own, **options)
+    if model.start is not None:
         with torch.no_grad():
-            for parameter in plain.backbone.parameters():
+            for parameter in model.backbone.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-    options = {"target": target, "temperature": temperature, "start": start}
-    return JointModel(plain.backbone, plain.heads, stage, loss_impl=impl, chunk_mib=1, **options)
+    return model
 
 
 def reference(model, target, temperature):
