@@ -124,10 +124,6 @@ class HiddenCache:
         """Shards."""
         return len(self.borders) - 1
 
-    def has(self, shard: int) -> bool:
-        """Whether a shard is there, finished."""
-        return self._file(shard).with_suffix(".json").exists()
-
     def problem(self, shard: int) -> str | None:
         """What is wrong with a shard, read through; "" where it is merely not there yet."""
         file = self._file(shard)
@@ -306,7 +302,7 @@ def _fill(cache: HiddenCache, shards: Sequence[int], recipe: Recipe, device: tor
 
 
 def _see_all(cache: HiddenCache, rank: int) -> None:
-    if not all(cache.has(shard) for shard in range(len(cache))):
+    if len(list(cache.directory.glob("shard-*.json"))) < len(cache):
         raise UserError(
             f"{cache.directory}: rank {rank} does not see what other ranks wrote; name a directory that all nodes share"
         )

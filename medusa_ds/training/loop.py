@@ -118,20 +118,13 @@ class Loop:
 
     def _warn(self, step_s: float) -> None:
         """Say at the start what a signal will cost where a step and its checkpoint outlast the launcher's patience."""
-        per_micro_batch_s = step_s / self.engine.accumulation
-        text = (
+        train, micro_batch_s = self.recipe.train, step_s / self.engine.accumulation
+        self.report.say(
             f"warning: a step takes about {step_s:.0f} s and a checkpoint {self._save_s:.0f} s, and {PATIENCE_S:.0f} s "
-            "after Ctrl-C or SIGTERM the launcher kills what still runs: "
+            "after Ctrl-C or SIGTERM the launcher kills what still runs: the run then leaves its step at the next "
+            f"micro-batch ({micro_batch_s:.0f} s) and saves the last finished one; where these two take longer, lower "
+            f"train.micro_batch_size (now {train.micro_batch_size}) or train.save_every (now {train.save_every})"
         )
-        if per_micro_batch_s + self._save_s < PATIENCE_S:
-            text += "the run then leaves its step at the next micro-batch and saves the last finished one"
-        else:
-            text += (
-                f"a micro-batch ({per_micro_batch_s:.0f} s) may take too long for the last finished step to be saved; "
-                f"lower train.micro_batch_size (now {self.recipe.train.micro_batch_size}) or train.save_every (now "
-                f"{self.recipe.train.save_every})"
-            )
-        self.report.say(text)
 
     def validate(self, step: int) -> dict[str, float]:
         """Metrics of the held-out conversations, recorded; empty when there are none."""
