@@ -28,6 +28,7 @@ LONG = (
     "test_engine",
     "test_resume",
     "test_distillation",
+    "test_families",
     "test_decoder",
     "test_distill",
     "test_distill_server",
