@@ -105,6 +105,8 @@ if __name__ == "__main__":
     os.dup2(2, 1)  # DeepSpeed logs to stdout
     import cpuinfo
     import datasets  # noqa: F401
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - imports PyTorch's compiler
+    import matplotlib.backends.backend_svg  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     import medusa_ds.training.hidden_cache
