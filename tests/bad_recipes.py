@@ -256,5 +256,8 @@ JSONS: dict[str, tuple[str, list[str]]] = {
     "optimizer's own settings": ('{"optimizer": {"params": {"torch_adam": true}}}', ["params.torch_adam"]),
     "scheduler's own settings": ('{"scheduler": {"params": {"warmup_num_steps": 9}}}', ["warmup_num_steps"]),
     "fp16": ('{"fp16": {"enabled": true}}', ["fp16.enabled: found True", "r.yaml", "train.precision"]),
+    "accumulation that fits no ranks": ('{"gradient_accumulation_steps": 3}', ["found 3", "r.yaml", "no number of"]),
+    "accumulation as text": ('{"gradient_accumulation_steps": "4"}', ["found '4'", "no number of ranks", '"auto"']),
+    "sequence over no ranks": ('{"sequence_parallel_size": 0}', ["sequence_parallel_size: is not supported here"]),
 }
 """What stands in the DeepSpeed JSON of the good recipe, and in the message."""

@@ -168,7 +168,7 @@ def _refusal(section: str, key: str, value: Any, kind: str) -> str | None:
 def _is_off(value: Any) -> bool:
     if isinstance(value, dict):
         return not value or value.get("enabled") in (False, "auto")
-    return value in (None, False, "auto")
+    return value in (None, "auto") or value is False  # 0 is a size that DeepSpeed divides by
 
 
 def resolve(settings: dict[str, Any], path: Path, owned: dict[str, Any], recipe_file: Path | None) -> dict[str, Any]:
@@ -206,6 +206,13 @@ def resolve(settings: dict[str, Any], path: Path, owned: dict[str, Any], recipe_
             problems.append(
                 f'{path}: {", ".join(given)}: the {name} is {owner}\'s ({setting}); remove the key or write "auto"'
             )
+    steps, batch = settings.get("gradient_accumulation_steps", "auto"), owned["train_batch_size"]
+    micro = owned["train_micro_batch_size_per_gpu"]  # as long as the ranks are not known, some number has to fit
+    if steps != "auto" and not (type(steps) is int and steps >= 1 and batch % (micro * steps) == 0):
+        problems.append(
+            f"{path}: gradient_accumulation_steps: found {steps!r}, with which train.global_batch_size {batch} and "
+            f'train.micro_batch_size {micro} of {owner} fit no number of ranks; write "auto"'
+        )
     if problems:
         raise UserError(*problems)
     settings.pop("scheduler", None)
