@@ -249,7 +249,9 @@ class MedusaEngine:
         if reader is None:
             return {}
         state, own = reader.state.get("loop", {}), reader.state.get("engine", {})
-        if own.get("step") != reader.step:
+        kinds = {"step": int, "best": float | None, "best_step": int | None, "token_map": list | None}
+        good = all(isinstance(own.get(key), kind) for key, kind in kinds.items())
+        if not good or own["step"] != reader.step or not isinstance(state.get("before", {}), dict):
             raise UserError(f"{reader.path / 'state.json'}: not what a run writes; remove the directory")
         if state.get("data") != data_fingerprint:
             raise UserError(
@@ -273,7 +275,7 @@ class MedusaEngine:
         self._make_optimizer_states()
         self._tensors.write(reader.tensor)
         state = reader.state["engine"]
-        self.steps_taken, self._best = state["step"], -math.inf if state["best"] is None else state["best"]
+        self.steps_taken, self._best = state["step"], -math.inf if state.get("best") is None else state["best"]
         self._best_step = state.get("best_step")
         checkpoint.keep(self._root(), self.steps_taken, self._best_step)
         self._tensors.set_adam_step(self.steps_taken)

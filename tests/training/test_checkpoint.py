@@ -6,6 +6,7 @@ import random
 import shutil
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from medusa_ds.errors import UserError
 from medusa_ds.training import checkpoint
 from medusa_ds.training.checkpoint import encode_manifest, write_file
+from medusa_ds.training.engine import MedusaEngine
 
 pytestmark = pytest.mark.usefixtures("group_of_one")
 
@@ -125,6 +127,21 @@ def test_pickle_under_a_safetensors_name_is_never_unpickled(root: Path, capsys: 
     rewrite_manifest(path, lambda files: files.update({"rank00000-00000.safetensors": entry}))
     assert found_step(root) == 20
     assert "rank00000-00000.safetensors: " in capsys.readouterr().out
+
+
+STRANGE = [("engine", "step", "40"), ("engine", "best", "1"), ("engine", "best_step", "x"), ("engine", "token_map", 3)]
+
+
+@pytest.mark.parametrize(("part", "key", "value"), [*STRANGE, ("loop", "before", [1])])
+def test_a_state_that_no_run_writes_is_refused_before_a_step(root: Path, part: str, key: str, value: Any) -> None:
+    """Mutation: ask for the step alone, and the run ends with a traceback at its next save, or when all is done."""
+    path, state = root / "step-000040", {"engine": {"step": 40}, "loop": {"data": "x"}}
+    for changed, message in ((False, "made with other training data"), (True, "state.json: not what a run writes")):
+        state[part] |= {key: value} if changed else {}
+        entry = write_file(path / "state.json", json.dumps(state).encode())
+        rewrite_manifest(path, lambda files, entry=entry: files.update({"state.json": entry}))
+        with pytest.raises(UserError, match=message):
+            MedusaEngine.resume_newest(SimpleNamespace(_root=lambda: root), "another")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
