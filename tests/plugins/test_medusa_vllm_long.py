@@ -236,6 +236,14 @@ def of_vllm(group: dict[str, Any]) -> tuple[list[Any], Counts]:
     )
 
 
+def test_plain_greedy_texts_are_those_of_our_decoder(
+    model: LlamaForCausalLM, tiny_model: Path, prompts: list[list[int]], work: Path
+) -> None:
+    (plain,) = ask(work, [{"engine": engine(tiny_model), "groups": greedy_groups(prompts)}])
+    texts, _ = decode(model, None, prompts)
+    assert [[answers[0] for answers in group["answers"]] for group in plain] == [texts, texts[3::4]]
+
+
 @pytest.mark.parametrize("variant", KINDS)
 def test_greedy_texts_and_accepted_tokens_are_those_of_our_decoder(
     model: LlamaForCausalLM,
