@@ -1,10 +1,17 @@
-"""What the engine adds to a DeepSpeed config."""
+"""What the engine adds to a DeepSpeed config, and where its heads begin."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
+import torch
 from worker import GLOBAL_BATCH, make_recipe
 
 from medusa_ds.config.deepspeed import clips_in_adam
-from medusa_ds.training.build import complete_config
+from medusa_ds.config.recipe import Recipe
+from medusa_ds.heads.files import load_heads
+from medusa_ds.training.build import build_model, complete_config
 
 
 @pytest.mark.parametrize(
@@ -34,3 +41,11 @@ def test_events_for_tensorboard_lie_in_a_folder_of_that_name(tmp_path):
     recipe = make_recipe(tmp_path, train={"tensorboard": True})
     found = complete_config(recipe.ds_config(1, on_gpu=False), recipe)["tensorboard"]
     assert found == {"enabled": True, "output_path": str(tmp_path), "job_name": "tensorboard"}
+
+
+def test_stage_1_begins_with_the_heads_of_a_finished_run(tiny_recipe: Path, make_run: Callable[..., Path]) -> None:
+    """Mutation: take them in stage 2 alone."""
+    run = make_run()
+    recipe, cpu = Recipe.load(tiny_recipe, [f"heads.init_from={run}"]), torch.device("cpu")
+    found = build_model(recipe, torch.float32, cpu, None, lambda _: nullcontext()).heads.state_dict()
+    assert all(found[name].equal(tensor) for name, tensor in load_heads(run / "heads")[1].items())
