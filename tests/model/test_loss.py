@@ -140,6 +140,14 @@ def test_a_scaled_loss_is_not_multiplied_again():
         (2 * loss).backward()
 
 
+def test_a_second_backward_pass_gives_the_same_gradient():
+    """Mutation: multiply the saved gradients in place, as Liger's own function does."""
+    rows, weight, targets = planted(13, 101, 17)
+    value = linear_cross_entropy(rows.requires_grad_(), weight, targets, "torch")[0] * 3
+    first, second = (torch.autograd.grad(value, rows, retain_graph=True)[0].clone() for _ in range(2))
+    assert torch.equal(first, second)
+
+
 def test_implementation_follows_the_device():
     assert resolve_impl("auto", "cpu") == "torch"
     assert resolve_impl("auto", "cuda:1") == "liger"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from exporting import MakeRun, Refused, assert_same, export_
 from safetensors.torch import save_file
+from support import files_of_at_most
 
 from medusa_ds.cli import main
 from medusa_ds.errors import UserError
@@ -55,6 +56,15 @@ def test_published_heads_are_imported_without_biases_and_with_a_wrong_config(
     torch.save({name: old[name] for name in old if "linear" in name}, tmp_path / "old" / "medusa_lm_head.pt")
     error = refused("import", tmp_path / "old", tmp_path / "other", "--base-model", tiny_model)
     assert "no projection tells the size of the vocabulary; write vocab_size into config.json" in error
+
+
+def test_a_full_disk_leaves_nothing_and_is_one_line(make_run: MakeRun, tmp_path: Path, refused: Refused) -> None:
+    """Mutation: leave it to what says so of any file, which knows no other place."""
+    exported = export_(make_run(), "exported", "--for", "vllm")
+    with files_of_at_most(9000):
+        error = refused("import", exported, tmp_path / "back")
+    assert error == f"error: {tmp_path / 'back'}: cannot be written (File too large); name a writable directory\n"
+    assert not (tmp_path / "back").exists()
 
 
 class Hostile:
