@@ -24,6 +24,7 @@ import torch
 from huggingface_hub import errors as hub_errors
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from safetensors import SafetensorError
+from tokenizers import pre_tokenizers
 from torch import nn
 from transformers import (
     AttentionInterface,
@@ -47,6 +48,14 @@ from medusa_ds.ranks import Ranks
 
 _HUB_TIMEOUT_S = 5
 _RANDOM_SEED = 0
+_CONVERSION = 2  # of GGUF files; counted up when it makes something else of the same file
+_BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False)
+_PRE_TOKENIZERS = {
+    "gpt-2": _BYTES,
+    "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _BYTES]),
+}
+"""How texts are cut before byte-level merges apply, by `tokenizer.ggml.pre` of a GGUF file. transformers 5.24.0 takes
+GPT-2's rule, without a word, for each name that its own table lacks, as `smollm`."""
 
 
 FAMILIES = {
@@ -383,7 +392,7 @@ def cache_directory() -> Path:
 def _from_package(package: ModelPackage, reason: str) -> Path:
     """The cached transformers directory of a package's GGUF file, made by whichever process comes first."""
     cache = cache_directory() / "models"
-    target = cache / f"{Path(package.file).stem}-{package.sha256[:16]}"
+    target = cache / f"{Path(package.file).stem}-{package.sha256[:16]}-{_CONVERSION}"
     if target.is_dir():
         return target
     say = functools.partial(print, file=sys.stderr, flush=True) if Ranks().local_rank == 0 else lambda _: None
@@ -428,13 +437,35 @@ def _extract(package: ModelPackage, work: Path) -> None:
 
 
 def _convert(work: Path, target: Path) -> None:
+    from gguf import GGUFReader, GGUFValueType
     from transformers import GgufConfig
 
+    reader = GGUFReader(work / "model.gguf")
+    values = {name: field.contents() for name, field in reader.fields.items() if field.types[0] != GGUFValueType.ARRAY}
+    in_bytes, cut = values.get("tokenizer.ggml.model") == "gpt2", str(values.get("tokenizer.ggml.pre"))
+    if in_bytes and cut not in _PRE_TOKENIZERS:
+        raise _unread(f"its tokenizer cuts texts by the rule {cut} (known are {', '.join(_PRE_TOKENIZERS)})")
+    names = [*values, *(part.name for part in reader.tensors)]
+    if any(".rope.scaling." in name or name == "rope_freqs.weight" for name in names):
+        raise _unread("its rotary embeddings are scaled")
     source = {"pretrained_model_name_or_path": str(work), "gguf_file": "model.gguf"}
     model = AutoModelForCausalLM.from_pretrained(
         **source, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     )
+    bases = {value for name, value in values.items() if name.endswith(".rope.freq_base")}
+    if bases - {(getattr(model.config, "rope_parameters", None) or {}).get("rope_theta")}:
+        raise _unread(f"its rotary embeddings have the base {bases.pop():.0f}")
     tokenizer = AutoTokenizer.from_pretrained(**source)
+    if in_bytes:
+        tokenizer.backend_tokenizer.pre_tokenizer = _PRE_TOKENIZERS[cut]
     tokenizer.model_max_length = model.config.max_position_embeddings  # not in a GGUF file
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
+
+
+def _unread(what: str) -> UserError:
+    """Of a GGUF file: what transformers 5.24.0 leaves out without a word, so that another model would be trained."""
+    return UserError(
+        f"model.package.file: {what}, which is not read from a GGUF file; name a directory or repository of the model "
+        "in safetensors as model.name"
+    )
