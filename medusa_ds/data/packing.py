@@ -86,7 +86,7 @@ class Sequences:
         self.max_length, self.packing, self.seed, self.pad_id = max_length, packing, seed, pad_id
         self.lengths = np.asarray(self.data["length"][:])[rows]
         self.epoch = functools.lru_cache(maxsize=2)(self._pack)
-        self._size = functools.cache(lambda epoch: len(self.epoch(epoch)))
+        self._size = functools.cache(lambda epoch: len(self.epoch(epoch) if packing else rows))
 
     def __len__(self) -> int:
         """Sequences of the first epoch."""
