@@ -236,6 +236,7 @@ JSONS: dict[str, tuple[str, list[str]]] = {
     "ZeRO size as text": ('{"zero_optimization": {"reduce_bucket_size": "5e8"}}', ["found '5e8'", "number"]),
     "ZeRO as a number": ('{"zero_optimization": 2}', ["zero_optimization: found 2", "an object"]),
     "negative clipping": ('{"gradient_clipping": -1}', ["gradient_clipping: found -1, but", "make them equal"]),
+    "clipping as a switch": ('{"gradient_clipping": true}', ["gradient_clipping: found True, but", "make them equal"]),
     "unknown offload device": ('{"zero_optimization": {"offload_param": {"device": "gpu"}}}', ["found 'gpu'"]),
     "NVMe that ZeRO 2 would not use": (
         '{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme", "nvme_path": "/disk"}}}',

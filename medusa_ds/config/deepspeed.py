@@ -192,7 +192,7 @@ def resolve(settings: dict[str, Any], path: Path, owned: dict[str, Any], recipe_
         for part in parents:
             target = target.setdefault(part, {})
         found = target.get(last, "auto")
-        if found != "auto" and found != value:
+        if found != "auto" and (found != value or isinstance(found, bool) != isinstance(value, bool)):  # true is 1
             problems.append(
                 f"{path}: {key}: found {found!r}, but {owner} has {value!r} ({_RECIPE_KEYS.get(key, 'fixed')}); "
                 'make them equal or write "auto"'
