@@ -251,6 +251,7 @@ class MedusaEngine:
         state, own = reader.state.get("loop", {}), reader.state.get("engine", {})
         kinds = {"step": int, "best": float | None, "best_step": int | None, "token_map": list | None}
         good = all(isinstance(own.get(key), kind) for key, kind in kinds.items())
+        good = good and all(type(token) is int for token in own.get("token_map") or ())
         if not good or own["step"] != reader.step or not isinstance(state.get("before", {}), dict):
             raise UserError(f"{reader.path / 'state.json'}: not what a run writes; remove the directory")
         if state.get("data") != data_fingerprint:
