@@ -60,9 +60,8 @@ def write(folder: Path, model: LlamaForCausalLM, tokenizer: Tokenizer, pre: str 
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
         rows = tensor.numpy()
-        if heads := {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(
-            name.split(".")[-2]
-        ):
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
+        if heads:
             rows = rows.reshape(heads, 2, -1, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
         writer.add_tensor(names.get_name(name, (".weight",)), np.ascontiguousarray(rows))
     writer.write_header_to_file()
