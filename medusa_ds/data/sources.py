@@ -37,7 +37,7 @@ from medusa_ds.data.layouts import DECODER, Row, UnusableRow, read_row
 from medusa_ds.errors import UserError, counted
 from medusa_ds.files import DATA_SUFFIXES, digest
 
-_FORMAT = 5  # of the cached rows; counted up when their meaning changes
+_FORMAT = 6  # of the cached rows; counted up when their meaning changes
 _SAMPLE = Path(__file__).with_name("sample")
 _TEXTS = ("messages", "source", "reason", "layout")
 _FEATURES = Features({name: Value("large_string") for name in _TEXTS} | {"notes": List(Value("large_string"))})

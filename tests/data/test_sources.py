@@ -10,7 +10,7 @@ from datasets import Dataset, load_dataset_builder
 
 from medusa_ds.config.recipe import DataSpec, SourceSpec
 from medusa_ds.data import sources
-from medusa_ds.data.layouts import LAYOUTS
+from medusa_ds.data.layouts import LAYOUTS, UnusableRow
 from medusa_ds.data.sources import Conversations, load_conversations
 from medusa_ds.errors import UserError
 
@@ -85,6 +85,16 @@ def test_a_bad_row_is_one_rejected_row_with_its_line(tmp_path, bad, reason):
     assert [item["source"][-2:] for item in found.train] == [":1", ":4"]
     again = load(tmp_path / "x.jsonl")  # from the cache
     assert (again.rows, again.rejected, again.key) == (found.rows, found.rejected, found.key)
+
+
+def test_rows_that_were_too_large_before_are_not_left_out_by_an_old_cache(tmp_path, monkeypatch):
+    """Mutation: the number that the format of cached rows had when a row could be too large."""
+    file, too_large = write(tmp_path / "x.jsonl", row(), row("2")), [("x:1", row()), ("x:2", UnusableRow("too large"))]
+    with monkeypatch.context() as before:
+        before.setattr(sources, "_FORMAT", 5)
+        before.setattr(sources, "_line_rows", lambda _: iter(too_large))
+        assert load(file).used == 1
+    assert load(file).used == 2
 
 
 def test_bytes_that_are_not_utf8(tmp_path):
