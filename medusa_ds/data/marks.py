@@ -104,7 +104,7 @@ class Coder:
         text, begins, breaks, regions, closes = _read(marked)
         ids, stops, controls = self._tokenise(text, breaks, regions)
         labels = np.full(len(ids), IGNORED)
-        starts = np.concatenate([[0], stops[:-1]])  # a token covers what follows the one before it, trimmed or not
+        starts = np.concatenate([[0], stops])  # a token covers what follows the one before it, trimmed or not
         special = [(k, stops[k]) for k in controls if ids[k] in self.special]
         for turn, begin, limit in zip(turns, begins, [*begins[1:], len(text) + 1], strict=True):
             close = closes.get(chr(_INDEX + turn), -1)
@@ -114,7 +114,10 @@ class Coder:
             ends_text = not text[close:].strip() or (ends_in_call and following > len(text))
             if close < begin or (end is None and not ends_text):
                 raise UnusableRow("the chat template writes no special token after an assistant turn")
-            first = max(np.searchsorted(starts, begin, "left"), np.searchsorted(stops, begin, "right"))
+            first = np.searchsorted(stops, begin, "right")
+            before = text[starts[first] : begin]  # of the prompt in that token, unless the tokenizer drops it
+            if before and self.tokenizer.encode(before, add_special_tokens=False):
+                first = np.searchsorted(starts, begin, "left")
             if end is None:
                 last = int(np.searchsorted(starts, len(text.rstrip()), "left"))
             else:

@@ -32,7 +32,7 @@ from medusa_ds.data.marks import IGNORED, Encoded
 from medusa_ds.data.sources import Counts, count, load_conversations, no_rows, summary, usable_rows
 from medusa_ds.errors import UserError, counted
 
-_FORMAT = 3  # of the tokenised rows; counted up when their meaning changes
+_FORMAT = 4  # of the tokenised rows; counted up when their meaning changes
 _MAP_ROWS_PER_PROCESS = 10_000
 _FEATURES = Features(
     {

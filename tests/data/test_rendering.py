@@ -9,6 +9,8 @@ import yaml
 from small_tokenizers import FAMILIES, tokenizer_of, tokens_text
 from test_dialogues import VICUNA, head, runs, split_expected
 from test_layouts import CALL, SCHEMA, A, U
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from medusa_ds.data.dialogues import Chat
 from medusa_ds.data.layouts import UnusableRow
@@ -289,8 +291,19 @@ def test_a_prompt_is_the_beginning_of_what_is_trained_on(family, template):
     assert chat.prompt([U]) == chat.tokenizer.apply_chat_template([U], add_generation_prompt=True, return_dict=False)
 
 
-def test_labels_are_what_generation_tags_say():
-    chat, encoded = render({"messages": [U, A, U, TWO]}, "smollm2", "chatml")
+@pytest.mark.parametrize("words", [None, "user assistant Hi Y ##es two"])
+def test_labels_are_what_generation_tags_say(words):
+    """WordPiece, as of BERT, has no tokens of whitespace. Mutation: count a line break to the word after it."""
+    tokenizer = tokenizer_of("smollm2", "chatml")
+    if words:
+        model = models.WordPiece({word: i for i, word in enumerate(["[UNK]", *words.split()])}, unk_token="[UNK]")
+        backend = Tokenizer(model)
+        backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        template = tokenizer.chat_template
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", chat_template=template)
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    chat = Chat(tokenizer, {})
+    encoded = chat.encode([U, A, U, TWO])
     found = chat.tokenizer.apply_chat_template([U, A, U, TWO], return_dict=True, return_assistant_tokens_mask=True)
     assert encoded.input_ids == found["input_ids"]
     assert [label != IGNORED for label in encoded.labels] == [bool(mask) for mask in found["assistant_masks"]]
