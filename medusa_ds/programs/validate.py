@@ -29,7 +29,10 @@ def run(settings: Settings) -> None:
 
     from medusa_ds.decoding.session import describe
     from medusa_ds.model.backbone import UnreachableError, settled, without_hub
+    from medusa_ds.training.build import load_start
 
+    if recipe.heads.init_from:
+        load_start(recipe.heads, recipe.heads.shape)
     try:
         print(*describe(settled(without_hub(recipe)).model), sep="\n")
     except UnreachableError as error:

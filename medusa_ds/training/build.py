@@ -7,7 +7,6 @@ gather parameters for a moment, so that this file need not know DeepSpeed.
 import gc
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from medusa_ds.config import deepspeed as ds_config
-from medusa_ds.config.recipe import Recipe
+from medusa_ds.config.recipe import HeadsSpec, Recipe
 from medusa_ds.errors import UserError
 from medusa_ds.heads.files import load_heads
 from medusa_ds.heads.joint import JointModel
@@ -54,7 +53,7 @@ def build_model(
     shape = _shape(recipe)
     start = None
     if recipe.heads.init_from:
-        start = _start(Path(recipe.heads.init_from), shape | {"vocab": recipe.heads.vocab})
+        start = load_start(recipe.heads, shape)
         token_map = start.get("token_map")
     own, sizes = recipe.heads.lm_head == "own", (shape["vocab_size"], shape["hidden_size"])
     backbone = load_frozen(recipe, dtype, None if partitioned else device) if ends is None else None
@@ -154,15 +153,18 @@ def complete_config(config: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     return config
 
 
-def _start(directory: Path, shape: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Weights of a finished run's heads, of the wanted shape and onto as many tokens."""
-    config, tensors = load_heads(directory)
+def load_start(heads: HeadsSpec, shape: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Weights of the finished run's heads that `heads` start from.
+
+    Raises:
+        UserError: they cannot be read, or are of another shape or onto another number of tokens.
+    """
+    config, tensors = load_heads(str(heads.init_from))
     config["vocab"] = len(tensors["token_map"]) if "token_map" in tensors else "full"
-    differ = [key for key, value in shape.items() if config[key] != value]
-    if differ:
-        found = ", ".join(f"{key} {config[key]}" for key in differ)
-        wanted = ", ".join(f"{key} {shape[key]}" for key in differ)
-        raise UserError(f"heads.init_from: {directory}: found {found}; this recipe has {wanted}: make them equal")
+    wanted = shape | {"vocab": heads.vocab}
+    if differ := [key for key, value in wanted.items() if config[key] != value]:
+        found, this = (", ".join(f"{key} {each[key]}" for key in differ) for each in (config, wanted))
+        raise UserError(f"heads.init_from: {heads.init_from}: found {found}; this recipe has {this}: make them equal")
     return tensors
 
 

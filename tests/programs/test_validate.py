@@ -1,7 +1,9 @@
 """What a recipe's model can do is told before anything is trained, wherever its config comes from."""
 
 import pytest
+import torch
 
+from medusa_ds.cli import main
 from medusa_ds.config.recipe import shipped
 from medusa_ds.model import backbone
 
@@ -83,3 +85,14 @@ def test_what_is_not_decoded_is_told_why_and_what_it_can_do(family, why, said):
     """Within a window of one token no position matters. Mutation: ask first whether positions count."""
     decoding = said("validate", "model.init=random", f"model.config={{{family}, {SIZES}}}")[3]
     assert decoding.startswith(f"decoding: none: {why}") and decoding.endswith("; heads can be trained and exported")
+
+
+def test_heads_to_start_from_are_compared_as_training_does(refused, make_run, tiny_recipe, monkeypatch, capsys):
+    """Their tokens too, and without the model. Mutation: compare what `heads.json` says alone."""
+    start, says = make_run("start", "heads.vocab=64", tokens=torch.arange(64)), "found vocab 64; this recipe has vocab "
+    with monkeypatch.context() as without:
+        without.setattr(backbone, "load_config", lambda spec: pytest.fail(f"asked for {spec.name}"))
+        for asked, vocab in (((), "full"), (("heads.vocab=65",), "65")):
+            assert says + vocab in refused("validate", tiny_recipe, f"heads.init_from={start}", *asked)
+    main(["validate", str(tiny_recipe), f"heads.init_from={start}", "heads.vocab=64"])
+    assert capsys.readouterr().out.endswith("ok\n")
