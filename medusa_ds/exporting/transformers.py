@@ -1,14 +1,45 @@
 """Plain transformers: the heads in our own layout and a file of code beside them."""
 
 import inspect
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import torch
+
+from medusa_ds.config.recipe import ModelSpec
 from medusa_ds.decoding import pace
 from medusa_ds.exporting import custom_generate
 from medusa_ds.exporting.source import Files, Source
 from medusa_ds.model import rope
+from medusa_ds.model.backbone import load_config, without_hub
+from medusa_ds.model.facts import Asked, build_twin
 
 KINDS: tuple[str, ...] = ("medusa", "hydra")
+
+
+def decodes(spec: ModelSpec) -> bool:
+    """Whether a twin of a base model writes its own text with guesses too; true where it cannot be asked."""
+    ids = torch.tensor([[7, 20, 9]])
+    settings: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "use_cache": True}
+    settings |= {"do_sample": False, "pad_token_id": 0}
+    with suppress(Exception):  # whatever a model may raise that is not here, or from which nothing is generated
+        twin: Any = build_twin(Asked(load_config(without_hub(spec)), spec.attention, spec.trust_remote_code))
+        twin.generation_config.eos_token_id = None
+        wanted = twin.generate(ids, **settings)
+        heads = SimpleNamespace(
+            lm_head=twin.get_output_embeddings(),
+            pace=lambda _: pace.Pace(range(3), [0.9, 0.9]),
+            guess=lambda _, token, number: token.new_zeros(len(token), number),
+        )
+        try:
+            found = twin.generate(ids, custom_generate=partial(custom_generate.decode, heads=heads), **settings)
+        except Exception:  # as above: a cache of another kind, or one that cannot be cropped
+            return False
+        return bool(wanted.equal(found))
+    return True
 
 
 def files(source: Source) -> Files:
@@ -36,7 +67,7 @@ model = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto")
 chat = [{{"role": "user", "content": "What is the capital of France?"}}]
 inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
 out = model.generate(
-    **inputs, max_new_tokens=256, do_sample=False,
+    **inputs, max_new_tokens=256, do_sample=False, use_cache=True,
     custom_generate="{out}", medusa_heads="{out}", trust_remote_code=True,
 )
 print(tokenizer.decode(out[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))

@@ -157,12 +157,10 @@ def load_config(spec: ModelSpec) -> PretrainedConfig:
     return config
 
 
-def without_hub(recipe: Recipe) -> Recipe:
-    """The recipe with its model's config in it, where that is known from a shipped recipe: nothing is looked up."""
-    spec = recipe.model
+def without_hub(spec: ModelSpec) -> ModelSpec:
+    """The model with its config, where that is known from a shipped recipe: nothing is looked up."""
     known = spec.init == "pretrained" and not Path(spec.name).is_dir() and "model_type" not in spec.config
-    config = SHAPES.get(spec.name, {}) | spec.config if known else spec.config
-    return recipe.model_copy(update={"model": spec.model_copy(update={"config": config})})
+    return spec.model_copy(update={"config": SHAPES.get(spec.name, {}) | spec.config}) if known else spec
 
 
 def facts_of(spec: ModelSpec) -> Facts:

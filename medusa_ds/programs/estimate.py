@@ -84,7 +84,7 @@ def run(settings: Settings) -> None:
     recipe, (gpu, gpus) = settings.load_recipe(), _planned(settings)
     settings = settings.model_copy(update={"gpus": gpus})
     tokenizer = load_tokenizer(recipe.model) if settings.count_data else None
-    recipe = settled(without_hub(recipe))
+    recipe = settled(recipe.model_copy(update={"model": without_hub(recipe.model)}))
     print(*describe(recipe.model), "", sep="\n")
     data = load_data(recipe, tokenizer) if tokenizer else None
     config = load_config(recipe.model).get_text_config()

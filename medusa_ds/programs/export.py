@@ -18,13 +18,13 @@ from huggingface_hub import errors as hub_errors
 from pydantic import Field, ValidationError
 
 from medusa_ds.config.parsing import parse_yaml, read_object
-from medusa_ds.config.recipe import Recipe
+from medusa_ds.config.recipe import ModelSpec, Recipe
 from medusa_ds.config.settings import Commas, Positional, ProgramSettings
 from medusa_ds.config.types import Count
 from medusa_ds.data.packing import load_data
 from medusa_ds.data.vocabulary import token_map
 from medusa_ds.errors import UserError, counted, one_line
-from medusa_ds.exporting import fasterdecoding
+from medusa_ds.exporting import fasterdecoding, transformers
 from medusa_ds.exporting.card import card, read_figures
 from medusa_ds.exporting.source import Source
 from medusa_ds.exporting.targets import TARGETS, write_export
@@ -80,13 +80,18 @@ def run(settings: Settings) -> None:
     chosen, kind = [target for target in TARGETS if target in asked or "all" in asked], source.meta["kind"]
     biased = any(name.endswith("projection.bias") for name in source.heads)
     biased |= source.shared and source.model is not None and source.model.get_output_embeddings().bias is not None
-    found = "heads whose projections have a bias, as the model's LM head has" if biased else f"heads.kind {kind}"
-    able = [name for name, to in TARGETS.items() if kind in to.KINDS and (name == "transformers" or not biased)]
-    for lacking in [target for target in chosen if target not in able]:
+    unfit = {name: f"heads.kind {kind}" for name, to in TARGETS.items() if kind not in to.KINDS}
+    if biased:
+        found = "heads whose projections have a bias, as the model's LM head has"
+        unfit |= {name: found for name in TARGETS if name != "transformers"}
+    if "transformers" in chosen and not transformers.decodes(ModelSpec.model_validate(source.recipe["model"])):
+        unfit["transformers"] = "a base model whose `generate` cannot take guesses back"
+    for lacking in [target for target in chosen if target in unfit]:
         if lacking in asked:
-            others = ", ".join(able) or "no other program"
-            raise UserError(f"--for {lacking}: found {found}, which it does not run; allowed is {others}")
+            others = ", ".join(name for name in TARGETS if name not in unfit) or "no other program"
+            raise UserError(f"--for {lacking}: found {unfit[lacking]}, which it does not run; allowed is {others}")
         chosen.remove(lacking)
+        print(f"warning: left out {lacking}: found {unfit[lacking]}, which it does not run")
     loss = fasterdecoding.loss(source)
     if loss and "fasterdecoding" in chosen and not settings.allow_loss:
         if "fasterdecoding" in asked:

@@ -34,7 +34,8 @@ def run(settings: Settings) -> None:
     if recipe.heads.init_from:
         load_start(recipe.heads, recipe.heads.shape)
     try:
-        print(*describe(settled(without_hub(recipe)).model), sep="\n")
+        recipe = settled(recipe.model_copy(update={"model": without_hub(recipe.model)}))
+        print(*describe(recipe.model), sep="\n")
     except UnreachableError as error:
         print(f"the model was not asked what it can do: {error}")
     if STUB_LAST not in read_text(find_recipe(settings.recipe)):

@@ -11,7 +11,7 @@ from exporting import MakeRun, Refused, assert_same, export_, tensors_of
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from support import files_of_at_most, tiny_tokenizer, train
-from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig, PhiForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, MiniMaxConfig, MptConfig, PhiConfig, PretrainedConfig
 
 from medusa_ds import runs
 from medusa_ds.cli import main
@@ -375,18 +375,55 @@ def test_push_sends_the_backbone_to_a_repository_of_its_own(
     assert "is complete: upload it later" in capsys.readouterr().err and (path.parent / "again").is_dir()
 
 
+def untrained(tiny_recipe: Path, config: PretrainedConfig, heads: str = "") -> Path:
+    """The tiny recipe with a small model of another family."""
+    base = tiny_recipe.parent / config.model_type
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
+    name = next(line for line in tiny_recipe.read_text().splitlines() if line.startswith("  name:"))
+    text = tiny_recipe.read_text().replace(name, f"  name: {base}").replace("heads:\n", f"heads:\n{heads}")
+    recipe = tiny_recipe.with_stem(config.model_type)
+    recipe.write_text(text)
+    return recipe
+
+
 @pytest.mark.parametrize("lm_head", ["own", "shared"])
 def test_heads_with_a_bias_are_for_transformers_alone(tiny_recipe, tmp_path, refused, lm_head):
     """No engine's file has a place for it. Mutation: export them all the same, and guesses are others there."""
     config = PhiConfig(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
-    PhiForCausalLM(config).save_pretrained(tmp_path / "phi")
-    tiny_tokenizer().save_pretrained(tmp_path / "phi")
-    recipe = tmp_path / "phi.yaml"
-    name = next(line for line in tiny_recipe.read_text().splitlines() if line.startswith("  name:"))
-    text = tiny_recipe.read_text().replace(name, f"  name: {tmp_path / 'phi'}")
-    recipe.write_text(text.replace("heads:\n", f"heads:\n  lm_head: {lm_head}\n"))
+    recipe = untrained(tiny_recipe, config, f"  lm_head: {lm_head}\n")
     out = tmp_path / "exported"
     err = refused("export", out, "--untrained", recipe, "--for", "vllm")
     assert "--for vllm: found heads whose projections have a bias" in err and not out.exists()
     main(["export", str(out), "--untrained", str(recipe), "--for", "all"])
     assert not (out / "model.safetensors.index.json").exists()
+
+
+def test_the_cards_code_runs_where_the_config_says_no_cache(tiny_recipe, tmp_path, monkeypatch):
+    """Mutation: leave the choice of a cache to the model, of which MPT makes none."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    config = MptConfig(d_model=32, n_heads=2, n_layers=1, vocab_size=300, max_seq_len=512)
+    main(["export", str(tmp_path / "out"), "--untrained", str(untrained(tiny_recipe, config))])
+    monkeypatch.chdir(tmp_path / "out")
+    code = Path("README.md").read_text().split("```python\n")[1].split("```")[0]
+    exec(code.replace('"mpt"', f'"{tmp_path / "mpt"}"'), {})
+
+
+def test_a_base_model_that_cannot_take_guesses_back_is_refused(tiny_recipe, tmp_path, refused, capsys):
+    """Mutation: write the file, which then refuses every prompt."""
+    config = MiniMaxConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=2,
+        block_size=16,
+    )
+    recipe, out = untrained(tiny_recipe, config), tmp_path / "out"
+    err, why = refused("export", out, "--untrained", recipe), "found a base model whose `generate` cannot take guesses"
+    assert f"--for transformers: {why} back, which it does not run; allowed is vllm, tgi" in err and not out.exists()
+    main(["export", str(out), "--untrained", str(recipe), "--for", "all"])
+    assert f"warning: left out transformers: {why}" in capsys.readouterr().out
+    assert not (out / "custom_generate").exists()
