@@ -40,7 +40,7 @@ from medusa_ds.model.backbone import vocabulary_projection
 from medusa_ds.model.projection import VocabularyProjection
 
 SLOTS_MULTIPLE = 256  # sessions of about the same length share a CUDA graph
-CAPTURED_TOKENS = 4096  # of a prefill, padding included; with more of them the GPU is the one that takes the time
+CAPTURED_TOKENS = 8192  # of a prefill, padding included; with more of them the GPU is the one that takes the time
 
 
 @dataclass

@@ -141,8 +141,10 @@ def decode(
         raise ValueError(f"Medusa heads do not support {', '.join(asked) or 'beam search'}")
     if any(hasattr(layer, "recurrent_states") for layer in getattr(cache, "layers", [])):
         raise ValueError("Medusa heads need layers that can go back to an earlier token; this model's cannot")
-    if cache is None or not config.use_cache or any(layer.is_compileable for layer in cache.layers):
+    if not config.use_cache or (cache is not None and cache.is_compileable):
         raise ValueError("Medusa heads need use_cache=True and a dynamic cache (no cache_implementation)")
+    if cache is None:
+        raise ValueError("Medusa heads need a cache that can go back to an earlier token; this model's code keeps none")
     if (limit := turns_beyond(model.config)) is not None and config.max_length > limit:
         raise ValueError(
             f"Medusa heads need at most {limit} tokens, prompt and new ones: then this model's positions turn"

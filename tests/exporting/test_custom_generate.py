@@ -238,8 +238,8 @@ def test_rows_that_no_end_token_ended_go_on_as_in_transformers(tmp_path) -> None
 
 
 def test_what_would_give_another_text_is_refused(tmp_path) -> None:
-    """Texts over which all positions turn, layers that cannot go back, prompt tuning, a quantised LM head, heads of
-    another model."""
+    """Texts over which all positions turn, layers that cannot go back, no cache, prompt tuning, a quantised LM head,
+    heads of another model."""
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
     asked = Asked(AutoConfig.for_model("llama", rope_parameters=rope, max_position_embeddings=16))
     model, _ = run_of(asked, tmp_path)
@@ -252,6 +252,10 @@ def test_what_would_give_another_text_is_refused(tmp_path) -> None:
     decoding = partial(custom_generate.decode, heads=custom_generate.Heads(state, str(tmp_path / "state"), {}))
     with pytest.raises(ValueError, match="this model's cannot"):
         state.generate(ids, custom_generate=decoding, max_new_tokens=6)
+    none, _ = run_of(Asked(AutoConfig.for_model("rwkv")), tmp_path / "none")
+    decoding = partial(custom_generate.decode, heads=custom_generate.Heads(none, str(tmp_path / "none"), {}))
+    with pytest.raises(ValueError, match="this model's code keeps none"):
+        none.generate(ids, custom_generate=decoding, max_new_tokens=6)
     model.prepare_inputs_for_generation = model.prepare_inputs_for_generation  # as PEFT does
     with pytest.raises(ValueError, match="prompt tuning"):
         model.generate(ids, max_new_tokens=3, **settings)

@@ -210,7 +210,7 @@ def test_prefill_step_times(shape, compiled):
     flops = 2 * sum(p.numel() for name, p in model.named_parameters() if "layers" in name)
     how = "as compiled steps load it" if compiled else "Liger"
     print(f"\n{shape}, {how}; matrix product {product_flops / 1e12:.0f} TFLOP/s")
-    for length in (16, 64, 256, 1024, 4096):
+    for length in (16, 64, 256, 1024, 4096, 7936):
         prompt = [list(range(10, 10 + length))]
         found = {}
         for graph in (True, False):
