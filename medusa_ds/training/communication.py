@@ -29,7 +29,7 @@ _OPTIMIZER_S = 16e-3 / 1.63e9  # of a parameter: 3 heads of Llama-3-8B on one H2
 _LINK_SHARE = 0.6  # 258 to 283 of 450 GB/s between two H200: docs/experiments/training_speed.md, 2026-11-24
 _NETWORK_SHARE = 0.9  # 91 of 100 GB/s between two hosts of A100s: NVIDIA/nccl-tests, issue 100
 
-OFF_BY = "stage 1 -2% to +2% (6); stage 2 without ZeRO 3 +1% to +7% (8); stage 2 with ZeRO 3 -49% to -5% (9)"
+OFF_BY = "stage 1 -3% to +2% (8); stage 2 without ZeRO 3 -1% to +7% (12); stage 2 with ZeRO 3 -49% to -5% (11)"
 """By how much estimates of steps that were measured are longer, and how many those are; a test computes it."""
 
 
