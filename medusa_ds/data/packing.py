@@ -256,20 +256,21 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Data:
         splits = {"train": conversations.train, "validation": conversations.validation}
         parts = [_tokenised(part, name, key, chat, spec.max_length) for name, part in splits.items()]
     rejected = dict(conversations.rejected)
-    usable = [usable_rows(part, rejected) for part in parts]
+    once = [conversations.once, np.arange(len(parts[1]))]
+    usable = [usable_rows(part, rejected, rows) for part, rows in zip(parts, once, strict=True)]
+    used = [np.intersect1d(*rows) for rows in zip(usable, once, strict=True)]
     notes: Counts = {}
-    for part, rows in zip(parts, usable, strict=True):
+    for part, rows in zip(parts, used, strict=True):
         found = part["notes"][:]
         for row in rows:
             for note in found[row]:
                 count(notes, note, part, [row])
     report = _measure(parts[0], usable[0])
-    unused = len(parts[0]) - len(usable[0]) + len(parts[1]) - len(usable[1])
     report["held_out_fingerprint"] = _measure(parts[1], usable[1])["fingerprint"]
     report["template"] = files.digest(json.dumps([chat.template, spec.template_args]))[:32]
     report |= {
         "rows": conversations.rows,
-        "used": conversations.used - unused,
+        "used": sum(map(len, used)),
         "rejected": rejected,
         "notes": notes,
         "train_rows": len(usable[0]),

@@ -37,10 +37,13 @@ def load_prompts(where: str, path: str, split: str = "train") -> Iterator[tuple[
         try:
             turns, category = (row.get("turns"), row.get("category")) if isinstance(row, dict) else (None, None)
             if isinstance(turns, list):
-                row = {"messages": [{"role": "user", "content": turn} for turn in turns]}
-            messages = [message for message in read_row(row).messages if message["role"] != "assistant"]
+                row = row | {"messages": [{"role": "user", "content": turn} for turn in turns]}
+            read = read_row(row)
+            messages = [message for message in read.messages if message["role"] != "assistant"]
             if any(message["role"] == "tool" for message in messages):
                 raise UnusableRow("turns of tools")
+            if read.tools or read.template_args:
+                raise UnusableRow("schemas of functions or chat_template_kwargs, without which it would be answered")
             if not any(message["role"] == "user" for message in messages):
                 raise UnusableRow("no user turn")
             json.dumps(messages, ensure_ascii=False).encode()

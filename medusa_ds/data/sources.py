@@ -50,12 +50,13 @@ Counts = dict[str, tuple[int, str]]
 class Conversations:
     """Datasets with columns `messages` (JSON, see `Row.text`), `source`, `layout` and `notes` (see `Row`).
 
-    `rows` read = `used` + the counts of `rejected`; a weight above 1 repeats rows in `train`, which counts as one use.
-    `key` tells the state of the files and of the settings.
+    `rows` read = `used` + the counts of `rejected`; a weight above 1 repeats rows in `train`, which counts as one use:
+    `once` are the numbers of rows that repeat none before. `key` tells the state of the files and of the settings.
     """
 
     train: Dataset
     validation: Dataset
+    once: np.ndarray
     rejected: Counts
     rows: int
     used: int
@@ -74,7 +75,8 @@ def load_conversations(spec: DataSpec) -> Conversations:
     sources = [SourceSpec(path=spec.path, split=spec.split)] if isinstance(spec.path, str) else spec.path
     rejected: Counts = {}
     held_texts: set[str] = set()
-    train, validation, rows, used = [], [], 0, 0
+    train: list[Dataset] = []
+    validation, once, rows, used = [], [], 0, 0
     read: list[tuple[SourceSpec, Dataset, np.ndarray, np.ndarray]] = []
     keys: list[list[Any]] = []
     if isinstance(spec.validation, str):
@@ -100,22 +102,24 @@ def load_conversations(spec: DataSpec) -> Conversations:
         repeats, rest = divmod(round(source.weight * len(kept)), max(len(kept), 1))
         chosen = kept if source.weight == 1 else np.concatenate([np.tile(drawn, repeats), drawn[:rest]])
         count(rejected, "left out by the source's weight", data, np.setdiff1d(kept, chosen))
+        first = np.unique(chosen, return_index=True)[1]
+        once.append(first + sum(len(part) for part in train))
         train.append(data.select(chosen))
-        rows, used = rows + len(data), used + len(held) + len(np.unique(chosen))
+        rows, used = rows + len(data), used + len(held) + len(first)
     joined = [concatenate_datasets(parts).remove_columns("reason") for parts in (train, validation)]
     if not len(joined[0]):
         mend = "hold out fewer in data.validation, or raise the weights"
         raise UserError(f"data: no conversation is left to train on: {summary(rejected)}; {mend}")
     state = [keys, spec.validation, spec.validation_max, spec.seed]
-    return Conversations(joined[0], joined[1], rejected, rows, used, _key(state))
+    return Conversations(joined[0], joined[1], np.concatenate(once), rejected, rows, used, _key(state))
 
 
-def usable_rows(data: Dataset, rejected: Counts) -> np.ndarray:
-    """Numbers of the rows without a `reason`; the others are counted into `rejected`."""
+def usable_rows(data: Dataset, rejected: Counts, once: np.ndarray) -> np.ndarray:
+    """Numbers of the rows without a `reason`; those of the others that are in `once` are counted into `rejected`."""
     reasons = data["reason"][:]
-    for row, reason in enumerate(reasons):
-        if reason:
-            count(rejected, reason, data, [row])
+    for row in once:
+        if reasons[row]:
+            count(rejected, reasons[row], data, [row])
     return np.flatnonzero([not reason for reason in reasons])
 
 
@@ -159,7 +163,7 @@ def _read(where: str, source: SourceSpec, rejected: Counts) -> tuple[Dataset, np
     """A source's rows, the numbers of the usable ones, and a digest of its state."""
     rows, key = open_source(where, source)
     data = _convert(rows, key)
-    usable = usable_rows(data, rejected)
+    usable = usable_rows(data, rejected, np.arange(len(data)))
     if not len(usable):
         raise UserError(
             f"{where}: {source.path}: no usable conversation in {counted(len(data), 'row')}: {summary(rejected)}"

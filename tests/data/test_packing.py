@@ -12,7 +12,7 @@ from small_tokenizers import tokenizer_of
 from support import SIZES
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from medusa_ds.config.recipe import DataSpec, HeadsSpec, ModelSpec, Recipe, TrainSpec
+from medusa_ds.config.recipe import DataSpec, HeadsSpec, ModelSpec, Recipe, SourceSpec, TrainSpec
 from medusa_ds.data.dialogues import Chat
 from medusa_ds.data.packing import Data, best_fit, load_data
 from medusa_ds.errors import UserError
@@ -36,8 +36,10 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def recipe(path: Path | str, **spec) -> Recipe:
-    data = DataSpec(path=str(path), **{"max_length": 128, "validation": 0.1, **spec})
+def recipe(path: Path | str | list[SourceSpec], **spec) -> Recipe:
+    data = DataSpec(
+        path=path if isinstance(path, list) else str(path), **{"max_length": 128, "validation": 0.1, **spec}
+    )
     return Recipe(
         model=ModelSpec(name="x"),
         heads=HeadsSpec(),
@@ -48,7 +50,7 @@ def recipe(path: Path | str, **spec) -> Recipe:
     )
 
 
-def load(path: Path, family: str = "llama3", **spec) -> Data:
+def load(path: Path | list[SourceSpec], family: str = "llama3", **spec) -> Data:
     return load_data(recipe(path, **spec), tokenizer_of(family))
 
 
@@ -203,6 +205,18 @@ def test_report_accounts_for_every_row(file):
     assert report["tokens"] == sum(len(example.input_ids) for example in examples)
     assert report["supervised_tokens"] == sum(label != -100 for example in examples for label in example.labels)
     assert max(len(example.input_ids) for example in examples) == 128
+
+
+def test_rows_that_a_weight_repeats_are_counted_once(tmp_path):
+    """Fails where every place of a repeated row is counted: more would be left out than were read."""
+    bad = {"messages": [{"role": "assistant", "content": "x"}, *conversation_of("Hi", "Yes")]}
+    odd = {"messages": [{"role": "user", "content": "Hi", "mask": 1}, {"role": "assistant", "content": "two"}]}
+    path = tmp_path / "chat.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in (odd, bad)))
+    report = load([SourceSpec(path=str(path), weight=5)], validation=0.0).report
+    assert report["rejected"] == {"begins with an assistant turn": (1, f"{path}:2")}
+    assert [found for found, _ in report["notes"].values()] == [1]
+    assert (report["rows"], report["used"], report["train_rows"]) == (2, 1, 5)
 
 
 def conversation_of(question: str, answer: str) -> list[dict]:

@@ -261,6 +261,20 @@ def test_every_bad_row_of_prompts_is_left_out_and_named(tmp_path, capsys):
         read_prompts("--prompts", str(tmp_path / "none.jsonl"))
 
 
+def test_a_rows_system_prompt_stands_before_its_turns_and_what_answers_would_lack_is_left_out(tmp_path, capsys):
+    """Fails where `turns` replace the whole row, or where schemas and arguments of the template are dropped."""
+    file = tmp_path / "prompts.jsonl"
+    rows = [
+        {"turns": ["a"], "system": "be brief"},
+        {"turns": ["b"], "chat_template_kwargs": {"enable_thinking": False}},
+    ]
+    rows.append({"messages": [{"role": "user", "content": "c"}], "tools": [{"type": "function"}]})
+    file.write_text("\n".join(map(json.dumps, rows)))
+    said = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "a"}]
+    assert read_prompts("--prompts", str(file)) == [Prompt(said, "")]
+    assert capsys.readouterr().err.count("schemas of functions or chat_template_kwargs") == 2
+
+
 def test_prompts_may_be_conversations_whose_answers_are_made_anew(output, tmp_path):
     """What `distill` writes, and a system turn; what is over the model's limit is counted.
 
