@@ -112,8 +112,8 @@ class HeadsSpec(Section):
     """`N`: own projections have rows for the N most frequent tokens of the training labels alone, special tokens always
     among them. Targets outside are dropped from the loss and count as misses in every accuracy."""
     init_from: str | None = None
-    """Output directory of a finished run (or its `heads` folder) whose heads are the start; weights only. With
-    `vocab: N` they keep their own N tokens, whatever the training labels."""
+    """Output directory of a finished run (or its `heads` folder) whose heads are the start; weights only; after stage 2
+    its `backbone` is `model.name`. With `vocab: N` they keep their own N tokens, whatever the training labels."""
 
     @property
     def shape(self) -> dict[str, Any]:
@@ -164,6 +164,9 @@ class HeadsSpec(Section):
             text = f"found heads of {base or 'another model'} for model.name {name} ({', '.join(unlike)})"
             yield "init_from", f"{text}; name a run of the same base model"
             return
+        tuned = file.parent.with_name("backbone")
+        if base == name and os.path.isdir(tuned):
+            yield "init_from", f"found heads of a stage-2 run, which tuned the model too; set model.name to {tuned}"
         for key, wanted in self.shape.items():
             if saved.get(key) != wanted:
                 yield key, f"found {wanted}, but {file} has {saved.get(key)}; make them equal"

@@ -131,9 +131,7 @@ def _run(recipe: Recipe, recipe_file: Path, ranks: Ranks, output: Path, supervis
             report.say(f"resuming after step {engine.steps_taken} of {steps}")
         loop = Loop(recipe, engine, data, report, supervisor, steps)
         loop.run(state)
-        if ranks.rank == 0:
-            tokenizer.save_pretrained(output / "heads")
-        engine.export(output)  # heads.json last: it is what makes a run a finished one
+        engine.export(output, tokenizer)  # heads.json last: it is what makes a run a finished one
         report.close()
         if ranks.rank == 0:
             _write_page(output)

@@ -283,10 +283,10 @@ class MedusaEngine:
         self._engine.global_steps = self.steps_taken
         self._engine.global_samples = self.steps_taken * self.recipe.train.global_batch_size
 
-    def export(self, output: Path) -> None:
+    def export(self, output: Path, tokenizer: Any = None) -> None:
         """Save what was trained: in stage 2 the backbone in `output/backbone`, then the heads in `output/heads`.
 
-        The backbone is an ordinary transformers directory, in the weights' own dtype.
+        The backbone is an ordinary transformers directory, in the weights' own dtype. A tokenizer is saved in both.
 
         Raises:
             UserError: `output` cannot be written.
@@ -298,9 +298,13 @@ class MedusaEngine:
                     backbone: Any = self.model.backbone
                     with files.replacing(output / "backbone") as work:
                         backbone.save_pretrained(work, state_dict=weights)
+                        if tokenizer is not None:
+                            tokenizer.save_pretrained(work)
                 del weights
             weights = self.whole_state_dict(self.model.heads)
             if self.rank == 0:
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(output / "heads")
                 save_heads(output / "heads", weights, heads_meta(self.recipe))
 
     def close(self) -> None:

@@ -162,6 +162,15 @@ def test_heads_of_a_directory_that_is_not_here_may_be_those_of_a_hub_model(place
     Recipe.load("r.yaml", ["heads.init_from=old", "heads.num=5"])
 
 
+def test_heads_of_stage_2_go_on_with_the_model_that_it_tuned(place: Path) -> None:
+    """Fails where the recipe may start from the model as it was before stage 2."""
+    (place / "old" / "backbone").mkdir()
+    asked = ["heads.init_from=old", "heads.num=5"]
+    with pytest.raises(UserError, match=rf"heads.init_from.* set model.name to {place / 'old' / 'backbone'}$"):
+        Recipe.load("r.yaml", asked)
+    Recipe.load("r.yaml", [*asked, "model.name=old/backbone"])
+
+
 def test_defaults_follow_the_stage(place: Path) -> None:
     first = Recipe.load("r.yaml")
     assert (first.model.frozen, first.loss.coefficient, first.train.lr_multiplier) == (True, None, None)

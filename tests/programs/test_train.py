@@ -121,6 +121,10 @@ def test_stage_2_trains_everything_from_stage_1(tiny_recipe: Path, tiny_model: P
     tuned = AutoModelForCausalLM.from_pretrained(stage2 / "backbone").state_dict()
     start = AutoModelForCausalLM.from_pretrained(tiny_model).state_dict()
     assert all((tuned[name] != start[name]).any() for name in start)
+    further = (f"model.name={stage2 / 'backbone'}", f"output={tmp_path / 'third'}")
+    train(tiny_recipe, *STAGE_2, f"heads.init_from={stage2}", *further, "train.steps=1", log_dir=tmp_path)
+    begun = metrics_of(tmp_path / "third", "validation")[0]
+    assert (begun["lm_loss"], begun["head1_loss"]) == pytest.approx((last["lm_loss"], last["head1_loss"]), rel=1e-5)
 
 
 def test_stage_2_towards_its_start_reports_the_labels_too(
