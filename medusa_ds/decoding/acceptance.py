@@ -32,6 +32,7 @@ from torch import Tensor
 from medusa_ds.config.settings import ProgramSettings
 from medusa_ds.config.types import Positive
 from medusa_ds.decoding.trees import Tree
+from medusa_ds.errors import UserError
 
 
 class Verdict(NamedTuple):
@@ -121,5 +122,14 @@ class AcceptanceSettings(ProgramSettings):
 
     @property
     def acceptance(self) -> Acceptance:
-        """The rule that was chosen."""
+        """The rule that was chosen.
+
+        Raises:
+            UserError: an option is given that it does not read.
+        """
+        unread = {"greedy": ("temperature", "epsilon", "delta"), "exact": ("epsilon", "delta"), "typical": ()}
+        if given := [name for name in unread[self.rule] if name in self.model_fields_set]:
+            raise UserError(
+                f"--{given[0]}: found it with --acceptance {self.rule}, which has none; choose another rule"
+            )
         return Acceptance(self.rule, self.temperature, self.epsilon, self.delta)

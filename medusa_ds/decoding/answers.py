@@ -58,7 +58,7 @@ def answer_prompts(
     assistant begins, `read` the text of an answer's. `medusa`, if given, decodes them a second time.
 
     Raises:
-        UserError: all prompts are too long.
+        UserError: no prompt leaves room for an answer.
     """
     answers: list[Answer] = []
     left_out = 0
@@ -78,7 +78,8 @@ def answer_prompts(
             answers.append(Answer(category, ids, rows[plain], rows[medusa] if medusa is not None else None))
             messages.append({"role": "assistant", "content": read(answers[-1].plain.tokens)})
     if not answers:
-        raise UserError(f"prompts: all are too long for the model's limit of {plain.limit} tokens; shorten them")
+        room = f"{max_new_tokens} more within the model's limit of {plain.limit} tokens"
+        raise UserError(f"prompts: none leaves room for {room}; shorten them, or give a smaller --max-new-tokens")
     return answers, left_out
 
 

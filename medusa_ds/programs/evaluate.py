@@ -60,29 +60,29 @@ class Settings(AcceptanceSettings, PromptSettings):
 
 def run(settings: Settings) -> Report:
     """Measure a run, print a table, write JSON and picture if asked, and return the report."""
-    prompts = read_prompts("--prompts", settings.prompts, settings.limit)
-    if settings.server and settings.acceptance.rule != "greedy":
-        raise UserError(f"--acceptance: found {settings.acceptance.rule}; a server is asked for greedy texts")
+    acceptance, prompts = settings.acceptance, read_prompts("--prompts", settings.prompts, settings.limit)
+    if settings.server and acceptance.rule != "greedy":
+        raise UserError(f"--acceptance: found {acceptance.rule}; a server is asked for greedy texts")
     server = HeadServer(settings.server, settings.server_model, settings.timeout_s) if settings.server else None
     run = settings.load()
-    plain = Decoder(run.backbone, None, chain(0), settings.acceptance, compile_step=settings.compile_step)
+    plain = Decoder(run.backbone, None, chain(0), acceptance, compile_step=settings.compile_step)
     if server is not None:
         return _served(settings, prompts, run, plain, server)
     options = {"compile_step": settings.compile_step, "adapt": True}
-    medusa = Decoder(run.backbone, run.heads, run.tree, settings.acceptance, **options)
+    medusa = Decoder(run.backbone, run.heads, run.tree, acceptance, **options)
     asked = progress(prompts, "prompts")
     answers, left_out = answer_prompts(asked, partial(encode, run), run.decode, plain, medusa, settings.max_new_tokens)
     report: Report = {
         "run": settings.name,
         "prompts": {"file": settings.prompts, "answers": len(answers), "left_out_too_long": left_out},
-        "acceptance": vars(settings.acceptance),
+        "acceptance": vars(acceptance),
         "device": device_name(run.backbone),
         "tree": {"nodes": run.tree.nodes, "depth": run.tree.depth, "measured": run.measured},
         "heads": _accuracies(run, answers),
         "accepted": _accepted(answers),
         "speed": _speed(run, answers, plain, medusa, settings.max_new_tokens),
     }
-    if settings.acceptance.rule == "greedy":
+    if acceptance.rule == "greedy":
         report["texts"] = _differences(run, answers, [a.medusa.tokens if a.medusa else None for a in answers])
     print(_table(report))
     settings.write_report(report)

@@ -32,12 +32,13 @@ class Settings(AcceptanceSettings, RunSettings):
 
 def run(settings: Settings) -> None:
     """Decode with a run's heads."""
+    acceptance = settings.acceptance
     saved, first = settings.open_run(), [{"role": "user", "content": settings.prompt or ""}]
     if settings.prompt is not None:  # refused before the model is loaded
         _fitting(saved, first, saved.position_limit())
     run = settings.load_run(saved)
     options = {"compile_step": settings.compile_step, "adapt": True}
-    decoder = Decoder(run.backbone, run.heads, run.tree, settings.acceptance, **options)
+    decoder = Decoder(run.backbone, run.heads, run.tree, acceptance, **options)
     if settings.prompt is not None:
         _answer(settings, run, decoder, first)
         return

@@ -49,6 +49,14 @@ def test_what_a_measurement_could_not_leave_is_refused_first(command, options, f
     assert (place / "dir" / "kept").read_text() == "kept"
 
 
+@pytest.mark.parametrize("command", ["evaluate", "generate"])
+def test_an_option_that_the_rule_of_acceptance_does_not_read_is_refused_first(command, make_run, refused):
+    """Fails where `--temperature` beside greedy acceptance gives a greedy text in silence."""
+    run, asked = make_run(), ASKED if command == "evaluate" else ("--prompt", "hi")
+    assert "--temperature: found it with --acceptance greedy" in refused(command, run, *asked, "--temperature", "0.7")
+    assert "--delta: found it" in refused(command, run, *asked, "--acceptance", "exact", "--delta", "0.2")
+
+
 def test_a_place_that_cannot_be_made_is_refused_first(make_run, tiny_model, tiny_recipe, refused):
     run = make_run()
     assert "afile is no directory" in refused("export", run, "afile/x")
