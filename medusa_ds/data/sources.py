@@ -6,13 +6,12 @@ hub too: `datasets` takes the types of all rows from the first ones, decodes tex
 a list in their place, and rounds floats where columns are mixed (5.2.0, see `findings/datasets_*`).
 """
 
-import functools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -192,12 +191,19 @@ def open_source(where: str, source: SourceSpec) -> tuple[_Rows, str]:
         raise UserError(
             f"{where}: {path}: found a data set of save_to_disk; write it with its to_parquet, and name that"
         )
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    files = [file for file in files if file.suffix in DATA_SUFFIXES and file.is_file()]
+    entries = sorted(path.iterdir()) if path.is_dir() else [path]
+    files = [file for file in entries if file.suffix in DATA_SUFFIXES and file.is_file()]
     if not files:
         raise UserError(f"{where}: {path}: found no file that ends with {', '.join(DATA_SUFFIXES)}; name one")
-    key = _key([[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files])
-    return functools.partial(_file_rows, files), key
+    state: list[Any] = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    unread = [  # which may hold data, as `more/` and `a.json.gz`
+        str(entry)
+        for entry in entries
+        if entry not in files and (entry.is_dir() or any(suffix in entry.name.lower() for suffix in DATA_SUFFIXES))
+    ]
+    why = f"a folder in a folder, or a file that does not end in {', '.join(DATA_SUFFIXES)}"
+    left_out = [(at, UnusableRow(why)) for at in unread if not Path(at).name.startswith(".")]
+    return lambda: chain(left_out, _file_rows(files)), _key(state + [at for at, _ in left_out])
 
 
 def _open_hub(where: str, source: SourceSpec) -> tuple[_Rows, str]:

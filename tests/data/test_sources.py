@@ -147,6 +147,17 @@ def test_parquet_and_directory(tmp_path):
         load(folder)
 
 
+def test_what_a_directory_holds_beside_data_files_is_told_of(tmp_path):
+    """Fails where data in a folder below, or under another ending, is passed over in silence."""
+    write(tmp_path / "a.jsonl", row("one"), row("two"))
+    for name in ("b.JSONL", "c.json.gz", "README.md", ".d.jsonl.swp"):
+        (tmp_path / name).touch()
+    (tmp_path / "more").mkdir()
+    found = load(tmp_path)
+    ((number, first),) = found.rejected.values()
+    assert (number, first, found.rows, found.used) == (3, str(tmp_path / "b.JSONL"), 5, 2)
+
+
 def test_split_never_holds_one_text_on_both_sides(tmp_path):
     """Mutation: split by row."""
     rows = [row(str(number % 60)) for number in range(180)]
