@@ -197,6 +197,7 @@ def test_estimate_takes_the_measured_speed_and_counts_data(
     lines = [json.dumps(line) for line in (*speeds, {"kind": "validation", "step": 3})]
     (place / "out" / "metrics.jsonl").write_text("\n".join(lines))
     assert "at 500 tokens/s (measured" in said("estimate", tiny_recipe)
+    assert "on 8 x H200" in said("estimate", tiny_recipe, "--gpu", "h200")  # and not what this machine measured
     steps = said("estimate", tiny_recipe, "train.steps=null", "--data").split(" steps of at most")[0].split()
     report = said("prepare", tiny_recipe)
     assert f": {steps[-1]} steps an epoch" in report

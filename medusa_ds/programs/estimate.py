@@ -66,7 +66,7 @@ class Settings(RecipeSettings):
     world_size: list[Count] = [1, 2, 4, 8]
     """Ranks in the table of memory; may be given several times."""
     tokens_per_second: Positive | None = None
-    """Speed of all GPUs together; without it, what a run into the recipe's output measured, or that of --gpu."""
+    """Speed of all GPUs together; without it, that of --gpu, or what a run into the recipe's output measured."""
     count_data: bool = Field(False, alias="data")
     """Tokenise the data, as prepare does, to count its tokens."""
 
@@ -253,7 +253,7 @@ def _total_steps(recipe: Recipe, data: Any, rows: int | None) -> int | None:
 
 
 def _hours(settings: Settings, recipe: Recipe, steps: int | None, gpu: str | None, step: Step | None) -> str:
-    speed = settings.tokens_per_second or measured_speed(Path(recipe.output))
+    speed = settings.tokens_per_second or (None if settings.gpu else measured_speed(Path(recipe.output)))
     if steps is None:
         return "time: train.steps is not set; give --rows N, or --data to tokenise the data and count its steps"
     tokens = steps * recipe.train.global_batch_size * recipe.data.max_length
