@@ -196,14 +196,15 @@ def open_source(where: str, source: SourceSpec) -> tuple[_Rows, str]:
     if not files:
         raise UserError(f"{where}: {path}: found no file that ends with {', '.join(DATA_SUFFIXES)}; name one")
     state: list[Any] = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    unread = [  # which may hold data, as `more/` and `a.json.gz`
+    unread = [  # which may hold data, as `more/` and `a.json.gz`; not what `distill` keeps beside its rows
         str(entry)
         for entry in entries
         if entry not in files and (entry.is_dir() or any(suffix in entry.name.lower() for suffix in DATA_SUFFIXES))
+        if not entry.name.startswith(".") and ".jsonl.progress" not in entry.name
     ]
     why = f"a folder in a folder, or a file that does not end in {', '.join(DATA_SUFFIXES)}"
-    left_out = [(at, UnusableRow(why)) for at in unread if not Path(at).name.startswith(".")]
-    return lambda: chain(left_out, _file_rows(files)), _key(state + [at for at, _ in left_out])
+    left_out = [(at, UnusableRow(why)) for at in unread]
+    return lambda: chain(left_out, _file_rows(files)), _key(state + unread)
 
 
 def _open_hub(where: str, source: SourceSpec) -> tuple[_Rows, str]:

@@ -148,9 +148,10 @@ def test_parquet_and_directory(tmp_path):
 
 
 def test_what_a_directory_holds_beside_data_files_is_told_of(tmp_path):
-    """Fails where data in a folder below, or under another ending, is passed over in silence."""
+    """Fails where data in a folder below, or under another ending, is passed over in silence; what `distill` leaves is
+    none."""
     write(tmp_path / "a.jsonl", row("one"), row("two"))
-    for name in ("b.JSONL", "c.json.gz", "README.md", ".d.jsonl.swp"):
+    for name in ("b.JSONL", "c.json.gz", "README.md", ".d.jsonl.swp", "a.jsonl.progress"):
         (tmp_path / name).touch()
     (tmp_path / "more").mkdir()
     found = load(tmp_path)
