@@ -57,8 +57,8 @@ def test_a_model_with_a_state_says_what_it_cannot_and_is_trained_and_exported(
     assert "packing: one conversation a sequence, since lfm2 does not keep documents" in text
     assert "decoding: none: layers of lfm2 carry a state that cannot go back" in text
     assert len(losses_of(tmp_path / "out")) == 3
-    cli("export", tmp_path / "out", tmp_path / "exported", log_dir=tmp_path)
-    assert (tmp_path / "exported" / "heads" / "heads.safetensors").exists()
+    cli("export", tmp_path / "out", tmp_path / "exported", "--for", "vllm", log_dir=tmp_path)
+    assert (tmp_path / "exported" / "model.safetensors").exists()
 
 
 def test_plain_yaml_runs_as_a_module_from_any_directory(tiny_recipe: Path, tmp_path: Path) -> None:
