@@ -58,8 +58,12 @@ class Conversations:
     once: np.ndarray
     rejected: Counts
     rows: int
-    used: int
     key: str
+
+    @property
+    def used(self) -> int:
+        """Rows that are trained on or held out."""
+        return len(self.once) + len(self.validation)
 
 
 def load_conversations(spec: DataSpec) -> Conversations:
@@ -75,13 +79,13 @@ def load_conversations(spec: DataSpec) -> Conversations:
     rejected: Counts = {}
     held_texts: set[str] = set()
     train: list[Dataset] = []
-    validation, once, rows, used = [], [], 0, 0
+    validation, once, rows = [], [], 0
     read: list[tuple[SourceSpec, Dataset, np.ndarray, np.ndarray]] = []
     keys: list[list[Any]] = []
     if isinstance(spec.validation, str):
         data, usable, key = _read("data.validation", SourceSpec(path=spec.validation), rejected)
         validation.append(data.select(usable))
-        held_texts, rows, used = set(validation[0]["messages"][:]), len(data), len(usable)
+        held_texts, rows = set(validation[0]["messages"][:]), len(data)
         keys.append([key, "validation"])
     for number, source in enumerate(sources):
         where = "data.path" if isinstance(spec.path, str) else f"data.path.{number}.path"
@@ -101,16 +105,15 @@ def load_conversations(spec: DataSpec) -> Conversations:
         repeats, rest = divmod(round(source.weight * len(kept)), max(len(kept), 1))
         chosen = kept if source.weight == 1 else np.concatenate([np.tile(drawn, repeats), drawn[:rest]])
         count(rejected, "left out by the source's weight", data, np.setdiff1d(kept, chosen))
-        first = np.unique(chosen, return_index=True)[1]
-        once.append(first + sum(len(part) for part in train))
+        once.append(np.unique(chosen, return_index=True)[1] + sum(len(part) for part in train))
         train.append(data.select(chosen))
-        rows, used = rows + len(data), used + len(held) + len(first)
+        rows += len(data)
     joined = [concatenate_datasets(parts).remove_columns("reason") for parts in (train, validation)]
     if not len(joined[0]):
         mend = "hold out fewer in data.validation, or raise the weights"
         raise UserError(f"data: no conversation is left to train on: {summary(rejected)}; {mend}")
     state = [keys, spec.validation, spec.validation_max, spec.seed]
-    return Conversations(joined[0], joined[1], np.concatenate(once), rejected, rows, used, _key(state))
+    return Conversations(joined[0], joined[1], np.concatenate(once), rejected, rows, _key(state))
 
 
 def usable_rows(data: Dataset, rejected: Counts, once: np.ndarray) -> np.ndarray:
@@ -198,8 +201,8 @@ def open_source(where: str, source: SourceSpec) -> tuple[_Rows, str]:
     state: list[Any] = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     unread = [  # which may hold data, as `more/` and `a.json.gz`; not what `distill` keeps beside its rows
         str(entry)
-        for entry in entries
-        if entry not in files and (entry.is_dir() or any(suffix in entry.name.lower() for suffix in DATA_SUFFIXES))
+        for entry in sorted({*entries} - {*files})
+        if entry.is_dir() or any(suffix in entry.name.lower() for suffix in DATA_SUFFIXES)
         if not entry.name.startswith(".") and ".jsonl.progress" not in entry.name
     ]
     why = f"a folder in a folder, or a file that does not end in {', '.join(DATA_SUFFIXES)}"

@@ -10,7 +10,7 @@ import torch
 from exporting import MakeRun, Refused, assert_same, export_, tensors_of
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from support import files_of_at_most, tiny_tokenizer, train
+from support import SIZES, files_of_at_most, tiny_tokenizer, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, MiniMaxConfig, MptConfig, PhiConfig, PretrainedConfig
 
 from medusa_ds import runs
@@ -411,16 +411,7 @@ def test_the_cards_code_runs_where_the_config_says_no_cache(tiny_recipe, tmp_pat
 
 def test_a_base_model_that_cannot_take_guesses_back_is_refused(tiny_recipe, tmp_path, refused, capsys):
     """Mutation: write the file, which then refuses every prompt."""
-    config = MiniMaxConfig(
-        vocab_size=300,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_local_experts=2,
-        block_size=16,
-    )
+    config = MiniMaxConfig(**SIZES, vocab_size=300, num_local_experts=2, block_size=16)
     recipe, out = untrained(tiny_recipe, config), tmp_path / "out"
     err, why = refused("export", out, "--untrained", recipe), "found a base model whose `generate` cannot take guesses"
     assert f"--for transformers: {why} back, which it does not run; allowed is vllm, tgi" in err and not out.exists()
