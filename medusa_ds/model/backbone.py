@@ -172,12 +172,16 @@ def facts_of(spec: ModelSpec) -> Facts:
     return find_facts(Asked(load_config(spec), spec.attention, spec.trust_remote_code))
 
 
-def settled(recipe: Recipe) -> Recipe:
+def settled(recipe: Recipe, planning: bool = False) -> Recipe:
     """The recipe with what it leaves to its model: the attention, and whether conversations share sequences.
+
+    `planning`: nothing will be loaded, so that its model becomes the one that `without_hub` makes of it.
 
     Raises:
         UserError: see `facts_of`; or the model cannot do what the recipe asks for.
     """
+    if planning:
+        recipe = recipe.model_copy(update={"model": without_hub(recipe.model)})
     facts, asked, length = facts_of(recipe.model), recipe.data.packing, recipe.data.max_length
     if facts.limit is not None and length > facts.limit:
         raise UserError(

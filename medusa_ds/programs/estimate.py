@@ -79,12 +79,12 @@ def run(settings: Settings) -> None:
     """
     from medusa_ds.data.packing import load_data
     from medusa_ds.decoding.session import describe
-    from medusa_ds.model.backbone import load_config, load_tokenizer, settled, without_hub
+    from medusa_ds.model.backbone import load_config, load_tokenizer, settled
 
     recipe, (gpu, gpus) = settings.load_recipe(), _planned(settings)
     settings = settings.model_copy(update={"gpus": gpus})
     tokenizer = load_tokenizer(recipe.model) if settings.count_data else None
-    recipe = settled(recipe.model_copy(update={"model": without_hub(recipe.model)}))
+    recipe = settled(recipe, planning=True)
     print(*describe(recipe.model), "", sep="\n")
     data = load_data(recipe, tokenizer) if tokenizer else None
     config = load_config(recipe.model).get_text_config()

@@ -28,13 +28,13 @@ def run(settings: Settings) -> None:
         recipe.ds_config(settings.world_size, on_gpu=True)
 
     from medusa_ds.decoding.session import describe
-    from medusa_ds.model.backbone import UnreachableError, settled, without_hub
+    from medusa_ds.model.backbone import UnreachableError, settled
     from medusa_ds.training.build import load_start
 
     if recipe.heads.init_from:
         load_start(recipe.heads, recipe.heads.shape)
     try:
-        recipe = settled(recipe.model_copy(update={"model": without_hub(recipe.model)}))
+        recipe = settled(recipe, planning=True)
         print(*describe(recipe.model), sep="\n")
     except UnreachableError as error:
         print(f"the model was not asked what it can do: {error}")
