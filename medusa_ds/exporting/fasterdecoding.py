@@ -13,7 +13,11 @@ from medusa_ds.exporting.layouts import to_medusa
 from medusa_ds.exporting.source import Files, Source
 from medusa_ds.files import flush
 
-KINDS: tuple[str, ...] = ("medusa",)
+
+def refuses(source: Source, allow_loss: bool) -> str | None:
+    """Why it does not run these heads, or would run them badly."""
+    lost = None if allow_loss else _loss(source)
+    return source.beyond("medusa") or (f"{lost}; train heads.layers=1, or give --allow-loss" if lost else None)
 
 
 def files(source: Source) -> Files:
@@ -27,13 +31,13 @@ def files(source: Source) -> Files:
     return {"medusa_lm_head.pt": write}
 
 
-def loss(source: Source) -> str | None:
+def code(source: Source, out: str, base: str) -> str:
+    """How it is used."""
+    problem = f"**Not for these heads: {_loss(source)}.**\n\n" if _loss(source) else ""
+    return f"{problem}```bash\npython -m medusa.inference.cli --model {out}\n```"
+
+
+def _loss(source: Source) -> str | None:
     """What it loses of these heads, in words; None: nothing."""
     blocks = source.meta["layers"]
     return f"it keeps one of each head's {blocks} residual blocks, so that most guesses fail" if blocks > 1 else None
-
-
-def code(source: Source, out: str, base: str) -> str:
-    """How it is used."""
-    problem = f"**Not for these heads: {loss(source)}.**\n\n" if loss(source) else ""
-    return f"{problem}```bash\npython -m medusa.inference.cli --model {out}\n```"

@@ -58,6 +58,16 @@ class Source:
         """Of the weights."""
         return next(tensor.dtype for tensor in self.heads.values() if tensor.is_floating_point())
 
+    def beyond(self, *kinds: str, bias: bool = False) -> str | None:
+        """What of the heads a program does not run that runs these kinds, and a bias of projections or none."""
+        if self.meta["kind"] not in kinds:
+            return f"found heads.kind {self.meta['kind']}, which it does not run"
+        biased = any(name.endswith("projection.bias") for name in self.heads)
+        biased |= self.shared and self.model is not None and self.model.get_output_embeddings().bias is not None
+        if biased and not bias:
+            return "found heads whose projections have a bias, as the model's LM head has, which it does not run"
+        return None
+
     def projections(self) -> list[Tensor]:
         """Every head's projection onto all tokens; of heads that share the LM head, that one each time."""
         if self.shared:

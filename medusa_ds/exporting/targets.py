@@ -1,4 +1,4 @@
-"""The programs that heads are exported for. Another one is a file beside this: `KINDS`, `files`, `code`; named here."""
+"""The programs that heads are exported for. Another one is a file beside this, named here, see `Target`."""
 
 from pathlib import Path
 from typing import Protocol
@@ -11,9 +11,10 @@ from medusa_ds.heads.files import save_heads
 
 
 class Target(Protocol):
-    """A program that reads an export; `KINDS` of heads are those that it runs."""
+    """A program that reads an export."""
 
-    KINDS: tuple[str, ...]
+    def refuses(self, source: Source, allow_loss: bool) -> str | None:
+        """Why it does not run these heads, or, unless `allow_loss` says so, not as they are; None: it does."""
 
     def files(self, source: Source) -> Files:
         """What it reads beside `config.json`, the tokenizer and our own `heads`."""

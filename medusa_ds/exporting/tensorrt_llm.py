@@ -5,7 +5,10 @@ from functools import partial
 from medusa_ds.exporting import tgi
 from medusa_ds.exporting.source import Files, Source
 
-KINDS: tuple[str, ...] = ("medusa",)
+
+def refuses(source: Source, allow_loss: bool) -> str | None:
+    """Why it does not run these heads."""
+    return source.beyond("medusa")
 
 
 def files(source: Source) -> Files:

@@ -13,7 +13,11 @@ from medusa_ds.exporting.layouts import to_medusa
 from medusa_ds.exporting.source import Files, Source
 
 FILE = "medusa_lm_head.safetensors"
-KINDS: tuple[str, ...] = ("medusa",)
+
+
+def refuses(source: Source, allow_loss: bool) -> str | None:
+    """Why it does not run these heads."""
+    return source.beyond("medusa")
 
 
 def files(source: Source) -> Files:

@@ -17,7 +17,14 @@ from medusa_ds.model import rope
 from medusa_ds.model.backbone import load_config, without_hub
 from medusa_ds.model.facts import Asked, build_twin
 
-KINDS: tuple[str, ...] = ("medusa", "hydra")
+
+def refuses(source: Source, allow_loss: bool) -> str | None:
+    """Why it does not run these heads."""
+    if why := source.beyond("medusa", "hydra", bias=True):
+        return why
+    if decodes(ModelSpec.model_validate(source.recipe["model"])):
+        return None
+    return "found a base model whose `generate` cannot take guesses back, which it does not run"
 
 
 def decodes(spec: ModelSpec) -> bool:

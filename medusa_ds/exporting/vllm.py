@@ -16,7 +16,11 @@ from medusa_ds.exporting.source import Files, Source
 from medusa_ds.files import write_json
 
 MAX_SHARD_SIZE = "5GB"  # transformers' and huggingface_hub's own
-KINDS: tuple[str, ...] = ("medusa", "hydra")
+
+
+def refuses(source: Source, allow_loss: bool) -> str | None:
+    """Why it does not run these heads."""
+    return source.beyond("medusa", "hydra")
 
 
 def files(source: Source) -> Files:

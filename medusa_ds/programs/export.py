@@ -18,13 +18,12 @@ from huggingface_hub import errors as hub_errors
 from pydantic import Field, ValidationError
 
 from medusa_ds.config.parsing import parse_yaml, read_object
-from medusa_ds.config.recipe import ModelSpec, Recipe
+from medusa_ds.config.recipe import Recipe
 from medusa_ds.config.settings import Commas, Positional, ProgramSettings
 from medusa_ds.config.types import Count
 from medusa_ds.data.packing import load_data
 from medusa_ds.data.vocabulary import token_map
 from medusa_ds.errors import UserError, counted, one_line
-from medusa_ds.exporting import fasterdecoding, transformers
 from medusa_ds.exporting.card import card, read_figures
 from medusa_ds.exporting.source import Source
 from medusa_ds.exporting.targets import TARGETS, write_export
@@ -77,27 +76,16 @@ def run(settings: Settings) -> None:
     source = _untrained(untrained, wanted) if untrained else _from_run(str(name), wanted, asked != ["transformers"])
     if settings.vocab is not None:
         source = _truncate(source, _recipe(source.meta["recipe"]), settings.vocab)
-    chosen, kind = [target for target in TARGETS if target in asked or "all" in asked], source.meta["kind"]
-    biased = any(name.endswith("projection.bias") for name in source.heads)
-    biased |= source.shared and source.model is not None and source.model.get_output_embeddings().bias is not None
-    unfit = {name: f"heads.kind {kind}" for name, to in TARGETS.items() if kind not in to.KINDS}
-    if biased:
-        found = "heads whose projections have a bias, as the model's LM head has"
-        unfit |= {name: found for name in TARGETS if name != "transformers"}
-    if "transformers" in chosen and not transformers.decodes(ModelSpec.model_validate(source.recipe["model"])):
-        unfit["transformers"] = "a base model whose `generate` cannot take guesses back"
-    for lacking in [target for target in chosen if target in unfit]:
-        if lacking in asked:
-            others = ", ".join(name for name in TARGETS if name not in unfit) or "no other program"
-            raise UserError(f"--for {lacking}: found {unfit[lacking]}, which it does not run; allowed is {others}")
-        chosen.remove(lacking)
-        print(f"warning: left out {lacking}: found {unfit[lacking]}, which it does not run")
-    loss = fasterdecoding.loss(source)
-    if loss and "fasterdecoding" in chosen and not settings.allow_loss:
-        if "fasterdecoding" in asked:
-            raise UserError(f"--for fasterdecoding: {loss}; train heads.layers=1, or give --allow-loss")
-        chosen.remove("fasterdecoding")
-        print(f"warning: left out FasterDecoding/Medusa: {loss}")
+    chosen = []
+    for each in [each for each in TARGETS if each in asked or "all" in asked]:
+        why = TARGETS[each].refuses(source, settings.allow_loss)
+        if why is None:
+            chosen.append(each)
+        elif each in asked:
+            others = (other for other, program in TARGETS.items() if not program.refuses(source, settings.allow_loss))
+            raise UserError(f"--for {each}: {why}; allowed is {', '.join(others) or 'no other program'}")
+        else:
+            print(f"warning: left out {each}: {why}")
     base = str(target / "backbone") if source.tuned else source.meta["base_model"]
     with explained(f"{target}: cannot be written", "name a writable directory"), replacing(target) as work:
         work.mkdir()
