@@ -8,6 +8,7 @@ it anew, for a run that is still going on too.
 """
 
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
@@ -33,7 +34,23 @@ def run(settings: Settings) -> None:
     output = Path(settings.output)
     if not (output / "metrics.jsonl").is_file():
         raise UserError(f"{output}: holds no metrics.jsonl; name the output directory of a run that has taken a step")
-    evaluation = read_object(Path(settings.evaluation)) if settings.evaluation else None
+    evaluation = _read_evaluation(Path(settings.evaluation), output) if settings.evaluation else None
     file = Path(settings.out) if settings.out else output / NAME
     write_page(output, file, evaluation)
     print(f"wrote {file}")
+
+
+def _read_evaluation(file: Path, output: Path) -> dict[str, Any]:
+    """The report of an evaluation of this run: of its output, its heads or a checkpoint, by whatever path."""
+    report = read_object(file)
+    named = Path(str(report.get("run")))
+    if named.parent.name == "checkpoints":
+        named = named.parents[1]
+    elif named.name == "heads":
+        named = named.parent
+    if named.resolve() != output.resolve() and named.name != output.resolve().name:
+        raise UserError(
+            f"--evaluation: {file}: found one of {report.get('run')}; name one of this run, which "
+            f"medusa-ds evaluate {output} --json {file} would write"
+        )
+    return report

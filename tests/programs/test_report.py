@@ -44,10 +44,20 @@ def test_page_shows_the_runs_figures_and_needs_nothing_beside_it(trained: Path) 
     assert "<script" not in page
 
 
-def test_evaluation_is_shown_if_there_is_one(trained: Path, tmp_path: Path) -> None:
-    (tmp_path / "evaluation.json").write_text(json.dumps({"accepted": {"mean_tokens_per_step": 2.25, "steps": [1, 2]}}))
-    run(Settings(output=str(trained), evaluation=str(tmp_path / "evaluation.json"), out=str(tmp_path / "page.html")))
-    assert "accepted mean tokens per step</td><td>2.25" in (tmp_path / "page.html").read_text()
+def test_evaluation_is_shown_if_there_is_one_of_that_run(trained: Path, tmp_path: Path) -> None:
+    """Named by any path to it, its heads or a checkpoint. Mutation: show another run's."""
+    file, page = tmp_path / "evaluation.json", tmp_path / "page.html"
+    for named in (trained, "elsewhere/run <1>/", trained / "heads", "run <1>/checkpoints/best"):
+        report = {"run": str(named), "accepted": {"mean_tokens_per_step": 2.25, "steps": [1, 2]}}
+        file.write_text(json.dumps(report))
+        run(Settings(output=str(trained), evaluation=str(file), out=str(page)))
+        assert "accepted mean tokens per step</td><td>2.25" in page.read_text()
+        page.unlink()
+    for other in (report | {"run": "runs/other"}, report | {"run": str(trained.parent / "heads")}, {"accepted": {}}):
+        file.write_text(json.dumps(other))
+        with pytest.raises(UserError, match=f"found one of {other.get('run')}; name one of this run"):
+            run(Settings(output=str(trained), evaluation=str(file), out=str(page)))
+    assert not page.exists()
 
 
 def test_a_directory_without_steps_is_refused(tmp_path: Path) -> None:
