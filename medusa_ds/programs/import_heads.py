@@ -53,6 +53,8 @@ def run(settings: Settings) -> None:
     for key in ("hidden_size", "medusa_num_heads", "vocab_size"):
         if not isinstance(config.get(key), int | None):
             raise UserError(f"{path / 'config.json'}: {key}: found {config[key]!r}; allowed is a whole number")
+    if (kind := config.get("heads_kind", "medusa")) != "medusa":
+        raise UserError(f"{path}: found {kind} heads, and only Medusa heads are imported; an export is a run as it is")
     base = settings.base_model or config.get("base_model_name_or_path")
     if not isinstance(base, str):
         raise UserError(f"{path / 'config.json'}: names no base_model_name_or_path; give --base-model")

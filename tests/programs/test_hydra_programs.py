@@ -33,3 +33,5 @@ def test_a_run_from_recipe_to_text(tiny_recipe: Path, tmp_path: Path, refused: C
     main(["export", str(out), str(tmp_path / "exported"), "--for", "all"])
     assert not list((tmp_path / "exported").glob("medusa_lm_head*"))
     assert json.loads((tmp_path / "exported" / "heads" / "heads.json").read_text())["kind"] == "hydra"
+    err = refused("import", tmp_path / "exported", tmp_path / "back")
+    assert "exported: found hydra heads, and only Medusa heads are imported" in err and not (tmp_path / "back").exists()
