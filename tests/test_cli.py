@@ -161,15 +161,23 @@ def test_prepare_says_what_a_truncated_vocabulary_covers(tiny_recipe: Path, said
 
 
 def test_prepare_counts_the_tokens_that_heads_of_a_finished_run_keep(
-    tiny_recipe: Path, tmp_path: Path, make_run: Callable[..., Path], said: Callable[..., str]
+    tiny_recipe: Path,
+    tmp_path: Path,
+    make_run: Callable[..., Path],
+    said: Callable[..., str],
+    refused: Callable[..., str],
 ) -> None:
-    """Mutations: count the most frequent ones; refuse where that run has not ended, whose data can be prepared."""
+    """Mutations: count the most frequent ones; refuse where that run has not ended, whose data can be prepared; take
+    heads of another number of tokens, which training refuses."""
     import torch
 
     stage2 = ("stage=2", "heads.vocab=64", f"heads.init_from={tmp_path / 'first'}")
     assert f"known once the heads of {tmp_path / 'first'} are there" in said("prepare", tiny_recipe, *stage2)
     make_run("first", "heads.vocab=64", tokens=torch.arange(3, 67))
     assert "heads.vocab: 64 of 300 tokens cover 0.00% of training labels" in said("prepare", tiny_recipe, *stage2)
+    for asked, vocab in (("heads.vocab=65", "65"), ("heads.vocab=full", "full")):
+        err = refused("prepare", tiny_recipe, *stage2, asked)
+        assert f"found vocab 64; this recipe has vocab {vocab}" in err
 
 
 def test_estimate_of_a_hidden_cache_is_what_filling_writes(
@@ -190,13 +198,24 @@ def test_estimate_of_a_hidden_cache_is_what_filling_writes(
 def test_estimate_takes_the_measured_speed_and_counts_data(
     tiny_recipe: Path, place: Path, said: Callable[..., str]
 ) -> None:
+    """Mutation: take the speed of a run of another recipe."""
     assert "run the recipe for some steps first" in said("estimate", tiny_recipe)
     assert "or --data" in said("estimate", tiny_recipe, "train.steps=null")
     (place / "out").mkdir()
     speeds = [{"kind": "train", "step": i, "tokens_per_s": speed} for i, speed in enumerate((1.0, 500.0, 700.0))]
     lines = [json.dumps(line) for line in (*speeds, {"kind": "validation", "step": 3})]
     (place / "out" / "metrics.jsonl").write_text("\n".join(lines))
-    assert "at 500 tokens/s (measured" in said("estimate", tiny_recipe)
+    assert "run the recipe for some steps first" in said("estimate", tiny_recipe)
+    (place / "out" / "recipe.yaml").write_text(Recipe.load(tiny_recipe, ["data.packing=true"]).to_yaml())
+    assert "at 500 tokens/s (measured" in said("estimate", tiny_recipe, "train.lr=1e-3")
+    for other in (
+        "heads.num=2",
+        "heads.kind=hydra",
+        "data.max_length=32",
+        "train.micro_batch_size=1",
+        "data.hidden_cache=auto",
+    ):
+        assert "run the recipe for some steps first" in said("estimate", tiny_recipe, other)
     assert "on 8 x H200" in said("estimate", tiny_recipe, "--gpu", "h200")  # and not what this machine measured
     steps = said("estimate", tiny_recipe, "train.steps=null", "--data").split(" steps of at most")[0].split()
     report = said("prepare", tiny_recipe)

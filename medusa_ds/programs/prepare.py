@@ -17,9 +17,9 @@ from medusa_ds.config.settings import RecipeSettings
 from medusa_ds.data.packing import Data, load_data
 from medusa_ds.data.vocabulary import always_in, coverage, label_counts, most_frequent
 from medusa_ds.errors import UserError
-from medusa_ds.heads.files import load_heads
 from medusa_ds.model.backbone import load_config, load_tokenizer, settled
 from medusa_ds.ranks import Ranks
+from medusa_ds.training.build import load_start
 from medusa_ds.training.report import quiet_libraries
 
 _SIZES = (8192, 16384, 32768)  # of vocabularies to tell about where the recipe names none
@@ -41,13 +41,14 @@ def run(settings: Settings) -> None:
     recipe = settings.load_recipe()
     if settings.hidden and recipe.data.hidden_cache == "off":
         raise UserError("--hidden: found data.hidden_cache: off; set it to auto or to a directory")
-    rank = Ranks().rank
+    rank, start = Ranks().rank, recipe.heads.init_from
+    kept = load_start(recipe.heads, recipe.heads.shape) if start and Path(start).exists() else {}
     quiet_libraries(rank)
     recipe, tokenizer = settled(recipe), load_tokenizer(recipe.model)
     data = load_data(recipe, tokenizer)
     if rank == 0:
         print(data.summary(recipe.train.global_batch_size))
-        for line in _vocabulary(recipe, data, tokenizer):
+        for line in _vocabulary(recipe, data, tokenizer, kept.get("token_map")):
             print(line)
         print(f"fingerprint of the training rows: {data.fingerprint}")
     if settings.hidden:
@@ -58,12 +59,14 @@ def run(settings: Settings) -> None:
         torch.distributed.destroy_process_group()
 
 
-def _vocabulary(recipe: Recipe, data: Data, tokenizer: Any) -> list[str]:
-    """What a truncated vocabulary covers, for the recipe's size or, where it has all tokens, for some."""
+def _vocabulary(recipe: Recipe, data: Data, tokenizer: Any, kept: torch.Tensor | None) -> list[str]:
+    """What a truncated vocabulary covers, for the recipe's size or, where it has all tokens, for some.
+
+    `kept`: the tokens of the heads of `heads.init_from`, which stay.
+    """
     config, chosen, start = load_config(recipe.model).get_text_config(), recipe.heads.vocab, recipe.heads.init_from
-    if start and chosen != "full" and not Path(start).exists():
+    if start and chosen != "full" and kept is None:
         return [f"heads.vocab: what it covers is known once the heads of {start} are there, whose tokens stay"]
-    kept = load_heads(start)[1].get("token_map") if start and chosen != "full" else None
     splits = {"training": data.train, "held-out": data.validation}
     counts = {name: label_counts(sequences, config.vocab_size) for name, sequences in splits.items()}
     always, lines = always_in(tokenizer, config), []
