@@ -8,6 +8,7 @@ Memory is what DeepSpeed's own estimators say of its states, with activations an
 
 import math
 import re
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from pydantic import Field
 
 from medusa_ds.config import deepspeed as ds_config
 from medusa_ds.config.deepspeed import zero_settings
+from medusa_ds.config.parsing import parse_yaml, read_text
 from medusa_ds.config.recipe import Recipe, shipped
 from medusa_ds.config.settings import Commas, RecipeSettings
 from medusa_ds.config.types import Count, Positive, either
@@ -38,13 +40,29 @@ from medusa_ds.training.memory import (
     states_bytes,
 )
 
+_decide_speed = attrgetter(
+    *"model.name model.init model.config model.frozen_precision model.attention model.liger_kernels".split(),
+    *"heads.kind heads.num heads.layers heads.lm_head heads.vocab stage loss.impl loss.chunk_mib loss.target".split(),
+    *"data.max_length data.packing train.global_batch_size train.micro_batch_size train.precision".split(),
+    *"train.activation_checkpointing deepspeed".split(),
+)
 
-def measured_speed(output: Path) -> float | None:
-    """Median tokens/s of the last steps in a run's `metrics.jsonl`; None where there is no such run."""
+
+def measured_speed(recipe: Recipe) -> float | None:
+    """Median tokens/s of the last steps of a run in the recipe's output; None where there is none of such a recipe.
+
+    What the recipe leaves to training may have had any value.
+    """
+    output = Path(recipe.output)
     try:
+        kept = Recipe.model_validate(parse_yaml(read_text(output / "recipe.yaml"), "recipe.yaml")[0])
+        pairs = zip(_decide_speed(kept), _decide_speed(recipe), strict=True)
+        cached = [each.data.hidden_cache != "off" for each in (kept, recipe)]
+        if cached[0] != cached[1] or any(now not in (None, "auto", before) for before, now in pairs):
+            return None
         records = read_json_lines(output / "metrics.jsonl")[-200:]
         speeds = sorted(float(r["tokens_per_s"]) for r in records if r.get("kind") == "train")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError):
         return None
     return speeds[len(speeds) // 2] if speeds else None
 
@@ -83,6 +101,7 @@ def run(settings: Settings) -> None:
 
     recipe, (gpu, gpus) = settings.load_recipe(), _planned(settings)
     settings = settings.model_copy(update={"gpus": gpus})
+    measured = None if settings.gpu else measured_speed(recipe)
     tokenizer = load_tokenizer(recipe.model) if settings.count_data else None
     recipe = settled(recipe, planning=True)
     print(*describe(recipe.model), "", sep="\n")
@@ -119,7 +138,7 @@ def run(settings: Settings) -> None:
         f"\ndisk: {checkpoint / GIB:.2f} GiB a checkpoint (fp32 weights and moments of what is trained), at most "
         f"{most} at a time: {most * checkpoint / GIB:.1f} GiB; saved at the end: {final / GIB:.2f} GiB"
     )
-    print(_hours(settings, recipe, _total_steps(recipe, data, settings.rows), gpu, step))
+    print(_hours(settings, recipe, measured, _total_steps(recipe, data, settings.rows), gpu, step))
 
 
 def _print_parameters(recipe: Recipe, parts: Parameters) -> None:
@@ -252,8 +271,10 @@ def _total_steps(recipe: Recipe, data: Any, rows: int | None) -> int | None:
     return max(1, math.ceil(rows / train.global_batch_size * train.epochs))  # packing needs fewer sequences than rows
 
 
-def _hours(settings: Settings, recipe: Recipe, steps: int | None, gpu: str | None, step: Step | None) -> str:
-    speed = settings.tokens_per_second or (None if settings.gpu else measured_speed(Path(recipe.output)))
+def _hours(
+    settings: Settings, recipe: Recipe, measured: float | None, steps: int | None, gpu: str | None, step: Step | None
+) -> str:
+    speed = settings.tokens_per_second or measured
     if steps is None:
         return "time: train.steps is not set; give --rows N, or --data to tokenise the data and count its steps"
     tokens = steps * recipe.train.global_batch_size * recipe.data.max_length
