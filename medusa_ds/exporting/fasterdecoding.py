@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from medusa_ds.exporting.layouts import to_medusa
-from medusa_ds.exporting.source import Files, Source
+from medusa_ds.exporting.source import Source
 from medusa_ds.files import flush
 
 
@@ -20,15 +20,11 @@ def refuses(source: Source, allow_loss: bool) -> str | None:
     return source.beyond("medusa") or (f"{lost}; train heads.layers=1, or give --allow-loss" if lost else None)
 
 
-def files(source: Source) -> Files:
-    """What it reads."""
-
-    def write(target: Path) -> None:
-        content = io.BytesIO()  # torch's own writer tells nothing of a full disk
-        torch.save(to_medusa(source.heads, source.meta["layers"], source.projections()), content)
-        flush(target, content.getbuffer())
-
-    return {"medusa_lm_head.pt": write}
+def write(source: Source, directory: Path) -> None:
+    """Write what it reads."""
+    content = io.BytesIO()  # torch's own writer tells nothing of a full disk
+    torch.save(to_medusa(source.heads, source.meta["layers"], source.projections()), content)
+    flush(directory / "medusa_lm_head.pt", content.getbuffer())
 
 
 def code(source: Source, out: str, base: str) -> str:

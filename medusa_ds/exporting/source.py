@@ -1,8 +1,6 @@
 """What is exported: heads with all that the files of the engines are made of, a target a file beside this one."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +9,6 @@ from torch import Tensor
 from medusa_ds.config.parsing import parse_yaml
 from medusa_ds.exporting.layouts import expand_rows
 from medusa_ds.model.backbone import lm_head_weight
-
-Files = dict[str, Callable[[Path], None]]  # what writes each file of a target, by the name that it gets
 
 
 @dataclass

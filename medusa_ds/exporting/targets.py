@@ -5,7 +5,7 @@ from typing import Protocol
 
 from medusa_ds.config.parsing import read_json
 from medusa_ds.exporting import fasterdecoding, tensorrt_llm, tgi, transformers, vllm
-from medusa_ds.exporting.source import Files, Source
+from medusa_ds.exporting.source import Source
 from medusa_ds.files import write_json
 from medusa_ds.heads.files import save_heads
 
@@ -16,8 +16,8 @@ class Target(Protocol):
     def refuses(self, source: Source, allow_loss: bool) -> str | None:
         """Why it does not run these heads, or, unless `allow_loss` says so, not as they are; None: it does."""
 
-    def files(self, source: Source) -> Files:
-        """What it reads beside `config.json`, the tokenizer and our own `heads`."""
+    def write(self, source: Source, directory: Path) -> None:
+        """Write what it reads beside `config.json`, the tokenizer and our own `heads`."""
 
     def code(self, source: Source, out: str, base: str) -> str:
         """How the export `out` and its base model are used, as Markdown."""
@@ -71,9 +71,5 @@ def write_export(directory: Path, source: Source, targets: list[str], base: str)
     if source.shared and tokens is not None:
         config["truncated_vocab_size"] = len(tokens)
     write_json(directory / "config.json", config)
-    files: Files = {}
     for name in targets:
-        files |= TARGETS[name].files(source)
-    for name, write in files.items():
-        (directory / name).parent.mkdir(exist_ok=True)
-        write(directory / name)
+        TARGETS[name].write(source, directory)

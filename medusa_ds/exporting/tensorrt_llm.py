@@ -1,9 +1,9 @@
 """TensorRT-LLM reads the file of TGI, always with a projection a head, where there is no `medusa_lm_head.pt`."""
 
-from functools import partial
+from pathlib import Path
 
-from medusa_ds.exporting import tgi
-from medusa_ds.exporting.source import Files, Source
+from medusa_ds.exporting.source import Source
+from medusa_ds.exporting.tgi import write_heads
 
 
 def refuses(source: Source, allow_loss: bool) -> str | None:
@@ -11,9 +11,9 @@ def refuses(source: Source, allow_loss: bool) -> str | None:
     return source.beyond("medusa")
 
 
-def files(source: Source) -> Files:
-    """What it reads."""
-    return {tgi.FILE: partial(tgi.write, source, copies=True)}
+def write(source: Source, directory: Path) -> None:
+    """Write what it reads."""
+    write_heads(source, directory, copies=True)
 
 
 def code(source: Source, out: str, base: str) -> str:

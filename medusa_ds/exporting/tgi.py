@@ -4,15 +4,12 @@ Heads of one residual block that share the LM head come without projections, TGI
 layout for more blocks, where every head gets a copy.
 """
 
-from functools import partial
 from pathlib import Path
 
 from safetensors.torch import save_file
 
 from medusa_ds.exporting.layouts import to_medusa
-from medusa_ds.exporting.source import Files, Source
-
-FILE = "medusa_lm_head.safetensors"
+from medusa_ds.exporting.source import Source
 
 
 def refuses(source: Source, allow_loss: bool) -> str | None:
@@ -20,15 +17,15 @@ def refuses(source: Source, allow_loss: bool) -> str | None:
     return source.beyond("medusa")
 
 
-def files(source: Source) -> Files:
-    """What it reads."""
-    return {FILE: partial(write, source, copies=not source.shared or source.meta["layers"] != 1)}
+def write(source: Source, directory: Path) -> None:
+    """Write what it reads."""
+    write_heads(source, directory, copies=not source.shared or source.meta["layers"] != 1)
 
 
-def write(source: Source, target: Path, copies: bool) -> None:
-    """The heads with a projection each, or without any."""
+def write_heads(source: Source, directory: Path, copies: bool) -> None:
+    """Write the heads with a projection each, or without any."""
     layout = to_medusa(source.heads, source.meta["layers"], source.projections() if copies else [])
-    save_file(layout, target, metadata={"format": "pt"})
+    save_file(layout, directory / "medusa_lm_head.safetensors", metadata={"format": "pt"})
 
 
 def code(source: Source, out: str, base: str) -> str:

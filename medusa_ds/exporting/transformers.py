@@ -12,7 +12,7 @@ import torch
 from medusa_ds.config.recipe import ModelSpec
 from medusa_ds.decoding import pace
 from medusa_ds.exporting import custom_generate
-from medusa_ds.exporting.source import Files, Source
+from medusa_ds.exporting.source import Source
 from medusa_ds.model import rope
 from medusa_ds.model.backbone import load_config, without_hub
 from medusa_ds.model.facts import Asked, build_twin
@@ -49,19 +49,15 @@ def decodes(spec: ModelSpec) -> bool:
     return True
 
 
-def files(source: Source) -> Files:
-    """What it reads."""
-    return {"custom_generate/generate.py": _copy_code}
-
-
-def _copy_code(target: Path) -> None:
-    """The file with the two modules of ours that it imports in their place, so that it needs none of this package."""
+def write(source: Source, directory: Path) -> None:
+    """Write the file with the two modules of ours that it imports in their place, so that it needs no more of ours."""
     text = inspect.getsource(custom_generate)
     for module in (pace, rope):
         _, _, body = inspect.getsource(module).split('"""', 2)
         before, _, after = text.partition(f"from {module.__name__} import ")
         text = before + body.strip() + after[after.index("\n") :]
-    target.write_text(text, encoding="utf-8")
+    (directory / "custom_generate").mkdir()
+    (directory / "custom_generate" / "generate.py").write_text(text, encoding="utf-8")
 
 
 def code(source: Source, out: str, base: str) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from huggingface_hub import save_torch_state_dict
 
 from medusa_ds.exporting.layouts import to_vllm
-from medusa_ds.exporting.source import Files, Source
+from medusa_ds.exporting.source import Source
 from medusa_ds.files import write_json
 
 MAX_SHARD_SIZE = "5GB"  # transformers' and huggingface_hub's own
@@ -23,20 +23,16 @@ def refuses(source: Source, allow_loss: bool) -> str | None:
     return source.beyond("medusa", "hydra")
 
 
-def files(source: Source) -> Files:
-    """What it reads."""
-
-    def write(target: Path) -> None:
-        projections = source.projections()
-        layout = to_vllm(source.heads, projections[:1] if source.shared else projections)
-        if "token_map" in source.heads:
-            layout["token_map"] = source.heads["token_map"]
-        save_torch_state_dict(layout, target.parent, max_shard_size=MAX_SHARD_SIZE)
-        index = target.with_name("model.safetensors.index.json")
-        if not index.exists():
-            write_json(index, {"metadata": {}, "weight_map": dict.fromkeys(layout, target.name)})
-
-    return {"model.safetensors": write}
+def write(source: Source, directory: Path) -> None:
+    """Write what it reads."""
+    projections = source.projections()
+    layout = to_vllm(source.heads, projections[:1] if source.shared else projections)
+    if "token_map" in source.heads:
+        layout["token_map"] = source.heads["token_map"]
+    save_torch_state_dict(layout, directory, max_shard_size=MAX_SHARD_SIZE)
+    index = directory / "model.safetensors.index.json"
+    if not index.exists():
+        write_json(index, {"metadata": {}, "weight_map": dict.fromkeys(layout, "model.safetensors")})
 
 
 def code(source: Source, out: str, base: str) -> str:
