@@ -45,10 +45,9 @@ class Target(NamedTuple):
 
 
 class HeadLoss(NamedTuple):
-    """What one head made of a micro-batch: a scalar with graph, N, and argmax token ids [N]."""
+    """What one head made of a micro-batch: a scalar with graph, and argmax token ids [N]."""
 
     loss_sum: Tensor
-    count: int  # type: ignore[assignment]
     predicted: Tensor
 
 
@@ -57,11 +56,10 @@ class Counters(NamedTuple):
 
     `count`: rows of the loss; `missed`: rows that are not, since their target is outside `heads.vocab`: wrong ones.
     `full_count`: positions where heads 1..k all have targets; `full_correct`: where all of them are right.
-    `cond_count`: positions of `full_count` where heads 1..k-1 are right; `cond_correct`: where head k is right too,
-    which is `full_correct`. `label_loss_sum`: of the LM head alone, in evaluation, where its loss is not the labels'
-    cross-entropy: this one.
+    `cond_count`: positions of `full_count` where heads 1..k-1 are right. `label_loss_sum`: of the LM head alone, in
+    evaluation, where its loss is not the labels' cross-entropy: this one.
 
-    They travel as one float64 tensor [K+1, 9], a column each: add it over micro-batches and ranks, and read it with
+    They travel as one float64 tensor [K+1, 8], a column each: add it over micro-batches and ranks, and read it with
     `Counters(*tensor.T)` or `metrics`.
     """
 
@@ -70,7 +68,6 @@ class Counters(NamedTuple):
     correct: Tensor
     full_correct: Tensor
     full_count: Tensor
-    cond_correct: Tensor
     cond_count: Tensor
     missed: Tensor
     label_loss_sum: Tensor
@@ -105,7 +102,7 @@ def metrics(counters: Tensor) -> dict[str, float]:
         result[f"head{k}_loss"] = _share(sums["loss_sum"], sums["count"])
         result[f"head{k}_acc"] = _share(sums["correct"], sums["count"] + sums["missed"])
         result[f"full_acc_{k}"] = _share(sums["full_correct"], sums["full_count"])
-        result[f"cond_acc_{k}"] = _share(sums["cond_correct"], sums["cond_count"])
+        result[f"cond_acc_{k}"] = _share(sums["full_correct"], sums["cond_count"])
         if sums["full_count"]:
             result["acceptance_length"] += sums["full_correct"] / sums["full_count"]
     return result
@@ -273,7 +270,7 @@ class JointModel(nn.Module):
             alone = self.one_gradient and torch.is_grad_enabled()
             loss_sum, predicted_N = in_backward(call, states_NH, self.heads) if alone else call(states_NH)
             predicted_N = self.heads.tokens(predicted_N)
-        return HeadLoss(loss_sum, len(target.rows), predicted_N)
+        return HeadLoss(loss_sum, predicted_N)
 
     def _rows_loss(
         self, projection: VocabularyProjection, rows_NH: Tensor, learned: Tensor, scale: Tensor | None
@@ -325,7 +322,7 @@ def _count(losses: list[HeadLoss | None], targets: list[Target | None], num_posi
             continue
         right_N = loss.predicted == target.labels
         sums.loss_sum[k], sums.correct[k] = loss.loss_sum.detach(), right_N.sum()
-        sums.count[k].fill_(loss.count)  # assigning a number would wait for the GPU
+        sums.count[k].fill_(len(target.rows))  # assigning a number would wait for the GPU
         if k == 0:
             continue
         nowhere_R = torch.zeros_like(all_present_R)
@@ -333,5 +330,5 @@ def _count(losses: list[HeadLoss | None], targets: list[Target | None], num_posi
         sums.full_count[k], sums.cond_count[k] = all_present_R.sum(), (all_present_R & all_right_R).sum()
         all_right_R = all_right_R & nowhere_R.index_put((target.rows,), right_N)
         sums.missed[k].fill_(len(target.missed))
-        sums.full_correct[k] = sums.cond_correct[k] = (all_present_R & all_right_R).sum()
+        sums.full_correct[k] = (all_present_R & all_right_R).sum()
     return columns
