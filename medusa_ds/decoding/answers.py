@@ -29,21 +29,6 @@ class Answer:
     medusa: Generation | None = None
 
 
-class Warm:
-    """A decoder that has done everything once before its clock runs."""
-
-    def __init__(self, decoder: Decoder) -> None:
-        self.decoder, self._met = decoder, set[tuple[int, int]]()
-
-    def answer(self, prompt: list[int], max_new_tokens: int) -> Generation:
-        """The answer to a prompt of a length that it has met."""
-        session = self.decoder.prepare(1, len(prompt) + max_new_tokens)
-        if (len(prompt), session.slots) not in self._met:
-            self.decoder.generate([prompt], 3)
-            self._met.add((len(prompt), session.slots))
-        return self.decoder.generate([prompt], max_new_tokens)[0]
-
-
 def answer_prompts(
     prompts: Iterable[tuple[list[Message], str]],
     encode: Callable[[list[Message]], list[int]],
@@ -61,8 +46,16 @@ def answer_prompts(
         UserError: no prompt leaves room for an answer.
     """
     answers: list[Answer] = []
-    left_out = 0
-    decoders = [Warm(decoder) for decoder in (plain, medusa) if decoder is not None]
+    left_out, met = 0, set[tuple[Decoder, int, int]]()
+    decoders = [plain] if medusa is None else [plain, medusa]
+
+    def answer(decoder: Decoder, prompt: list[int]) -> Generation:
+        session = decoder.prepare(1, len(prompt) + max_new_tokens)
+        if (size := (decoder, len(prompt), session.slots)) not in met:
+            decoder.generate([prompt], 3)
+            met.add(size)
+        return decoder.generate([prompt], max_new_tokens)[0]
+
     for turns, category in prompts:
         messages: list[Message] = []
         for turn in turns:
@@ -74,8 +67,8 @@ def answer_prompts(
                 left_out += 1
                 break
             order = decoders if len(answers) % 2 == 0 else decoders[::-1]
-            rows = {decoder.decoder: decoder.answer(ids, max_new_tokens) for decoder in order}
-            answers.append(Answer(category, ids, rows[plain], rows[medusa] if medusa is not None else None))
+            rows = {decoder: answer(decoder, ids) for decoder in order}
+            answers.append(Answer(category, ids, rows[plain], None if medusa is None else rows[medusa]))
             messages.append({"role": "assistant", "content": read(answers[-1].plain.tokens)})
     if not answers:
         room = f"{max_new_tokens} more within the model's limit of {plain.limit} tokens"
