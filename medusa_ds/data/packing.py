@@ -209,24 +209,20 @@ class Data:
     def summary(self, global_batch_size: int) -> str:
         """What became of the rows, for people."""
         report, train = self.report, self.train
+        kinds = {"left out": report["rejected"], "in rows that were used": report["notes"]}
+        told = (
+            f"\n  {kind}: {number:,} x {what} (first: {first})"
+            for kind, counts in kinds.items()
+            for what, (number, first) in counts.items()
+        )
         return (
             f"{counted(report['rows'], 'row')}: {counted(report['train_rows'], 'conversation')} to train on, "
-            f"{report['validation_rows']:,} held out, {report['rows'] - report['used']:,} left out{told(report)}\n"
+            f"{report['validation_rows']:,} held out, {report['rows'] - report['used']:,} left out{''.join(told)}\n"
             f"{report['tokens']:,} tokens to train on, {report['supervised_tokens']:,} of them supervised, in "
             f"{counted(len(train), 'sequence')} of up to {train.max_length} tokens: "
             f"{counted(train.steps_per_epoch(global_batch_size), 'step')} an epoch; "
             f"cut at the end: {counted(report['cut'], 'conversation')}"
         )
-
-
-def told(report: dict[str, Any]) -> str:
-    """Lines on the rows that were left out, and on what the others say and is not followed."""
-    kinds = {"left out": report["rejected"], "in rows that were used": report["notes"]}
-    return "".join(
-        f"\n  {kind}: {number:,} x {what} (first: {first})"
-        for kind, counts in kinds.items()
-        for what, (number, first) in counts.items()
-    )
 
 
 def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Data:

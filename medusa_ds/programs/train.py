@@ -111,7 +111,7 @@ def _run(recipe: Recipe, recipe_file: Path, ranks: Ranks, output: Path, supervis
     tokenizer = load_tokenizer(recipe.model, recipe.data.template_args.get("chat_template"))
     data = load_data(recipe, tokenizer)  # before any process group exists, whose timeout it could outlast
     steps = data.steps(recipe.train)
-    say(_describe_data(data.report, steps), flush=True)
+    say(f"{data.summary(recipe.train.global_batch_size)}; {counted(steps, 'step')} to take", flush=True)
     uses_cache = recipe.data.hidden_cache != "off"
     vocab = "full" if recipe.heads.init_from else recipe.heads.vocab  # those heads keep the tokens that they have
     tokens = token_map(vocab, data, tokenizer, load_config(recipe.model).get_text_config())
@@ -238,16 +238,6 @@ def _shipped(recipe: Recipe) -> str:
         if read_json(folder / "heads.json")["base_model"] == recipe.model.name:
             return f"\nfar stronger heads for this model are shipped: medusa-ds generate {folder.name} --prompt ..."
     return ""
-
-
-def _describe_data(report: dict[str, Any], steps: int) -> str:
-    from medusa_ds.data.packing import told
-
-    return (
-        f"data: {counted(report['train_rows'], 'conversation')} to train on, {report['validation_rows']} held out, "
-        f"{report['supervised_tokens']:,} of {report['tokens']:,} tokens supervised; "
-        f"{counted(steps, 'step')}{told(report)}"
-    )
 
 
 def _is_free(key: str) -> bool:
