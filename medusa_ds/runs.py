@@ -276,8 +276,7 @@ def _open_checkpoint(folder: Path, base_model: str | None) -> Saved:
     config, weights = load_config(kept.model).get_text_config(), _masters(reader, "heads.")
     if token_map := reader.state.get("engine", {}).get("token_map"):
         weights["token_map"] = torch.tensor(token_map, dtype=torch.int64)
-    meta = {"base_model": kept.model.name, "revision": kept.model.revision, "recipe": text} | kept.heads.shape
-    meta |= {"hidden_size": config.hidden_size, "vocab_size": config.vocab_size}
+    meta = {"base_model": kept.model.name, "revision": kept.model.revision, "recipe": text} | kept.heads.sized(config)
     return Saved(
         folder,
         output=output,
@@ -312,7 +311,7 @@ def load_run(run: str | Path | Saved, device: torch.device, dtype: torch.dtype, 
     return Run(backbone, heads, saved.tokenizer, tree, saved.tree is not None, saved.template_args)
 
 
-def place(device: str | None = None, dtype: str | None = None) -> tuple[torch.device, torch.dtype]:
+def place(device: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:
     """Device and dtype to decode with: bf16 on a GPU, fp32 on a CPU, or as asked.
 
     Raises:

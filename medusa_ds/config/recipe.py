@@ -24,7 +24,7 @@ from pydantic import BaseModel, ValidationError
 
 from medusa_ds.config import deepspeed as ds_config
 from medusa_ds.config.loading import Origin, apply_overrides, find_recipe, read_recipe, resolve_paths, shipped
-from medusa_ds.config.parsing import redact, secret_keys
+from medusa_ds.config.parsing import parse_yaml, redact, secret_keys
 from medusa_ds.config.sections import (
     DataSpec,
     HeadsSpec,
@@ -36,7 +36,7 @@ from medusa_ds.config.sections import (
     WandbSpec,
 )
 from medusa_ds.config.types import Stage, allowed, parts
-from medusa_ds.errors import UserError, counted
+from medusa_ds.errors import UserError, counted, one_line
 
 _MANUAL_HEAD = """\
 # Keys of a recipe
@@ -127,6 +127,18 @@ class Recipe(Section):
         if problems or recipe is None:
             raise UserError(*dict.fromkeys(redact(text) for text in problems))
         return recipe._with_defaults()
+
+    @classmethod
+    def kept(cls, text: str, where: str) -> "Recipe":
+        """A resolved recipe that a run has kept; its data need not be on this machine.
+
+        Raises:
+            UserError: it is none.
+        """
+        try:
+            return cls.model_validate(parse_yaml(text, where)[0])
+        except ValidationError as error:
+            raise UserError(f"{where}: not a resolved recipe ({one_line(error)})") from None
 
     @classmethod
     def _without(cls, raw: dict[str, Any], wrong: set[str]) -> "Recipe | None":

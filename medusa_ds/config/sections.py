@@ -120,6 +120,10 @@ class HeadsSpec(Section):
         """What heads are made by, beside the sizes of their model; see `heads.kinds.make_heads`."""
         return {key: getattr(self, key) for key in ("kind", "num", "layers", "lm_head")}
 
+    def sized(self, config: Any) -> dict[str, Any]:
+        """The same with these sizes, by the config of a model's text."""
+        return self.shape | {"hidden_size": config.hidden_size, "vocab_size": config.vocab_size}
+
     def rows(self, vocab_size: int) -> int:
         """Rows of a head's projection for a model of so many tokens."""
         return vocab_size if self.vocab == "full" else self.vocab

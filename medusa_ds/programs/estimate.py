@@ -17,7 +17,7 @@ from pydantic import Field
 
 from medusa_ds.config import deepspeed as ds_config
 from medusa_ds.config.deepspeed import zero_settings
-from medusa_ds.config.parsing import parse_yaml, read_text
+from medusa_ds.config.parsing import read_text
 from medusa_ds.config.recipe import Recipe, shipped
 from medusa_ds.config.settings import Commas, RecipeSettings
 from medusa_ds.config.types import Count, Positive, either
@@ -55,7 +55,7 @@ def measured_speed(recipe: Recipe) -> float | None:
     """
     output = Path(recipe.output)
     try:
-        kept = Recipe.model_validate(parse_yaml(read_text(output / "recipe.yaml"), "recipe.yaml")[0])
+        kept = Recipe.kept(read_text(output / "recipe.yaml"), "recipe.yaml")
         pairs = zip(_decide_speed(kept), _decide_speed(recipe), strict=True)
         cached = [each.data.hidden_cache != "off" for each in (kept, recipe)]
         if cached[0] != cached[1] or any(now not in (None, "auto", before) for before, now in pairs):

@@ -15,9 +15,9 @@ from typing import Literal
 import torch
 from huggingface_hub import HfApi
 from huggingface_hub import errors as hub_errors
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from medusa_ds.config.parsing import parse_yaml, read_object
+from medusa_ds.config.parsing import read_object
 from medusa_ds.config.recipe import Recipe
 from medusa_ds.config.settings import Commas, Positional, ProgramSettings
 from medusa_ds.config.types import Count
@@ -75,7 +75,7 @@ def run(settings: Settings) -> None:
     wanted = getattr(torch, settings.dtype) if settings.dtype else None
     source = _untrained(untrained, wanted) if untrained else _from_run(str(name), wanted, asked != ["transformers"])
     if settings.vocab is not None:
-        source = _truncate(source, _recipe(source.meta["recipe"]), settings.vocab)
+        source = _truncate(source, Recipe.kept(source.meta["recipe"], "heads.json"), settings.vocab)
     chosen = []
     for each in [each for each in TARGETS if each in asked or "all" in asked]:
         why = TARGETS[each].refuses(source, settings.allow_loss)
@@ -140,14 +140,6 @@ def _truncate(source: Source, recipe: Recipe, number: int) -> Source:
 def _dtype(configured: object) -> torch.dtype:
     """The base model's own dtype: checkpoints are fp32 whatever the run computed in."""
     return configured if isinstance(configured, torch.dtype) else torch.float32
-
-
-def _recipe(text: str) -> Recipe:
-    """A recipe that a run has kept; its data need not be on this machine."""
-    try:
-        return Recipe.model_validate(parse_yaml(text, "heads.json: recipe")[0])
-    except ValidationError as error:
-        raise UserError(f"heads.json: not a resolved recipe ({one_line(error)})") from None
 
 
 def _check_free(target: Path, force: bool) -> None:

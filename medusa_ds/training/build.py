@@ -125,8 +125,7 @@ def heads_meta(recipe: Recipe) -> dict[str, Any]:
 
 
 def _shape(recipe: Recipe) -> dict[str, Any]:
-    config = load_config(recipe.model).get_text_config()
-    return recipe.heads.shape | {"hidden_size": config.hidden_size, "vocab_size": config.vocab_size}
+    return recipe.heads.sized(load_config(recipe.model).get_text_config())
 
 
 def complete_config(config: dict[str, Any], recipe: Recipe) -> dict[str, Any]:

@@ -66,9 +66,8 @@ def _block_flops(recipe: Recipe, config: Any) -> float:
     In stage 1 nobody needs the gradient of the frozen backbone's hidden states, nor ever that of embeddings.
     """
     spec, hidden_size = recipe.heads, config.hidden_size
-    shape = spec.shape | {"lm_head": "shared", "hidden_size": hidden_size, "vocab_size": config.vocab_size}
     with torch.device("meta"), torch.enable_grad(), FlopCounterMode(display=False) as counter:
-        heads: Any = make_heads(shape)
+        heads: Any = make_heads(spec.sized(config) | {"lm_head": "shared"})
         hidden_1H = torch.empty(1, hidden_size, requires_grad=recipe.stage == 2)
         states = heads.states(hidden_1H, torch.empty(spec.num, 1), lambda _: torch.empty(1, hidden_size))
         rows = [head.blocks(state_1H) for head, state_1H in zip(heads, states, strict=True)]

@@ -56,11 +56,10 @@ class Parameters:
 
 def count_parameters(recipe: Recipe, config: Any) -> Parameters:
     """Count the parameters of each part, of a model built on the meta device from its config."""
-    shape = recipe.heads.shape | {"hidden_size": config.hidden_size, "vocab_size": config.vocab_size}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.model.trust_remote_code)
         tokens = None if recipe.heads.vocab == "full" else torch.zeros(recipe.heads.vocab, dtype=torch.int64)
-        blocks, projections = make_heads(shape, token_map=tokens).count_parameters()
+        blocks, projections = make_heads(recipe.heads.sized(config), token_map=tokens).count_parameters()
     projection = model.get_output_embeddings().weight
     tied = projection is model.get_input_embeddings().weight
     total = sum(parameter.numel() for parameter in model.parameters())
