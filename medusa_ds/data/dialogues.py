@@ -120,16 +120,14 @@ class Chat:
                 ) from None
             raise
 
-    def prompt(
-        self, messages: list[Message], tools: list[Any] | None = None, template_args: dict[str, Any] | None = None
-    ) -> list[int]:
+    def prompt(self, messages: list[Message]) -> list[int]:
         """Ids of a conversation up to where the assistant's next turn begins.
 
         Raises:
             UnusableRow: see `encode`.
         """
-        _check(messages, tools)
-        return self.coder.ids(self._render([self._marked(messages)], True, tools, template_args)[0])
+        _check(messages, None)
+        return self.coder.ids(self._render([self._marked(messages)], True)[0])
 
     def before_prompt(self) -> str:
         """What the template writes before a user's first turn."""

@@ -109,9 +109,9 @@ def plain_step_bytes(backbone: PreTrainedModel) -> int:
     return sum(sizes.values())
 
 
-def copy_bandwidth(device: torch.device, mib: int = 1024) -> float:
+def copy_bandwidth(device: torch.device) -> float:
     """Bytes a second that a copy on the device moves, read and write counted."""
-    source = torch.ones(mib << 18, dtype=torch.float32, device=device)
+    source = torch.ones(1 << 28, dtype=torch.float32, device=device)
     target, best = torch.empty_like(source), float("inf")
     for _ in range(8):
         _wait(device)

@@ -117,7 +117,7 @@ def chain(length: int) -> Tree:
     return Tree((0,) * depth for depth in range(1, length + 1))
 
 
-def default_tree(num: int, nodes: int = 32) -> Tree:
+def default_tree(num: int, nodes: int) -> Tree:
     """A tree for heads that were not measured."""
     return best_tree(assumed_probability, num, 10, nodes)
 

@@ -48,7 +48,7 @@ class Server:
     """
 
     def __init__(
-        self, url: str, model: str, sampling: Sampling, in_flight: int, timeout_s: float = 300, retries: int = 5
+        self, url: str, model: str, sampling: Sampling, in_flight: int, timeout_s: float, retries: int
     ) -> None:
         try:
             import openai
