@@ -49,8 +49,9 @@ Counts = dict[str, tuple[int, str]]
 class Conversations:
     """Datasets with columns `messages` (JSON, see `Row.text`), `source`, `layout` and `notes` (see `Row`).
 
-    `rows` read = `used` + the counts of `rejected`; a weight above 1 repeats rows in `train`, which counts as one use:
-    `once` are the numbers of rows that repeat none before. `key` tells the state of the files and of the settings.
+    `rows` read = those of `once` and `validation` + the counts of `rejected`; a weight above 1 repeats rows in `train`,
+    of which `once` are the numbers of rows that repeat none before. `key` tells the state of the files and of the
+    settings.
     """
 
     train: Dataset
@@ -59,11 +60,6 @@ class Conversations:
     rejected: Counts
     rows: int
     key: str
-
-    @property
-    def used(self) -> int:
-        """Rows that are trained on or held out."""
-        return len(self.once) + len(self.validation)
 
 
 def load_conversations(spec: DataSpec) -> Conversations:

@@ -18,7 +18,6 @@ would hang its hooks on it twice.
 Shapes: N rows, H hidden size, V vocabulary, K heads.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -135,13 +134,11 @@ class Heads(nn.ModuleList):
             states.append(self.advance(k, states[-1], tokens_NH))
         return states[1:]
 
-    def count_parameters(self, least_dimensions: int = 1) -> tuple[int, int]:
-        """Parameters outside of projections and those of projections; with 2 only the matrices."""
+    def count_parameters(self) -> tuple[int, int]:
+        """Parameters outside of projections and those of projections."""
         counts = [0, 0]
         for name, parameter in self.named_parameters():
-            shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty tensor behind
-            if len(shape) >= least_dimensions:
-                counts["projection" in name] += math.prod(shape)
+            counts["projection" in name] += parameter.numel()
         return counts[0], counts[1]
 
     @property

@@ -33,8 +33,13 @@ def messages(found) -> list[list[dict]]:
     return [json.loads(item["messages"])["messages"] for item in found]
 
 
+def used(found: Conversations) -> int:
+    """Rows that are trained on or held out."""
+    return len(found.once) + len(found.validation)
+
+
 def accounted(found: Conversations) -> bool:
-    return found.rows == found.used + sum(count for count, _ in found.rejected.values())
+    return found.rows == used(found) + sum(count for count, _ in found.rejected.values())
 
 
 def test_a_null_in_a_call_or_a_schema_is_kept_where_the_row_says_it(tmp_path, monkeypatch):
@@ -80,7 +85,7 @@ BAD = [
 def test_a_bad_row_is_one_rejected_row_with_its_line(tmp_path, bad, reason):
     """Mutation: read with `load_dataset("json")`, which makes several rows of a lone surrogate."""
     found = load(write(tmp_path / "x.jsonl", row(), "", bad, row(), bad))
-    assert (found.rows, found.used, len(found.train)) == (4, 2, 2)
+    assert (found.rows, used(found), len(found.train)) == (4, 2, 2)
     assert found.rejected == {reason: (2, f"{tmp_path}/x.jsonl:3")}
     assert [item["source"][-2:] for item in found.train] == [":1", ":4"]
     again = load(tmp_path / "x.jsonl")  # from the cache
@@ -93,8 +98,8 @@ def test_rows_that_were_too_large_before_are_not_left_out_by_an_old_cache(tmp_pa
     with monkeypatch.context() as before:
         before.setattr(sources, "_FORMAT", 5)
         before.setattr(sources, "_line_rows", lambda _: iter(too_large))
-        assert load(file).used == 1
-    assert load(file).used == 2
+        assert used(load(file)) == 1
+    assert used(load(file)) == 2
 
 
 def test_bytes_that_are_not_utf8(tmp_path):
@@ -156,7 +161,7 @@ def test_what_a_directory_holds_beside_data_files_is_told_of(tmp_path):
     (tmp_path / "more").mkdir()
     found = load(tmp_path)
     ((number, first),) = found.rejected.values()
-    assert (number, first, found.rows, found.used) == (3, str(tmp_path / "b.JSONL"), 5, 2)
+    assert (number, first, found.rows, used(found)) == (3, str(tmp_path / "b.JSONL"), 5, 2)
 
 
 def test_split_never_holds_one_text_on_both_sides(tmp_path):

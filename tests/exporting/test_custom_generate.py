@@ -81,7 +81,7 @@ def distil(run: Path) -> None:
     for _ in range(60):
         optimizer.zero_grad()
         losses = model(texts, texts, torch.arange(44).expand(96, -1)).losses[1:]
-        sum(loss.loss_sum / loss.count for loss in losses).backward()
+        sum(loss.loss_sum / len(loss.predicted) for loss in losses).backward()
         optimizer.step()
     config, _ = load_heads(run)
     save_heads(run / "heads", loaded.heads.state_dict(), {key: config[key] for key in META})

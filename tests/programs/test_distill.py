@@ -67,7 +67,7 @@ def test_rows_are_complete_and_read_by_data_path(tiny_recipe, tmp_path, prompts,
         if row["row"] < 20:
             assert len(roles) // 2 == 1 + row["row"] % 3
     data = load_conversations(DataSpec(path=str(out), validation=0.0))
-    assert data.used == len(rows)
+    assert len(data.once) == len(rows)
 
 
 def test_answers_end_where_the_template_ends_them(tiny_recipe, tiny_model, tmp_path, prompts, capsys):
