@@ -6,7 +6,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from medusa_ds.benchmarks.head import measure_head
 from medusa_ds.benchmarks.steps import start
 from medusa_ds.benchmarks.trace import trace_step
 from medusa_ds.data.packing import MicroBatch, Sequences
+from medusa_ds.decoding.measure import seconds_of
 from medusa_ds.errors import UserError
 from medusa_ds.files import write
 from medusa_ds.model.rows import count_targets
@@ -54,8 +55,8 @@ def measure_step(case: Case, trace: Path | None, folder: Path) -> dict[str, Any]
         if number == case.warmup and on_gpu and not runs_whole:
             torch.cuda.reset_peak_memory_stats()
         losses.append(step(batch, number))
-        if number in (case.warmup - 1, all_steps - 1):
-            _synchronize()
+        if on_gpu and number in (case.warmup - 1, all_steps - 1):
+            torch.cuda.synchronize()
         ends.append(time.perf_counter())  # in between, the host may prepare a step while the GPU ends the last one
     seconds = [after - before for before, after in pairwise(ends)][0 if runs_whole else case.warmup :]
     known_V = None if model.known_V is None else model.known_V.cpu()
@@ -120,12 +121,12 @@ def _epochs(case: Case, sequences: Sequences, result: dict[str, Any]) -> dict[st
 def measure_machine() -> dict[str, Any]:
     """Hardware, and what it reaches: a large bf16 matrix product (TFLOP/s) and a copy (GB/s read and written)."""
     on_gpu = torch.cuda.is_available()
-    device, size = ("cuda", 8192) if on_gpu else ("cpu", 512)
+    device, size = (torch.device("cuda"), 8192) if on_gpu else (torch.device("cpu"), 512)
     left, right = (torch.randn(size, size, device=device).to(torch.bfloat16 if on_gpu else torch.float32) for _ in "ab")
-    product_s = _best(lambda: left @ right, 50 if on_gpu else 5)
+    product_s = statistics.median(seconds_of(lambda: left @ right, 50 if on_gpu else 5, device))
     source = torch.empty((2**31 if on_gpu else 2**24) // 2, dtype=torch.bfloat16, device=device)
     target = torch.empty_like(source)
-    copy_s = _best(lambda: target.copy_(source), 20 if on_gpu else 3)
+    copy_s = statistics.median(seconds_of(lambda: target.copy_(source), 20 if on_gpu else 3, device))
     impls = ["ours", "eager", "original", "cached", "cached_vocab"]
     if on_gpu and torch.cuda.get_device_capability() >= (8, 9):
         impls += ["ours_fp8", "cached_fp8"]
@@ -140,23 +141,6 @@ def measure_machine() -> dict[str, Any]:
         "matmul_tflops": 2 * size**3 / product_s / 1e12,
         "copy_gb_per_s": 2 * source.nbytes / copy_s / 1e9,
     }
-
-
-def _best(function: Callable[[], Any], repeats: int) -> float:
-    """Median seconds of one call, each timed alone."""
-    seconds = []
-    for _ in range(repeats + 3):
-        _synchronize()
-        started = time.perf_counter()
-        function()
-        _synchronize()
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[3:])
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def main(case_file: str, result_file: str, trace_file: str | None = None) -> None:

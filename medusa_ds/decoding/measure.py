@@ -4,7 +4,8 @@ Shape suffixes: T tokens of a text, M measured positions, K heads, V vocabulary.
 """
 
 import time
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -90,14 +91,7 @@ def step_ms(decoder: Decoder, context: int, repeats: int = 20, nodes: int | None
         session.tree = decoder.next_tree = decoder.part(nodes)
     session.length_B.fill_(context)
     session.active_B.zero_()  # the text does not grow
-    times = []
-    for _ in range(repeats + 3):
-        _wait(decoder.backbone.device)
-        started = time.perf_counter()
-        decoder.step(session)
-        _wait(decoder.backbone.device)
-        times.append(1000 * (time.perf_counter() - started))
-    return sorted(times[3:])[repeats // 2]
+    return 1000 * seconds_of(lambda: decoder.step(session), repeats, decoder.backbone.device)[repeats // 2]
 
 
 def plain_step_bytes(backbone: PreTrainedModel) -> int:
@@ -112,14 +106,20 @@ def plain_step_bytes(backbone: PreTrainedModel) -> int:
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes a second that a copy on the device moves, read and write counted."""
     source = torch.ones(1 << 28, dtype=torch.float32, device=device)
-    target, best = torch.empty_like(source), float("inf")
-    for _ in range(8):
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / seconds_of(lambda: target.copy_(source), 8, device)[0]
+
+
+def seconds_of(call: Callable[[], Any], repeats: int, device: torch.device) -> list[float]:
+    """Seconds of each call, until the device has done it, ascending; three before them do not count."""
+    seconds = []
+    for _ in range(3 + repeats):
         _wait(device)
         started = time.perf_counter()
-        target.copy_(source)
+        call()
         _wait(device)
-        best = min(best, time.perf_counter() - started)
-    return 2 * source.nbytes / best
+        seconds.append(time.perf_counter() - started)
+    return sorted(seconds[3:])
 
 
 def _wait(device: torch.device) -> None:
