@@ -14,13 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from typing import Any, NamedTuple
 
-from medusa_ds.distilling.server import check_url
+from medusa_ds.distilling.server import MAX_ANSWER_BYTES, check_url
 from medusa_ds.errors import UserError, one_line
 
 _COUNTER = re.compile(r"vllm:spec_decode_(num_drafts|num_accepted_tokens_per_pos)_total\{([^}]*)\} (\S+)")
 _WRONG = (ArithmeticError, OSError, HTTPException, LookupError, RecursionError, TypeError, ValueError)
 _GONE = 3
-_MAX_BYTES = 16 << 20
 
 
 class Reply(NamedTuple):
@@ -106,7 +105,7 @@ class HeadServer:
             choice, tokens = answer["choices"][0], answer["usage"]["completion_tokens"]
             text, ids = choice["text"], choice.get("token_ids")
             text.encode()
-            if type(tokens) is not int or not 0 <= tokens <= _MAX_BYTES or not _are_tokens(ids):
+            if type(tokens) is not int or not 0 <= tokens <= MAX_ANSWER_BYTES or not _are_tokens(ids):
                 raise ValueError("an answer whose tokens are no numbers")
             self._failures = 0
             return Reply(text, tokens, ids=ids)
@@ -124,8 +123,8 @@ class HeadServer:
                 while part := response.read1(1 << 16):
                     parts.append(part)
                     size += len(part)
-                    if size > _MAX_BYTES:
-                        raise ValueError(f"an answer of more than {_MAX_BYTES >> 20} MiB")
+                    if size > MAX_ANSWER_BYTES:
+                        raise ValueError(f"an answer of more than {MAX_ANSWER_BYTES >> 20} MiB")
                     if time.monotonic() > ends:
                         raise TimeoutError
         except urllib.error.HTTPError as error:

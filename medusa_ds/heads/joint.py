@@ -217,7 +217,11 @@ class JointModel(nn.Module):
             losses.append(self._loss(k, target, states_MH[rows_N], scales))
         counters = _count(losses, targets, labels.numel())
         if self.start is not None and not self.training:
-            Counters(*counters.T).label_loss_sum[0] = self._label_loss_sum(hidden, targets[0])
+            assert targets[0] is not None
+            lm_head: Any = self.backbone.get_output_embeddings()
+            rows_NH, labels_N = hidden[targets[0].rows], targets[0].labels
+            label_loss = lm_head.cross_entropy(rows_NH, labels_N, self.loss_impl, self.chunk_mib)[0]
+            Counters(*counters.T).label_loss_sum[0] = label_loss.detach()
         return JointOutput(losses, counters)
 
     def _choose_targets(
@@ -279,13 +283,6 @@ class JointModel(nn.Module):
             teacher: Any = (self.backbone if self.start is None else self.start).get_output_embeddings()
             return projection.divergence(rows_NH, teacher, learned, self.temperature, self.chunk_mib, scale)
         return projection.cross_entropy(rows_NH, learned, self.loss_impl, self.chunk_mib, scale)
-
-    def _label_loss_sum(self, hidden_RH: Tensor, target: Target | None) -> Tensor:
-        """Cross-entropy of the labels under the LM head, whatever it learns."""
-        assert target is not None
-        rows_NH = hidden_RH[target.rows]
-        lm_head: Any = self.backbone.get_output_embeddings()
-        return lm_head.cross_entropy(rows_NH, target.labels, self.loss_impl, self.chunk_mib)[0].detach()
 
     def _rows(self, labels: Tensor, position_ids: Tensor, k: int) -> list[Tensor]:
         """Rows and labels of head k, and the rows left out, whose label has no row in the heads' vocabulary."""

@@ -30,7 +30,7 @@ class Fp8Linear(nn.Module):
     def __init__(self, linear: nn.Linear):
         super().__init__()
         weight_OI = linear.weight.detach().float()
-        scale_O1 = _scale(weight_OI).bfloat16()
+        scale_O1 = row_scales(weight_OI).bfloat16()
         quantised = (weight_OI / scale_O1.float()).clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
         self.weight = nn.Parameter(quantised.view(torch.uint8), requires_grad=False)
         self.register_buffer("scale_O1", scale_O1)
@@ -39,7 +39,7 @@ class Fp8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Products [..., O] of [..., I], in its dtype."""
         x_NI = x.reshape(-1, x.shape[-1])
-        scale_N1 = _scale(x_NI)
+        scale_N1 = row_scales(x_NI)
         quantised = (x_NI.float() / scale_N1).clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
         product_NO = torch._scaled_mm(
             quantised,
@@ -78,6 +78,6 @@ def check_device(device: torch.device) -> None:
         raise UserError(f"model.frozen_precision: found fp8, which needs {needs}; use bf16")
 
 
-def _scale(rows: Tensor) -> Tensor:
+def row_scales(rows: Tensor) -> Tensor:
     """Scale [N, 1] of rows [N, I], fp32."""
     return rows.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / _LARGEST

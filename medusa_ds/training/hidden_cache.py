@@ -37,6 +37,7 @@ from medusa_ds.errors import UserError
 from medusa_ds.heads.kinds import KINDS
 from medusa_ds.model.attention import hidden_states
 from medusa_ds.model.backbone import cache_directory, facts_of, load_config, model_path
+from medusa_ds.model.fp8 import row_scales
 from medusa_ds.model.lm_head import Ends, read_ends
 from medusa_ds.model.rows import any_head_rows
 from medusa_ds.progress import progress
@@ -173,8 +174,8 @@ class HiddenCache:
     def _store(self, hidden_NH: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.stored != "fp8":
             return hidden_NH.to(STORED[self.stored]), None
-        scale_N = hidden_NH.float().abs().amax(-1).clamp(min=1e-12) / torch.finfo(STORED["fp8"]).max
-        return (hidden_NH.float() / scale_N[:, None]).to(STORED["fp8"]), scale_N
+        scale_N1 = row_scales(hidden_NH)
+        return (hidden_NH.float() / scale_N1).to(STORED["fp8"]), scale_N1[:, 0]
 
     def _file(self, shard: int) -> Path:
         return self.directory / f"shard-{shard:05d}.safetensors"
