@@ -21,7 +21,7 @@ import torch
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from medusa_ds.config.recipe import ModelSpec
+from medusa_ds.config.recipe import LossSpec, ModelSpec
 from medusa_ds.decoding.decoder import Decoder
 from medusa_ds.decoding.trees import chain, default_tree
 from medusa_ds.errors import UserError
@@ -89,7 +89,7 @@ def _loss(model: Any) -> str:
         # not `labels=`: the decoders of translators expect labels that are shifted already
         logits = model(input_ids=ids, use_cache=False).logits
         wanted = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
-        joint = JointModel(model, _heads(model), 2, loss_impl="torch", chunk_mib=1)
+        joint = JointModel(model, _heads(model), 2, LossSpec(impl="torch", chunk_mib=1))
         found = joint(ids, ids, torch.arange(13).expand(2, 13)).losses[0]
     return _verdict(torch.allclose(found.loss_sum / len(found.predicted), wanted, rtol=1e-4))
 

@@ -14,18 +14,18 @@ positions that some head learns from, K heads.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from medusa_ds.config.sections import LossSpec
 from medusa_ds.heads.base import Heads
 from medusa_ds.model.attention import hidden_states, moved
 from medusa_ds.model.backbone import vocabulary_projection
 from medusa_ds.model.lm_head import LmHeadAlone
-from medusa_ds.model.loss import Impl
 from medusa_ds.model.projection import VocabularyProjection
 from medusa_ds.model.rows import any_head_rows, head_rows
 
@@ -133,10 +133,7 @@ class JointModel(nn.Module):
             None where nobody reads it. Where all hidden states come from a cache, what stands in for the backbone.
         heads: heads of the same hidden size, vocabulary and dtype.
         stage: 1 freezes the backbone, runs it without a graph and skips the LM head; 2 trains everything.
-        loss_impl: `liger`, `torch` or `eager`.
-        chunk_mib: memory that one chunk of logits may take, MiB.
-        target: what is learned, see `config.sections.LossSpec.target`.
-        temperature: of the target `distribution`.
+        loss: the recipe's, with an `impl` for the device in place of `auto`.
         start: stage 2, targets other than `label`: a second copy of the backbone, which predicts the targets.
 
     Attributes:
@@ -150,14 +147,12 @@ class JointModel(nn.Module):
         backbone: PreTrainedModel | LmHeadAlone,
         heads: Heads,
         stage: int,
-        *,
-        loss_impl: Impl,
-        chunk_mib: int,
-        target: Literal["label", "argmax", "distribution"] = "label",
-        temperature: float = 1.0,
+        loss: LossSpec,
         start: PreTrainedModel | None = None,
     ):
         super().__init__()
+        target = loss.target
+        assert loss.impl != "auto"
         assert target == "label" or (heads.token_map is None and isinstance(backbone, PreTrainedModel))
         assert (start is not None) == (stage == 2 and target != "label")
         for model in (backbone, start):
@@ -166,8 +161,8 @@ class JointModel(nn.Module):
         self.backbone = backbone.requires_grad_(stage == 2)
         self.start = None if start is None else start.requires_grad_(False)
         self.heads, self.known_V = heads, heads.known_V
-        self.stage, self.loss_impl, self.chunk_mib = stage, loss_impl, chunk_mib
-        self.target, self.temperature = target, temperature
+        self.stage, self.target, self.temperature = stage, target, loss.temperature
+        self.loss_impl, self.chunk_mib = loss.impl, loss.chunk_mib
 
     def train(self, mode: bool = True) -> "JointModel":
         """Switch to training; what is frozen stays in evaluation mode (no dropout)."""

@@ -83,17 +83,8 @@ def build_model(
     frozen = None
     if recipe.has_frozen_start:
         frozen = load_backbone(recipe.model, dtype, device=None if partitioned else device, packed=True)
-    loss = recipe.loss
-    return JointModel(
-        base,
-        heads,
-        recipe.stage,
-        loss_impl=resolve_impl(loss.impl, device),
-        chunk_mib=loss.chunk_mib,
-        target=loss.target,
-        temperature=loss.temperature,
-        start=frozen,
-    )
+    loss = recipe.loss.model_copy(update={"impl": resolve_impl(recipe.loss.impl, device)})
+    return JointModel(base, heads, recipe.stage, loss, frozen)
 
 
 def load_frozen(recipe: Recipe, dtype: torch.dtype, device: torch.device | None) -> PreTrainedModel:

@@ -16,6 +16,7 @@ from exporting import MakeRun, export_
 from support import heads_meta
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, StoppingCriteria
 
+from medusa_ds.config.recipe import LossSpec
 from medusa_ds.decoding.decoder import Decoder
 from medusa_ds.decoding.trees import chain
 from medusa_ds.exporting import custom_generate
@@ -76,7 +77,7 @@ def distil(run: Path) -> None:
     draw = torch.Generator().manual_seed(4)
     prompts, settings = torch.randint(3, 300, (96, 4), generator=draw), {"do_sample": False, "pad_token_id": 0}
     texts = loaded.backbone.generate(prompts, max_new_tokens=40, min_new_tokens=40, **settings)
-    model = JointModel(loaded.backbone, loaded.heads, 1, loss_impl="torch", chunk_mib=1024)
+    model = JointModel(loaded.backbone, loaded.heads, 1, LossSpec(impl="torch"))
     optimizer = torch.optim.Adam(loaded.heads.parameters(), lr=1e-2)
     for _ in range(60):
         optimizer.zero_grad()

@@ -171,7 +171,7 @@ def test_heads_learn_through_liger(layers, own):
 @pytest.mark.parametrize("family", ["llama", "qwen3", "qwen2", "mistral"])
 @pytest.mark.parametrize("stage", [1, 2])
 def test_model_with_liger_layers_matches_plain_layers(family, stage):
-    from medusa_ds.config.recipe import ModelSpec
+    from medusa_ds.config.recipe import LossSpec, ModelSpec
     from medusa_ds.model.backbone import load_backbone
 
     # fmt: off
@@ -188,7 +188,7 @@ def test_model_with_liger_layers_matches_plain_layers(family, stage):
         torch.manual_seed(1)
         heads = MedusaHeads(2, 1, 128, 1009, dtype=torch.float32).cuda()
         heads.initialize(backbone.get_output_embeddings().weight)
-        model = JointModel(backbone, heads, stage, loss_impl=impl, chunk_mib=64)
+        model = JointModel(backbone, heads, stage, LossSpec(impl=impl, chunk_mib=64))
         output = model(ids, labels, positions)
         sum(loss.loss_sum for loss in output.losses if loss is not None).backward()
         return output.counters, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

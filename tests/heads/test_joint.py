@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from medusa_ds.config.recipe import LossSpec
 from medusa_ds.heads.joint import Counters, JointModel, metrics
 from medusa_ds.heads.kinds import make_heads
 from medusa_ds.model.rows import count_targets
@@ -46,8 +47,8 @@ def build(
             for parameter in heads.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     start = copy.deepcopy(backbone) if stage == 2 and target != "label" else None
-    options = {"loss_impl": impl, "chunk_mib": 1, "target": target, "temperature": temperature, "start": start}
-    return JointModel(backbone, heads, stage, **options)
+    loss = LossSpec(impl=impl, chunk_mib=1, target=target, temperature=temperature)
+    return JointModel(backbone, heads, stage, loss, start)
 
 
 def documents(lengths, seed=0):

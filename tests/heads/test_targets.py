@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from test_joint import DOCS, NUM, PACKED, build, gradients, relative
 
+from medusa_ds.config.recipe import LossSpec
 from medusa_ds.heads.joint import Counters, JointModel, metrics
 
 
@@ -95,7 +96,7 @@ def test_stage_2_learns_from_the_frozen_start(target, temperature, tied):
 def test_validation_measures_the_labels_beside_the_frozen_start(target):
     """Mutation: measure the start's loss on labels, or measure in training too."""
     model, column = student(target, stage=2), Counters._fields.index("label_loss_sum")
-    plain = JointModel(model.backbone, model.heads, 2, loss_impl="torch", chunk_mib=1)
+    plain = JointModel(model.backbone, model.heads, 2, LossSpec(impl="torch", chunk_mib=1))
     assert metrics(model.train()(*PACKED).counters).keys() == metrics(plain(*PACKED).counters).keys()
     with torch.no_grad():
         counters, labels = model.eval()(*PACKED).counters, plain.eval()(*PACKED).counters
