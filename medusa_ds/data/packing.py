@@ -25,7 +25,7 @@ from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from medusa_ds import files
-from medusa_ds.config.recipe import Recipe, TrainSpec
+from medusa_ds.config.recipe import DataSpec, Recipe, TrainSpec
 from medusa_ds.data.dialogues import Chat
 from medusa_ds.data.layouts import UnusableRow
 from medusa_ds.data.marks import IGNORED, Encoded
@@ -79,14 +79,12 @@ class Sequences:
 
     hidden: Callable[[np.ndarray, torch.Tensor, torch.Tensor], CachedRows] | None = None
 
-    def __init__(
-        self, data: Dataset, rows: np.ndarray, *, max_length: int, packing: bool, seed: int, pad_id: int
-    ) -> None:
+    def __init__(self, data: Dataset, rows: np.ndarray, spec: DataSpec, pad_id: int) -> None:
         self.data, self.rows = data.with_format("numpy"), rows
-        self.max_length, self.packing, self.seed, self.pad_id = max_length, packing, seed, pad_id
-        self.lengths = np.asarray(self.data["length"][:])[rows]
+        self.max_length, self.packing, self.seed = spec.max_length, spec.packing is not False, spec.seed
+        self.pad_id, self.lengths = pad_id, np.asarray(self.data["length"][:])[rows]
         self.epoch = functools.lru_cache(maxsize=2)(self._pack)
-        self._size = functools.cache(lambda epoch: len(self.epoch(epoch) if packing else rows))
+        self._size = functools.cache(lambda epoch: len(self.epoch(epoch) if self.packing else rows))
 
     def __len__(self) -> int:
         """Sequences of the first epoch."""
@@ -274,11 +272,8 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Data:
     }
     if not report["supervised_tokens"]:
         raise UserError(f"data: no supervised token in {counted(conversations.rows, 'row')}: {summary(rejected)}")
-    pad = tokenizer.pad_token_id or 0
-    train, validation = (
-        Sequences(part, rows, max_length=spec.max_length, packing=spec.packing is not False, seed=spec.seed, pad_id=pad)
-        for part, rows in zip(parts, usable, strict=True)
-    )
+    pad_id = tokenizer.pad_token_id or 0
+    train, validation = (Sequences(part, rows, spec, pad_id) for part, rows in zip(parts, usable, strict=True))
     return Data(train, validation, report)
 
 

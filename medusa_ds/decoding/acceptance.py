@@ -111,13 +111,13 @@ class Acceptance:
 class AcceptanceSettings(ProgramSettings):
     """Of programs that decode by one of the rules."""
 
-    rule: Literal["greedy", "typical", "exact"] = Field("greedy", alias="acceptance")
+    rule: Literal["greedy", "typical", "exact"] = Field(Acceptance.rule, alias="acceptance")
     """Greedy: the base model's own text; exact: samples of its distribution; typical: the Medusa paper's."""
-    temperature: Positive = 1.0
+    temperature: Positive = Acceptance.temperature
     """Of exact and typical acceptance."""
-    epsilon: Positive = 0.09
+    epsilon: Positive = Acceptance.epsilon
     """Typical: hard threshold."""
-    delta: Positive = 0.3
+    delta: Positive = Acceptance.delta
     """Typical: entropy-dependent threshold."""
 
     @property

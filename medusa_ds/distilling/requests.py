@@ -17,11 +17,11 @@ class Sampling:
     `max_prompt_tokens`: of the conversation before it. `seed`: of all draws.
     """
 
-    temperature: float = 0.0
-    top_p: float = 1.0
-    max_new_tokens: int = 512
-    max_prompt_tokens: int = 1024
-    seed: int = 0
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    max_prompt_tokens: int
+    seed: int
 
 
 class Request(NamedTuple):

@@ -25,7 +25,7 @@ EPSILON = 1e-6
 class Step(ZeroLinear):
     """`s + SiLU(W [s; e] + b)`, the state s unchanged at the start."""
 
-    def __init__(self, hidden_size: int, dtype: torch.dtype | None = None):
+    def __init__(self, hidden_size: int, dtype: torch.dtype | None):
         super().__init__(2 * hidden_size, hidden_size, dtype=dtype)
 
     def forward(self, pairs: Tensor) -> Tensor:

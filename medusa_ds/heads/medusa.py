@@ -16,7 +16,7 @@ from medusa_ds.model.projection import VocabularyProjection, ZeroLinear
 class ResBlock(ZeroLinear):
     """`x + SiLU(Wx + b)`, the identity at the start."""
 
-    def __init__(self, hidden_size: int, dtype: torch.dtype | None = None):
+    def __init__(self, hidden_size: int, dtype: torch.dtype | None):
         super().__init__(hidden_size, hidden_size, dtype=dtype)
 
     def forward(self, hidden: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ class LmHeadAlone(nn.Module):
     """
 
     def __init__(
-        self, config: PretrainedConfig, lm_head: VocabularyProjection | None, embeddings: nn.Embedding | None = None
+        self, config: PretrainedConfig, lm_head: VocabularyProjection | None, embeddings: nn.Embedding | None
     ) -> None:
         super().__init__()
         self.config, self.base_model = config, nn.Module()

@@ -8,6 +8,7 @@ from datasets import Dataset
 from support import tiny_tokenizer
 from transformers import LlamaConfig
 
+from medusa_ds.config.recipe import DataSpec
 from medusa_ds.data.packing import _FEATURES, Data, Sequences
 from medusa_ds.data.vocabulary import always_in, coverage, label_counts, most_frequent, token_map
 from medusa_ds.errors import UserError
@@ -33,7 +34,7 @@ def make_sequences(number=1500):
         )
     data = Dataset.from_list(rows, features=_FEATURES)
     usable = np.arange(number)[np.arange(number) % 3 > 0]
-    return Sequences(data, usable, max_length=64, packing=True, seed=0, pad_id=0), [rows[i] for i in usable]
+    return Sequences(data, usable, DataSpec(path="sample", max_length=64), 0), [rows[i] for i in usable]
 
 
 def test_labels_of_usable_rows_are_counted():

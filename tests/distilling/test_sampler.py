@@ -49,7 +49,7 @@ def answers(model, prompts, sampling, batch, order=None, follow=None):
 @pytest.mark.parametrize("batch", [1, 5, 64])
 def test_greedy_answers_are_transformers_own(model, prompts, batch):
     """Mutations: prefill into other rows than those freed; let ended rows go on growing."""
-    found = answers(model, prompts, Sampling(0.0, 1.0, 20, 30), batch)
+    found = answers(model, prompts, Sampling(0.0, 1.0, 20, 30, 0), batch)
     assert len(found) == len(prompts)
     for row, prompt in enumerate(prompts):
         wanted = reference(model, prompt, 20)
@@ -70,7 +70,7 @@ def test_a_reply_may_ask_for_more_and_long_prompts_are_left_out(model, prompts):
     def follow(request, reply):
         return request._replace(turn=1) if request.turn == 0 and reply.finish != "prompt too long" else None
 
-    found = answers(model, prompts, Sampling(0.0, 1.0, 20, 20), 4, follow=follow)
+    found = answers(model, prompts, Sampling(0.0, 1.0, 20, 20, 0), 4, follow=follow)
     short = {row for row, prompt in enumerate(prompts) if len(prompt) <= 20}
     assert {row for row, turn in found if turn == 1} == short
     assert all(found[row, 0] == found[row, 1] for row in short)
