@@ -4,9 +4,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from support import cli, files_of_at_most
@@ -46,12 +44,12 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["list", "--copy", "lama3_8b_stage1"], "did you mean the shipped llama3_8b_stage1?"),
     ],
 )
-def test_misuse_is_one_line(argv: list[str], fragment: str, refused: Callable[..., str]) -> None:
+def test_misuse_is_one_line(argv, fragment, refused):
     assert fragment in refused(*argv)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str], said: Callable[..., str]) -> None:
+def test_every_command_has_help(name, capsys, said):
     assert name in said("--help") == said()
     with pytest.raises(SystemExit) as stop:
         main([name, "--help"])
@@ -60,7 +58,7 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str], s
     assert f"usage: medusa-ds {name}" in shown and f"\n    medusa-ds {name}" in shown.partition("Example:")[2]
 
 
-def test_help_says_defaults_choices_and_bounds(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_says_defaults_choices_and_bounds(capsys):
     """Mutation: leave the default out of an option's help."""
     for command, options in (
         ("evaluate", ("--max-new-tokens N", "(default: 256)", "{greedy,typical,exact}", "(default: greedy)")),
@@ -73,15 +71,13 @@ def test_help_says_defaults_choices_and_bounds(capsys: pytest.CaptureFixture[str
         assert [option for option in options if option not in shown] == []
 
 
-def test_list_names_every_recipe(said: Callable[..., str]) -> None:
+def test_list_names_every_recipe(said):
     rows = {line.split()[0]: line.split() for line in said("list").splitlines()}
     assert {file.stem for file in shipped("recipes").glob("*.yaml")} == rows.keys() - {"recipe"}
     assert rows["vicuna_7b_v15_stage2"][1:] == ["lmsys/vicuna-7b-v1.5", "2", "5", "x", "1", "auto"]
 
 
-def test_copied_recipe_works_where_it_is_and_is_never_overwritten(
-    place: Path, said: Callable[..., str], refused: Callable[..., str]
-) -> None:
+def test_copied_recipe_works_where_it_is_and_is_never_overwritten(place, said, refused):
     assert "deepspeed smollm2_135m_stage1.yaml" in said("list", "--copy", "smollm2_135m_stage1")
     copy = place / "smollm2_135m_stage1.yaml"
     assert said("validate", copy.name).endswith("\nok\n")
@@ -91,7 +87,7 @@ def test_copied_recipe_works_where_it_is_and_is_never_overwritten(
     assert copy.read_text() == "mine"
 
 
-def test_shown_recipe_is_a_recipe(place: Path, said: Callable[..., str], refused: Callable[..., str]) -> None:
+def test_shown_recipe_is_a_recipe(place, said, refused):
     changed = ["train.lr=3e-5", "deepspeed=ds_configs/zero3.json"]
     out = said("show", "llama3_8b_stage2", "--world-size", "4", *changed)
     (place / "shown.yaml").write_text(out)
@@ -103,9 +99,7 @@ def test_shown_recipe_is_a_recipe(place: Path, said: Callable[..., str], refused
     assert "which 5 ranks" in refused("show", "llama3_8b_stage2", "--world-size", "5")
 
 
-def test_prepare_and_show_data_tell_rows_and_mark_supervised_tokens(
-    tiny_recipe: Path, said: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prepare_and_show_data_tell_rows_and_mark_supervised_tokens(tiny_recipe, said, monkeypatch):
     out = said("prepare", tiny_recipe)
     assert "60 rows: 48 conversations to train on, 12 held out, 0 left out" in out
     assert "fingerprint" in out
@@ -119,9 +113,7 @@ def test_prepare_and_show_data_tell_rows_and_mark_supervised_tokens(
     assert f"\x1b[32m{marked}\x1b[0m" in said("show", tiny_recipe, "--data", "1")
 
 
-def test_a_full_disk_and_a_cache_that_cannot_be_made_are_a_line(
-    tiny_recipe: Path, tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_and_a_cache_that_cannot_be_made_are_a_line(tiny_recipe, tmp_path, refused, monkeypatch):
     """Mutation: let the command's errors of the system pass, or those of making the cache."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     with files_of_at_most(1000):
@@ -130,7 +122,7 @@ def test_a_full_disk_and_a_cache_that_cannot_be_made_are_a_line(
     assert f"{tiny_recipe}/cache: cannot be made (Not a dir" in refused("prepare", tiny_recipe)
 
 
-def test_estimate_counts_the_real_model(tiny_recipe: Path, said: Callable[..., str]) -> None:
+def test_estimate_counts_the_real_model(tiny_recipe, said):
     """Parts add up to what a built model and its heads hold, tied and untied, own projections and shared."""
     from transformers import AutoModelForCausalLM
 
@@ -153,20 +145,14 @@ def test_estimate_counts_the_real_model(tiny_recipe: Path, said: Callable[..., s
     assert "zero3_offload" in out
 
 
-def test_prepare_says_what_a_truncated_vocabulary_covers(tiny_recipe: Path, said: Callable[..., str]) -> None:
+def test_prepare_says_what_a_truncated_vocabulary_covers(tiny_recipe, said):
     assert "heads.vocab" not in said("prepare", tiny_recipe)  # all usual sizes are above the model's
     out = said("prepare", tiny_recipe, "heads.vocab=64")
     shares = re.search(r"heads.vocab: 64 of 300 tokens cover ([\d.]+)% of training labels, ([\d.]+)% of held-out", out)
     assert shares is not None and all(50 < float(share) <= 100 for share in shares.groups())
 
 
-def test_prepare_counts_the_tokens_that_heads_of_a_finished_run_keep(
-    tiny_recipe: Path,
-    tmp_path: Path,
-    make_run: Callable[..., Path],
-    said: Callable[..., str],
-    refused: Callable[..., str],
-) -> None:
+def test_prepare_counts_the_tokens_that_heads_of_a_finished_run_keep(tiny_recipe, tmp_path, make_run, said, refused):
     """Mutations: count the most frequent ones; refuse where that run has not ended, whose data can be prepared; take
     heads of another number of tokens, which training refuses."""
     import torch
@@ -180,9 +166,7 @@ def test_prepare_counts_the_tokens_that_heads_of_a_finished_run_keep(
         assert f"found vocab 64; this recipe has vocab {vocab}" in err
 
 
-def test_estimate_of_a_hidden_cache_is_what_filling_writes(
-    tiny_recipe: Path, tmp_path: Path, said: Callable[..., str], refused: Callable[..., str]
-) -> None:
+def test_estimate_of_a_hidden_cache_is_what_filling_writes(tiny_recipe, tmp_path, said, refused):
     """Rows that `prepare --hidden` writes; without the cache's backbone in the memory of a step."""
     cache = f"data.hidden_cache={tmp_path / 'hidden'}"
     plain, cached = (said("estimate", tiny_recipe, *more) for more in ([], [cache, "--data"]))
@@ -195,9 +179,7 @@ def test_estimate_of_a_hidden_cache_is_what_filling_writes(
     assert "--hidden: found data.hidden_cache: off" in refused("prepare", tiny_recipe, "--hidden")
 
 
-def test_estimate_takes_the_measured_speed_and_counts_data(
-    tiny_recipe: Path, place: Path, said: Callable[..., str]
-) -> None:
+def test_estimate_takes_the_measured_speed_and_counts_data(tiny_recipe, place, said):
     """Mutation: take the speed of a run of another recipe."""
     assert "run the recipe for some steps first" in said("estimate", tiny_recipe)
     assert "or --data" in said("estimate", tiny_recipe, "train.steps=null")
@@ -224,7 +206,7 @@ def test_estimate_takes_the_measured_speed_and_counts_data(
     assert "state a speed" in said("estimate", tiny_recipe)
 
 
-def test_states_are_deepspeeds_own_estimate_where_all_is_trained() -> None:
+def test_states_are_deepspeeds_own_estimate_where_all_is_trained():
     """Mutation: count 12 bytes instead of 16 for a trained parameter."""
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs as zero3
     from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs as zero2
@@ -245,7 +227,7 @@ def test_states_are_deepspeeds_own_estimate_where_all_is_trained() -> None:
                 assert found == pytest.approx((gpu, cpu if optimizer else 0), rel=1e-6)
 
 
-def test_frozen_backbone_costs_its_weights_alone() -> None:
+def test_frozen_backbone_costs_its_weights_alone():
     parts = memory.Parameters(
         backbone=7_000_000, lm_head=500_000, blocks=50_000, projections=1_500_000, largest=500_000
     )
@@ -256,7 +238,7 @@ def test_frozen_backbone_costs_its_weights_alone() -> None:
         assert whole - alone == 2 * 7_500_000 // share
 
 
-def test_frozen_start_costs_its_weights_alone(tiny_recipe: Path, said: Callable[..., str]) -> None:
+def test_frozen_start_costs_its_weights_alone(tiny_recipe, said):
     """Mutation: count it as trained, or in stage 1, where the backbone itself does not move."""
     from medusa_ds.model.backbone import load_config
 
@@ -273,19 +255,19 @@ def test_frozen_start_costs_its_weights_alone(tiny_recipe: Path, said: Callable[
     assert "frozen start" not in said("estimate", tiny_recipe, *stage2[:2])
 
 
-def test_smallest_gpu_leaves_room() -> None:
+def test_smallest_gpu_leaves_room():
     assert memory.smallest_gpu(10 * memory.GIB) == "RTX 3060"
     assert memory.smallest_gpu(76 * memory.GIB) == "H200"
     assert memory.smallest_gpu(1e15) == "none"
 
 
-def test_output_into_a_closed_pipe_is_quiet() -> None:
+def test_output_into_a_closed_pipe_is_quiet():
     command = f"{sys.executable} -m medusa_ds.cli show llama3_8b_stage1 | head -1"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout, done.stderr) == (0, "model:\n", "")
 
 
-def test_commands_tell_a_missing_model(refused: Callable[..., str], monkeypatch: Any, place: Path) -> None:
+def test_commands_tell_a_missing_model(refused, monkeypatch, place):
     bare = place / "bare"
     bare.mkdir()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -1,7 +1,6 @@
 """What ranks learn from the environment."""
 
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -15,7 +14,7 @@ VARIABLES = (
 )
 
 
-def test_empty_variables_are_none(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_empty_variables_are_none(monkeypatch, capsys):
     """Mutation: read one of them without a look at whether it is empty."""
     for name in VARIABLES:
         monkeypatch.setenv(name, "")
@@ -27,9 +26,7 @@ def test_empty_variables_are_none(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert "none.yaml: no such recipe file" in capsys.readouterr().err
 
 
-def test_slurm_without_scontrol_asks_for_the_master(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_slurm_without_scontrol_asks_for_the_master(monkeypatch, capsys):
     """Outside of a step, as in `salloc`, nothing is adopted. Mutation: look at SLURM_NTASKS alone."""
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
@@ -59,13 +56,7 @@ def test_slurm_without_scontrol_asks_for_the_master(
         ({"WORLD_SIZE": "2", "RANK": "1"}, "WORLD_SIZE: found 2 without LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
     ],
 )
-def test_what_no_launcher_sets_is_a_line_before_a_model_is_asked(
-    variables: dict[str, str],
-    says: str,
-    tiny_recipe: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_what_no_launcher_sets_is_a_line_before_a_model_is_asked(variables, says, tiny_recipe, monkeypatch, capsys):
     """Mutation: read one with `int`."""
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
@@ -79,9 +70,7 @@ def test_what_no_launcher_sets_is_a_line_before_a_model_is_asked(
     assert error.startswith(f"error: {says}") and "unset it" in error and error.count("\n") == 1
 
 
-def test_a_mistake_is_told_whatever_the_local_rank(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_mistake_is_told_whatever_the_local_rank(monkeypatch, capsys):
     """Mutations: ask `Ranks` who shall tell it; leave it to rank 0 where there is no other rank."""
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     for local_rank, rank in (("abc", "abc"), ("1", "")):

@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("name", [*FILES, *OVERRIDES, *JSONS])
-def test_bad_input_is_named_with_its_mend(name: str, place: Path, refused: Callable[..., str]) -> None:
+def test_bad_input_is_named_with_its_mend(name, place, refused):
     wrong: Any
     wrong, fragments = {**FILES, **OVERRIDES, **JSONS}[name]
     if name in FILES:
@@ -48,7 +47,7 @@ def test_bad_input_is_named_with_its_mend(name: str, place: Path, refused: Calla
     assert not any(secret in err for secret in (SECRET, "abcd1234", "pa55word", "0123456789abcdef"))
 
 
-def test_frozen_layers_in_fp8_are_not_partitioned(place: Path, refused: Callable[..., str]) -> None:
+def test_frozen_layers_in_fp8_are_not_partitioned(place, refused):
     (place / "zero.json").write_text('{"zero_optimization": {"stage": 3}}')
     err = refused("validate", "r.yaml", "model.frozen_precision=fp8")
     assert "model.frozen_precision" in err and "found fp8 with ZeRO-3" in err and "zero.json), which" in err
@@ -63,9 +62,7 @@ def test_frozen_layers_in_fp8_are_not_partitioned(place: Path, refused: Callable
         (b"\x00", "not valid YAML"),
     ],
 )
-def test_unreadable_file_is_named(
-    content: bytes | None, fragment: str, place: Path, refused: Callable[..., str]
-) -> None:
+def test_unreadable_file_is_named(content, fragment, place, refused):
     if content is not None:
         (place / "x.yaml").write_bytes(content)
     err = refused("validate", "x.yaml")
@@ -73,14 +70,14 @@ def test_unreadable_file_is_named(
     assert fragment in err
 
 
-def test_directory_and_device_are_no_recipes(place: Path, refused: Callable[..., str]) -> None:
+def test_directory_and_device_are_no_recipes(place, refused):
     assert "no such recipe file" in refused("validate", place)
     assert "no such recipe file" in refused("validate", "/dev/zero")
     assert "did you mean the shipped smollm2_135m_stage1?" in refused("validate", "smollm_135m_stage1")
     assert "not a plain file" in refused("validate", "r.yaml", f"deepspeed={place}")
 
 
-def test_all_mistakes_are_reported_at_once(place: Path, refused: Callable[..., str]) -> None:
+def test_all_mistakes_are_reported_at_once(place, refused):
     """Types, ranges, contradictions, paths and the DeepSpeed file in one report.
 
     Mutation: raise at the first ValidationError without looking at contradictions and the DeepSpeed file.
@@ -100,7 +97,7 @@ def test_all_mistakes_are_reported_at_once(place: Path, refused: Callable[..., s
     assert len(err.splitlines()) == len(keys)
 
 
-def test_real_command_exits_with_2_and_no_traceback(place: Path) -> None:
+def test_real_command_exits_with_2_and_no_traceback(place):
     command = [sys.executable, "-m", "medusa_ds.cli", "validate", "r.yaml", "heads.num=99", "stage=9"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
@@ -109,21 +106,19 @@ def test_real_command_exits_with_2_and_no_traceback(place: Path) -> None:
     assert done.stdout == ""
 
 
-def test_a_good_recipe_is_ok_with_ranks_that_divide_its_batch(
-    place: Path, said: Callable[..., str], refused: Callable[..., str]
-) -> None:
+def test_a_good_recipe_is_ok_with_ranks_that_divide_its_batch(place, said, refused):
     assert said("validate", "r.yaml", "--world-size", "4", "train.steps=3").endswith("\nok\n")
     assert "which 3 ranks" in refused("validate", "r.yaml", "--world-size", "3")
 
 
-def test_numbers_are_read_as_yaml_1_2(place: Path) -> None:
+def test_numbers_are_read_as_yaml_1_2(place):
     recipe = Recipe.load("r.yaml", ["heads.num=010", "train.lr=2e-05", "train.eps=.5", "model.name=no", "train.steps="])
     assert (recipe.heads.num, recipe.train.lr, recipe.train.eps) == (10, 2e-5, 0.5)
     assert recipe.model.name == "no"
     assert recipe.train.steps is None
 
 
-def test_overrides_replace_nested_and_listed_values(place: Path) -> None:
+def test_overrides_replace_nested_and_listed_values(place):
     """A plain path in a list of sources is one of weight 1."""
     sources = "data.path=[chat.jsonl, {path: sample, weight: 2}, {path: owner/chat, split: 'test[:5%]'}]"
     recipe = Recipe.load("r.yaml", [sources, "data.path.2.weight=0.5", "loss.decay=0.7", "model.revision=" + "a" * 40])
@@ -135,7 +130,7 @@ def test_overrides_replace_nested_and_listed_values(place: Path) -> None:
     assert recipe.loss.decay == 0.7
 
 
-def test_a_package_stands_for_the_name_that_its_file_has(place: Path) -> None:
+def test_a_package_stands_for_the_name_that_its_file_has(place):
     """Mutation: take the name after the overrides."""
     package = "{requirement: a==1, file: b, sha256: '" + "0" * 64 + "'}"
     (place / "r.yaml").write_text(edit("owner/model", f"owner/model\n  package: {package}"))
@@ -143,7 +138,7 @@ def test_a_package_stands_for_the_name_that_its_file_has(place: Path) -> None:
     assert [package.stands_for for package in found if package] == ["owner/model"] * 2
 
 
-def test_a_directory_says_its_positions_and_sizes(place: Path) -> None:
+def test_a_directory_says_its_positions_and_sizes(place):
     """Mutation: look into the outer config of a model of several parts alone."""
     (place / "model").mkdir()
     config = {"hidden_size": 1, "text_config": {"hidden_size": 64, "vocab_size": 99, "max_position_embeddings": 100}}
@@ -155,14 +150,14 @@ def test_a_directory_says_its_positions_and_sizes(place: Path) -> None:
         Recipe.load("r.yaml", ["model.name=model", "data.max_length=100", "heads.init_from=old", "heads.num=5"])
 
 
-def test_heads_of_a_directory_that_is_not_here_may_be_those_of_a_hub_model(place: Path) -> None:
+def test_heads_of_a_directory_that_is_not_here_may_be_those_of_a_hub_model(place):
     """They were trained where the model lay in a directory. Mutation: compare the names of both."""
     file = place / "old" / "heads" / "heads.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model": "/elsewhere/llama"}))
     Recipe.load("r.yaml", ["heads.init_from=old", "heads.num=5"])
 
 
-def test_heads_of_stage_2_go_on_with_the_model_that_it_tuned(place: Path) -> None:
+def test_heads_of_stage_2_go_on_with_the_model_that_it_tuned(place):
     """Fails where the recipe may start from the model as it was before stage 2."""
     (place / "old" / "backbone").mkdir()
     asked = ["heads.init_from=old", "heads.num=5"]
@@ -171,14 +166,14 @@ def test_heads_of_stage_2_go_on_with_the_model_that_it_tuned(place: Path) -> Non
     Recipe.load("r.yaml", [*asked, "model.name=old/backbone"])
 
 
-def test_defaults_follow_the_stage(place: Path) -> None:
+def test_defaults_follow_the_stage(place):
     first = Recipe.load("r.yaml")
     assert (first.model.frozen, first.loss.coefficient, first.train.lr_multiplier) == (True, None, None)
     second = Recipe.load("r.yaml", ["stage=2", "heads.init_from=old", "heads.num=5"])
     assert (second.model.frozen, second.loss.coefficient, second.train.lr_multiplier) == (False, 0.2, 4.0)
 
 
-def test_works_from_any_directory(place: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: Any) -> None:
+def test_works_from_any_directory(place, tmp_path_factory, monkeypatch):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     monkeypatch.chdir(elsewhere)
     (elsewhere / "mine.json").write_text("{}")
@@ -193,14 +188,14 @@ def test_works_from_any_directory(place: Path, tmp_path_factory: pytest.TempPath
     assert Path(second.deepspeed) == shipped("ds_configs") / "zero3.json"
 
 
-def test_resolved_recipe_loads_to_the_same(place: Path) -> None:
+def test_resolved_recipe_loads_to_the_same(place):
     recipe = Recipe.load("r.yaml", ["data.template_args={note: 'é 😀 \"q\": #x'}", "data.path=[{path: chat.jsonl}]"])
     (place / "resolved.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     assert Recipe.load("resolved.yaml") == recipe
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
-def test_shipped_recipe_has_the_stub_and_validates(file: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_shipped_recipe_has_the_stub_and_validates(file, tmp_path, monkeypatch):
     rows = file.read_text().splitlines()
     assert rows[0] == (
         '_: r"""  # this line and the last one let the launcher run this file: deepspeed recipes/' + file.name
@@ -229,39 +224,39 @@ def test_shipped_recipe_has_the_stub_and_validates(file: Path, tmp_path: Path, m
         recipe.ds_config(ranks, on_gpu=True)
 
 
-def test_both_stages_of_six_models_are_shipped() -> None:
+def test_both_stages_of_six_models_are_shipped():
     models = "llama3_8b llama31_8b qwen3_8b mistral_7b_v03 vicuna_7b_v15 smollm2_135m".split()
     assert {file.stem for file in SHIPPED} == {f"{model}_stage{stage}" for model in models for stage in (1, 2)}
     assert find_recipe("smollm2_135m_stage1") in SHIPPED
 
 
-def test_unstubbed_recipe_equals_stubbed(place: Path) -> None:
+def test_unstubbed_recipe_equals_stubbed(place):
     (place / "s.yaml").write_text('_: r"""  # any "comment"\n' + GOOD + STUB_LAST + "\n")
     assert Recipe.load("s.yaml") == Recipe.load("r.yaml")
     (place / "s.yaml").write_bytes(b"\xef\xbb\xbf" + (place / "s.yaml").read_bytes().replace(b"\n", b"\r\n"))
     assert Recipe.load("s.yaml") == Recipe.load("r.yaml")
 
 
-def test_a_section_with_every_key_commented_out_is_an_empty_one(place: Path) -> None:
+def test_a_section_with_every_key_commented_out_is_an_empty_one(place):
     """Mutation: leave null in place of a section."""
     (place / "e.yaml").write_text(GOOD.replace("  num: 3", "  # num: 3") + "loss:\n  # target: argmax\n")
     found = Recipe.load("e.yaml", ["model.config=null", "data.template_args="])
     assert found == Recipe.load("r.yaml", ["heads.num=3"])
 
 
-def test_switches_and_nulls_are_read_in_every_spelling_of_yaml(place: Path) -> None:
+def test_switches_and_nulls_are_read_in_every_spelling_of_yaml(place):
     """In a section of no known types nothing else would tell `False` from a text, which a template takes for true."""
     found = Recipe.load("r.yaml", ["data.template_args={a: False, b: TRUE, c: Null, d: 'no', e: nothing}"])
     assert found.data.template_args == {"a": False, "b": True, "c": None, "d": "no", "e": "nothing"}
     assert Recipe.load("r.yaml", ["train.tensorboard=True", "train.steps=NULL"]).train.tensorboard
 
 
-def test_names_of_directories_that_only_look_like_something_else(place: Path) -> None:
+def test_names_of_directories_that_only_look_like_something_else(place):
     for name in ("runs/sk-SK-conversations-2024", "sk-learn_baseline_run_number_1", "'my #2'", "a#b"):
         assert Recipe.load("r.yaml", [f"output={name}"]).output == str(place / name.strip("'"))
 
 
-def test_positions_of_stretched_rotary_embeddings_count(place: Path) -> None:
+def test_positions_of_stretched_rotary_embeddings_count(place):
     """Mutation: take `max_position_embeddings` alone, which older configs have from before they were stretched."""
     (place / "model").mkdir()
     for rope, positions in (
@@ -282,7 +277,7 @@ def test_positions_of_stretched_rotary_embeddings_count(place: Path) -> None:
             Recipe.load("r.yaml", ["model.name=model", f"data.max_length={positions + 1}"])
 
 
-def test_the_manual_of_keys_is_made_from_the_sections() -> None:
+def test_the_manual_of_keys_is_made_from_the_sections():
     """Every key once, with its docstring. Mutation: change a docstring and leave the page."""
     page = shipped("recipes").parent / "docs" / "recipe.md"
     assert page.read_text() == manual() + "\n", "run medusa-ds show --keys > docs/recipe.md"

@@ -62,15 +62,7 @@ def export_cut(run: Path) -> tuple[Path, torch.Tensor]:
     ("lm_head", "layers", "cut"),
     [("own", 1, False), ("own", 2, True), ("own", 0, False), ("shared", 1, False), ("shared", 2, True)],
 )
-def test_drafts_are_the_guesses_of_the_exported_heads(
-    plugin: Any,
-    make_run: MakeRun,
-    monkeypatch: pytest.MonkeyPatch,
-    lm_head: str,
-    layers: int,
-    cut: bool,
-    passes_step: bool,
-) -> None:
+def test_drafts_are_the_guesses_of_the_exported_heads(plugin, make_run, monkeypatch, lm_head, layers, cut, passes_step):
     """Turns red when every step asks the first head, or the token map's order is not kept.
 
     And when heads that share a projection read it more than once a draft.
@@ -111,7 +103,7 @@ def test_drafts_are_the_guesses_of_the_exported_heads(
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_hydra_drafts_are_those_of_its_equation(plugin: Any, tmp_path: Path, shared: bool) -> None:
+def test_hydra_drafts_are_those_of_its_equation(plugin, tmp_path, shared):
     """In float64, one row at a time. Turns red when a step gets the token before the last one, or the first state."""
     size, vocab, num = 16, 90, 3
     draw = torch.Generator().manual_seed(0)
@@ -149,7 +141,7 @@ def test_hydra_drafts_are_those_of_its_equation(plugin: Any, tmp_path: Path, sha
 
 
 @pytest.mark.parametrize("lm_head", ["own", "shared"])
-def test_exported_hydra_heads_draft_what_they_guess(plugin: Any, make_run: MakeRun, lm_head: str) -> None:
+def test_exported_hydra_heads_draft_what_they_guess(plugin, make_run, lm_head):
     """Turns red when a step gets the token before the last one, or the first state."""
     run = make_run("run", "heads.kind=hydra", f"heads.lm_head={lm_head}", "heads.layers=2")
     path = export_(run, "out", "--for", "vllm")
@@ -167,7 +159,7 @@ def test_exported_hydra_heads_draft_what_they_guess(plugin: Any, make_run: MakeR
     assert '"method": "mtp"' in readme and '"method": "medusa"' not in readme
 
 
-def test_the_config_of_an_export_reads_as_a_draft_of_several_modules(plugin: Any, make_run: MakeRun) -> None:
+def test_the_config_of_an_export_reads_as_a_draft_of_several_modules(plugin, make_run):
     path = export_(make_run("run", "heads.num=4"), "out", "--for", "vllm")
     config = AutoConfig.from_pretrained(path)
     assert config.model_type == "mtp"  # in vLLM's `MTPModelTypes`
@@ -189,9 +181,7 @@ def test_the_config_of_an_export_reads_as_a_draft_of_several_modules(plugin: Any
         ("0.33.2+cu130", None),
     ],
 )
-def test_an_unknown_vllm_refuses_the_heads_alone(
-    plugin: Any, exported: Path, monkeypatch: pytest.MonkeyPatch, version: str, text: str | None
-) -> None:
+def test_an_unknown_vllm_refuses_the_heads_alone(plugin, exported, monkeypatch, version, text):
     monkeypatch.setattr(sys.modules["vllm"], "__version__", version)
     tables = sys.modules["vllm.transformers_utils.config"]
     monkeypatch.setattr(tables, "_CONFIG_REGISTRY", {"medusa": "MedusaConfig"})
@@ -205,7 +195,7 @@ def test_an_unknown_vllm_refuses_the_heads_alone(
 
 
 @pytest.mark.parametrize("name", ["eagle-like", "my-EAGLE3", "dflash", "x-dspark"])
-def test_a_path_that_names_another_method_is_refused(plugin: Any, exported: Path, name: str) -> None:
+def test_a_path_that_names_another_method_is_refused(plugin, exported, name):
     with pytest.raises(ValueError, match="rename the directory"):
         AutoConfig.from_pretrained(exported.rename(exported.with_name(name)))
 
@@ -218,23 +208,21 @@ def test_a_path_that_names_another_method_is_refused(plugin: Any, exported: Path
         ({"method": "medusa"}, 'start with "method": "mtp"'),
     ],
 )
-def test_what_would_not_ask_each_head_is_refused_in_a_line(
-    plugin: Any, exported: Path, changes: dict[str, Any], text: str
-) -> None:
+def test_what_would_not_ask_each_head_is_refused_in_a_line(plugin, exported, changes, text):
     config = AutoConfig.from_pretrained(exported)
     with pytest.raises(ValueError, match=text) as error:
         plugin.MedusaMTPModel(vllm_config=fake_vllm.config_of(config, **changes))
     assert "\n" not in str(error.value)
 
 
-def test_another_signature_is_refused(plugin: Any, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_signature_is_refused(plugin, exported, monkeypatch):
     config = AutoConfig.from_pretrained(exported)
     monkeypatch.setattr(fake_vllm.MultiModuleMTPSpeculator, "_run_model", lambda self, num_tokens: None)
     with pytest.raises(ValueError, match="has no spec_module_idx in this vLLM"):
         plugin.MedusaMTPModel(vllm_config=fake_vllm.config_of(config))
 
 
-def test_the_plugin_needs_no_trainer_and_both_distributions_bring_it() -> None:
+def test_the_plugin_needs_no_trainer_and_both_distributions_bring_it():
     found = set()
     for file in (PLUGIN / "medusa_vllm").glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):

@@ -236,23 +236,14 @@ def of_vllm(group: dict[str, Any]) -> tuple[list[Any], Counts]:
     )
 
 
-def test_plain_greedy_texts_are_those_of_our_decoder(
-    model: LlamaForCausalLM, tiny_model: Path, prompts: list[list[int]], work: Path
-) -> None:
+def test_plain_greedy_texts_are_those_of_our_decoder(model, tiny_model, prompts, work):
     (plain,) = ask(work, [{"engine": engine(tiny_model), "groups": greedy_groups(prompts)}])
     texts, _ = decode(model, None, prompts)
     assert [[answers[0] for answers in group["answers"]] for group in plain] == [texts, texts[3::4]]
 
 
 @pytest.mark.parametrize("variant", KINDS)
-def test_greedy_texts_and_accepted_tokens_are_those_of_our_decoder(
-    model: LlamaForCausalLM,
-    tiny_model: Path,
-    prompts: list[list[int]],
-    heads_of: Callable[[str], tuple[Path, Heads]],
-    work: Path,
-    variant: str,
-) -> None:
+def test_greedy_texts_and_accepted_tokens_are_those_of_our_decoder(model, tiny_model, prompts, heads_of, work, variant):
     """In batches of 8 and 1, with prompts longer than a chunk, in fp32."""
     path, heads = heads_of(variant)
     texts, _ = decode(model, None, prompts)
@@ -266,13 +257,7 @@ def test_greedy_texts_and_accepted_tokens_are_those_of_our_decoder(
     assert [of_vllm(group) for group in result] == expected
 
 
-def test_fewer_steps_local_argmax_and_refusals(
-    model: LlamaForCausalLM,
-    tiny_model: Path,
-    prompts: list[list[int]],
-    heads_of: Callable[[str], tuple[Path, Heads]],
-    work: Path,
-) -> None:
+def test_fewer_steps_local_argmax_and_refusals(model, tiny_model, prompts, heads_of, work):
     path, heads = heads_of("own, truncated")
     eagle = path.with_name("eagle-3")
     eagle.symlink_to(path)
@@ -298,14 +283,7 @@ def test_fewer_steps_local_argmax_and_refusals(
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_many_requests_with_a_cached_prefix_and_split_projections(
-    model: LlamaForCausalLM,
-    tiny_model: Path,
-    prompts: list[list[int]],
-    heads_of: Callable[[str], tuple[Path, Heads]],
-    work: Path,
-    ranks: int,
-) -> None:
+def test_many_requests_with_a_cached_prefix_and_split_projections(model, tiny_model, prompts, heads_of, work, ranks):
     """More requests at once than seats, a prefix of more than a chunk; with two ranks projections are split in two."""
     path, heads = heads_of("hydra, own, truncated")
     prompts = [prompts[-1][: CHUNK + 40] + prompt for prompt in prompts[:11]]
@@ -320,14 +298,7 @@ def test_many_requests_with_a_cached_prefix_and_split_projections(
 
 
 @pytest.mark.parametrize("method", ["greedy", "probabilistic"])
-def test_sampling_keeps_the_models_distribution(
-    model: LlamaForCausalLM,
-    tiny_model: Path,
-    prompts: list[list[int]],
-    heads_of: Callable[[str], tuple[Path, Heads]],
-    work: Path,
-    method: str,
-) -> None:
+def test_sampling_keeps_the_models_distribution(model, tiny_model, prompts, heads_of, work, method):
     """Chi-square of the second and third token, which a step verifies, against their exact probabilities."""
     path, _ = heads_of("own, truncated")
     file = path / "model.safetensors"
@@ -369,9 +340,7 @@ def test_sampling_keeps_the_models_distribution(
         assert p_value > 1e-3, (position, float(p_value))
 
 
-def test_serve_starts_a_server_that_evaluate_measures(
-    model: LlamaForCausalLM, heads_of: Callable[[str], tuple[Path, Heads]], work: Path, tmp_path: Path
-) -> None:
+def test_serve_starts_a_server_that_evaluate_measures(model, heads_of, work, tmp_path):
     """Accepted tokens by position as in our own decoder, by way of the server's page of metrics; then it dies."""
     path, heads = heads_of("hydra, shared, 2 layers")
     ours = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": str(work)}

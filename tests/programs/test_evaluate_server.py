@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from exporting import MakeRun, Refused
+from exporting import MakeRun
 from support import QuietServer
 
 from medusa_ds.cli import main
@@ -135,7 +135,7 @@ def report_of(command: list[str]) -> dict[str, Any]:
     return json.loads(Path(command[-1]).read_text())
 
 
-def test_a_server_is_measured_like_our_own_decoder(served: Served, capsys: Capsys) -> None:
+def test_a_server_is_measured_like_our_own_decoder(served, capsys):
     server, command = served
     main([*command[:-2], "--in-flight", "3", *command[-2:]])
     report, out = report_of(command), capsys.readouterr().out
@@ -154,7 +154,7 @@ def test_a_server_is_measured_like_our_own_decoder(served: Served, capsys: Capsy
     assert "tokens/s, 3 at a time" in out and "differ from plain greedy: 0 of 4" in out
 
 
-def test_texts_that_differ_and_a_page_that_is_missing_are_told(served: Served, capsys: Capsys) -> None:
+def test_texts_that_differ_and_a_page_that_is_missing_are_told(served, capsys):
     server, command = served
     server.behaviour, server.since = "wrong", 4
     main(command)
@@ -178,7 +178,7 @@ def test_texts_that_differ_and_a_page_that_is_missing_are_told(served: Served, c
         ("slow", "2 of 4 requests failed, the first: no answer in time; give more --timeout"),
     ],
 )
-def test_what_a_failing_server_answered_is_kept(served: Served, capsys: Capsys, behaviour: str, text: str) -> None:
+def test_what_a_failing_server_answered_is_kept(served, capsys, behaviour, text):
     server, command = served
     server.behaviour, server.since = behaviour, 3
     with pytest.raises(SystemExit) as status:
@@ -202,14 +202,14 @@ DEEP = "[" * 100_000
         (answer_of({"token_ids": [-1]}), "an answer whose tokens are no numbers"),
     ],
 )
-def test_answers_of_odd_shapes_are_one_line(bare: Fake, answer: str, text: str) -> None:
+def test_answers_of_odd_shapes_are_one_line(bare, answer, text):
     bare.answer = answer
     with pytest.raises(UserError, match=r"^--server: ") as error:
         HeadServer(bare.url, None, 9.0).measure([[1]], 4, 1)
     assert text in str(error.value) and "\n" not in str(error.value)
 
 
-def test_lists_of_models_and_counts_of_odd_shapes_are_a_line_and_none(bare: Fake) -> None:
+def test_lists_of_models_and_counts_of_odd_shapes_are_a_line_and_none(bare):
     bare.answer = answer_of({})
     for count in ("nan", "inf", "many"):
         bare.metrics = f'vllm:spec_decode_num_drafts_total{{engine="0"}} {count}\n'
@@ -219,23 +219,21 @@ def test_lists_of_models_and_counts_of_odd_shapes_are_a_line_and_none(bare: Fake
             HeadServer(bare.url, None, 9.0)
 
 
-def test_tokens_that_the_model_lacks_are_one_line(served: Served, refused: Refused) -> None:
+def test_tokens_that_the_model_lacks_are_one_line(served, refused):
     server, command = served
     server.behaviour, server.answer = "answer", answer_of({"token_ids": [300]})
     error = "error: --server: found token 300; the run's model has 300: it serves another model\n"
     assert refused(*command) == error
 
 
-def test_a_server_that_is_gone_is_not_asked_for_ever(served: Served, refused: Refused) -> None:
+def test_a_server_that_is_gone_is_not_asked_for_ever(served, refused):
     server, command = served
     server.behaviour, server.since = "error", 1
     assert "no request was answered, the first: ValueError: status 500" in refused(*command)
     assert server.asked == 4  # of four, the last was not asked any more
 
 
-def test_mistakes_are_found_before_the_models_load(
-    served: Served, refused: Refused, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mistakes_are_found_before_the_models_load(served, refused, monkeypatch):
     _, command = served
     monkeypatch.setattr(evaluate.Settings, "load", lambda _: pytest.fail("loaded"))
     at = command.index("--server") + 1

@@ -7,7 +7,7 @@ from typing import Any
 import engines
 import pytest
 import torch
-from exporting import MakeRun, Refused, assert_same, export_, tensors_of
+from exporting import assert_same, export_, tensors_of
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from support import SIZES, files_of_at_most, tiny_tokenizer, train
@@ -39,9 +39,7 @@ SHAPES = [
 
 
 @pytest.mark.parametrize(("lm_head", "layers", "dtype"), SHAPES)
-def test_every_engine_gets_the_heads_bit_for_bit(
-    make_run: MakeRun, lm_head: str, layers: int, dtype: torch.dtype
-) -> None:
+def test_every_engine_gets_the_heads_bit_for_bit(make_run, lm_head, layers, dtype):
     """Turns red when biases are left out, heads are numbered from 1, or shared heads get no projection in the .pt."""
     run = make_run("run", f"heads.lm_head={lm_head}", f"heads.layers={layers}", dtype=dtype)
     loaded = load_run(run, torch.device("cpu"), dtype)
@@ -68,9 +66,7 @@ def test_every_engine_gets_the_heads_bit_for_bit(
 
 
 @pytest.mark.parametrize(("layers", "dtype"), [(1, torch.float32), (2, torch.bfloat16)])
-def test_engines_without_token_maps_get_rows_whose_guesses_are_those_of_the_mapped_ones(
-    make_run: MakeRun, layers: int, dtype: torch.dtype
-) -> None:
+def test_engines_without_token_maps_get_rows_whose_guesses_are_those_of_the_mapped_ones(make_run, layers, dtype):
     """Turns red with zeros in place of the mean: they win where all mapped logits are negative."""
     tokens = torch.arange(299, 40, -3)
     run = make_run("run", f"heads.layers={layers}", dtype=dtype, tokens=tokens)
@@ -97,7 +93,7 @@ def test_engines_without_token_maps_get_rows_whose_guesses_are_those_of_the_mapp
     }
 
 
-def test_export_cuts_heads_trained_in_full_to_the_most_frequent_tokens(make_run: MakeRun, refused: Refused) -> None:
+def test_export_cuts_heads_trained_in_full_to_the_most_frequent_tokens(make_run, refused):
     run = make_run()
     path = export_(run, "out", "--vocab", "120")
     (_, whole), (config, cut) = load_heads(run), load_heads(path)
@@ -116,7 +112,7 @@ def test_export_cuts_heads_trained_in_full_to_the_most_frequent_tokens(make_run:
     assert load_heads(untrained)[1]["token_map"].equal(tokens)
 
 
-def test_vllm_reads_a_token_map_beside_a_shared_projection(make_run: MakeRun) -> None:
+def test_vllm_reads_a_token_map_beside_a_shared_projection(make_run):
     run = make_run("run", "heads.lm_head=shared")
     path = export_(run, "out", "--for", "vllm", "--vocab", "120")
     loaded = load_run(path, torch.device("cpu"), torch.float32)
@@ -133,7 +129,7 @@ def test_vllm_reads_a_token_map_beside_a_shared_projection(make_run: MakeRun) ->
     assert load_heads(run.parent / "back")[0]["vocab_size"] == 300
 
 
-def test_config_says_what_engines_ask_for_and_nothing_of_the_base_models_counts(make_run: MakeRun) -> None:
+def test_config_says_what_engines_ask_for_and_nothing_of_the_base_models_counts(make_run):
     path = export_(make_run("run", "heads.num=2", "heads.layers=2"), "out")
     config = json.loads((path / "config.json").read_text())
     assert config == {
@@ -151,7 +147,7 @@ def test_config_says_what_engines_ask_for_and_nothing_of_the_base_models_counts(
     assert (engines.vllm_config(path)["num_heads"], engines.vllm_config(path)["num_hidden_layers"]) == (2, 2)
 
 
-def test_checkpoints_of_two_zero_3_ranks_export_like_the_finished_run(tiny_recipe: Path, tmp_path: Path) -> None:
+def test_checkpoints_of_two_zero_3_ranks_export_like_the_finished_run(tiny_recipe, tmp_path):
     """Both training stages. Turns red when a checkpoint's Adam moments are taken for its weights."""
     first, second = tmp_path / "first", tmp_path / "second"
     zero3 = "deepspeed=ds_configs/zero3.json"
@@ -169,7 +165,7 @@ def test_checkpoints_of_two_zero_3_ranks_export_like_the_finished_run(tiny_recip
     assert all(tuned[0][name].equal(other[name]) for other in tuned[1:] for name in tuned[0])
 
 
-def test_stage_2_backbone_lies_beside_the_heads(make_run: MakeRun, tiny_model: Path) -> None:
+def test_stage_2_backbone_lies_beside_the_heads(make_run, tiny_model):
     first = make_run("first")
     run = make_run("run", "stage=2", f"heads.init_from={first}", "train.lr=1e-3")
     path = export_(run, "out")
@@ -183,7 +179,7 @@ def test_stage_2_backbone_lies_beside_the_heads(make_run: MakeRun, tiny_model: P
 
 
 @pytest.mark.usefixtures("steady_clock")
-def test_evaluate_on_the_exported_directory_equals_that_on_the_run(make_run: MakeRun, tmp_path: Path) -> None:
+def test_evaluate_on_the_exported_directory_equals_that_on_the_run(make_run, tmp_path):
     run = make_run()
     save_tree(run / "heads" / "heads.json", [(0,), (1,), (0, 0), (0, 0, 0)])
     (tmp_path / "prompts.jsonl").write_text('{"turns": ["from red"]}\n{"turns": ["from sun", "and tree"]}\n')
@@ -196,7 +192,7 @@ def test_evaluate_on_the_exported_directory_equals_that_on_the_run(make_run: Mak
     assert report(export_(run, "out")) == report(run)
 
 
-def test_untrained_heads_of_a_recipe_say_what_the_lm_head_says(tiny_recipe: Path, tiny_model: Path) -> None:
+def test_untrained_heads_of_a_recipe_say_what_the_lm_head_says(tiny_recipe, tiny_model):
     out = tiny_recipe.parent / "untrained"
     main(["export", "--untrained", str(tiny_recipe), str(out), "--dtype", "bfloat16", "--for", "vllm"])
     weight = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).lm_head.weight
@@ -205,7 +201,7 @@ def test_untrained_heads_of_a_recipe_say_what_the_lm_head_says(tiny_recipe: Path
     assert load_run(out, torch.device("cpu"), torch.bfloat16).tokenizer.chat_template
 
 
-def test_large_files_are_split_and_no_storage_is_shared(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_files_are_split_and_no_storage_is_shared(make_run, monkeypatch):
     monkeypatch.setattr(vllm, "MAX_SHARD_SIZE", 50_000)
     run = make_run("run", "heads.lm_head=shared", "heads.layers=2")
     path = export_(run, "out", "--for", "vllm,tgi,fasterdecoding")
@@ -218,9 +214,7 @@ def test_large_files_are_split_and_no_storage_is_shared(make_run: MakeRun, monke
     assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in kept)
 
 
-def test_what_is_there_is_only_replaced_with_force_and_only_when_all_went_well(
-    make_run: MakeRun, refused: Refused, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_there_is_only_replaced_with_force_and_only_when_all_went_well(make_run, refused, monkeypatch):
     run = make_run("run", "heads.num=2")
     path = export_(run, "out")
     before = sorted(file.name for file in path.parent.iterdir())
@@ -242,7 +236,7 @@ def test_what_is_there_is_only_replaced_with_force_and_only_when_all_went_well(
 
 
 @pytest.mark.parametrize(("full", "target"), [("model.safetensors", "vllm"), ("medusa_lm_head.pt", "fasterdecoding")])
-def test_a_full_disk_is_one_line(full: str, target: str, make_run: MakeRun, tmp_path: Path, refused: Refused) -> None:
+def test_a_full_disk_is_one_line(full, target, make_run, tmp_path, refused):
     """Every file is written by another library, which says so in its own way; see `tests/test_files.py` for others."""
     run = make_run()
     size = (export_(run, "whole", "--for", target) / full).stat().st_size
@@ -253,15 +247,13 @@ def test_a_full_disk_is_one_line(full: str, target: str, make_run: MakeRun, tmp_
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_kind_that_a_target_does_not_name_is_not_exported_for_it(target: str) -> None:
+def test_a_kind_that_a_target_does_not_name_is_not_exported_for_it(target):
     """Mutation: take transformers for one that runs every kind."""
     source = Source({}, {"kind": "another", "layers": 1}, None, None)
     assert TARGETS[target].refuses(source, False) == "found heads.kind another, which it does not run"
 
 
-def test_mistakes_are_named_in_a_line(
-    make_run: MakeRun, capsys: pytest.CaptureFixture[str], refused: Refused, tmp_path: Path
-) -> None:
+def test_mistakes_are_named_in_a_line(make_run, capsys, refused, tmp_path):
     for argv, text in (
         (["export", tmp_path / "nothing", tmp_path / "out"], "found no run"),
         (["export", tmp_path / "out"], "--untrained RECIPE"),
@@ -275,9 +267,7 @@ def test_mistakes_are_named_in_a_line(
     assert "builds 5 heads" in (export_(make_run(), "three", "--for", "fasterdecoding"), capsys.readouterr().out)[1]
 
 
-def test_card_says_how_every_program_uses_the_heads_and_what_was_measured(
-    make_run: MakeRun, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_card_says_how_every_program_uses_the_heads_and_what_was_measured(make_run, tiny_model, tmp_path):
     run = make_run()
     heads = {"head1": {"top1": 0.5}, "full_acc_1": 0.5, "positions": 9, "chain_acceptance_teacher_forced": 1.5}
     report = {"heads": heads, "accepted": {"mean_tokens_per_step": 1.75}, "speed": {"speed_up_decoding": 1.25}}
@@ -306,9 +296,7 @@ def test_card_says_how_every_program_uses_the_heads_and_what_was_measured(
     assert "Files for vllm, tgi, tensorrt-llm, fasterdecoding: `medusa-ds export" in (alone / "README.md").read_text()
 
 
-def test_card_names_the_license_of_the_base_and_only_real_data_sets(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_card_names_the_license_of_the_base_and_only_real_data_sets(tmp_path, monkeypatch):
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Base\n")
     assert license_of(str(tmp_path / "base")) == "apache-2.0"
@@ -318,9 +306,7 @@ def test_card_names_the_license_of_the_base_and_only_real_data_sets(
     assert [name for name in names if is_hub_id(name)] == ["org/chat", "org/chat-v1.5"]
 
 
-def test_fasterdecoding_is_refused_heads_of_which_it_would_lose_blocks(
-    make_run: MakeRun, capsys: pytest.CaptureFixture[str], refused: Refused
-) -> None:
+def test_fasterdecoding_is_refused_heads_of_which_it_would_lose_blocks(make_run, capsys, refused):
     run = make_run("run", "heads.layers=2")
     error = refused("export", run, run.parent / "out", "--for", "fasterdecoding")
     assert "keeps one of each head's 2 residual blocks" in error and "--allow-loss" in error
@@ -330,7 +316,7 @@ def test_fasterdecoding_is_refused_heads_of_which_it_would_lose_blocks(
     assert "Not for these heads" in (export_(run, "told") / "README.md").read_text()
 
 
-def test_shipped_heads_export_by_name_with_their_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shipped_heads_export_by_name_with_their_figures(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "load_tokenizer", lambda *_: tiny_tokenizer())
     main(["export", "smollm2_135m", str(tmp_path / "out")])
     card = ModelCard.load(tmp_path / "out" / "README.md")
@@ -353,9 +339,7 @@ class FakeHub:
         self.calls.append(("file", options))
 
 
-def test_push_sends_the_backbone_to_a_repository_of_its_own(
-    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_push_sends_the_backbone_to_a_repository_of_its_own(make_run, monkeypatch, capsys):
     run = make_run("run", "stage=2", f"heads.init_from={make_run('first')}", "train.lr=1e-3")
     monkeypatch.setattr(export, "HfApi", FakeHub)
     path = export_(run, "out", "--push-to-hub", "heads")

@@ -3,12 +3,11 @@
 import json
 import os
 import pickle
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from exporting import MakeRun, Refused, assert_same, export_
+from exporting import assert_same, export_
 from safetensors.torch import save_file
 from support import files_of_at_most
 
@@ -21,7 +20,7 @@ from medusa_ds.runs import load_run
 
 @pytest.mark.parametrize("engine", ["vllm", "tgi", "fasterdecoding", "all"])
 @pytest.mark.parametrize("lm_head", ["own", "shared"])
-def test_export_import_export_gives_identical_tensors(make_run: MakeRun, engine: str, lm_head: str) -> None:
+def test_export_import_export_gives_identical_tensors(make_run, engine, lm_head):
     """Turns red when the import counts heads from the config, or drops a head's last block."""
     run = make_run("run", f"heads.lm_head={lm_head}", "heads.num=2", "heads.layers=1", dtype=torch.bfloat16)
     first = export_(run, "first", "--for", engine)
@@ -32,9 +31,7 @@ def test_export_import_export_gives_identical_tensors(make_run: MakeRun, engine:
     assert load_run(run.parent / "back", torch.device("cpu"), torch.bfloat16).tokenizer.chat_template
 
 
-def test_published_heads_are_imported_without_biases_and_with_a_wrong_config(
-    tiny_model: Path, tmp_path: Path, refused: Refused
-) -> None:
+def test_published_heads_are_imported_without_biases_and_with_a_wrong_config(tiny_model, tmp_path, refused):
     draw = torch.Generator().manual_seed(0)
     old = {f"medusa_head.{h}.0.linear.weight": torch.randn(32, 32, generator=draw) for h in range(5)}
     old |= {f"medusa_head.{h}.1.weight": torch.randn(300, 32, generator=draw) for h in range(5)}
@@ -58,7 +55,7 @@ def test_published_heads_are_imported_without_biases_and_with_a_wrong_config(
     assert "no projection tells the size of the vocabulary; write vocab_size into config.json" in error
 
 
-def test_a_full_disk_leaves_nothing_and_is_one_line(make_run: MakeRun, tmp_path: Path, refused: Refused) -> None:
+def test_a_full_disk_leaves_nothing_and_is_one_line(make_run, tmp_path, refused):
     """Mutation: leave it to what says so of any file, which knows no other place."""
     exported = export_(make_run(), "exported", "--for", "vllm")
     with files_of_at_most(9000):
@@ -72,7 +69,7 @@ class Hostile:
         return (os.mkdir, (os.environ["HOSTILE"],))
 
 
-def test_hostile_damaged_and_foreign_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hostile_damaged_and_foreign_files_are_refused(tmp_path, monkeypatch):
     """Turns red when the pickle is read with `weights_only=False`."""
     monkeypatch.setenv("HOSTILE", str(tmp_path / "done"))
     (tmp_path / "config.json").write_text(json.dumps({"base_model_name_or_path": "owner/model", "vocab_size": 300}))

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from exporting import MakeRun, Refused, export_
+from exporting import export_
 
 from medusa_ds.cli import main
 
@@ -41,9 +41,7 @@ def served(argv: list[str], capfd: pytest.CaptureFixture[str]) -> tuple[list[str
     return json.loads(capfd.readouterr().out.splitlines()[-1])
 
 
-def test_vllm_is_started_with_an_export_and_all_further_options(
-    make_run: MakeRun, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_vllm_is_started_with_an_export_and_all_further_options(make_run, tmp_path, capfd, monkeypatch):
     run, python = make_run(), environment(tmp_path, "vllm named medusa other")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
@@ -67,7 +65,7 @@ def test_vllm_is_started_with_an_export_and_all_further_options(
     assert arguments[2] == "serve"
 
 
-def test_a_dry_run_prints_what_a_shell_takes(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_prints_what_a_shell_takes(make_run, capsys):
     """Mutation: join the arguments without quotes."""
     export = export_(make_run(), "out", "--for", "vllm")
     capsys.readouterr()
@@ -77,9 +75,7 @@ def test_a_dry_run_prints_what_a_shell_takes(make_run: MakeRun, capsys: pytest.C
     assert json.loads(arguments[arguments.index("--speculative-config") + 1])["model"] == str(export)
 
 
-def test_what_is_missing_is_said_in_a_line(
-    make_run: MakeRun, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_missing_is_said_in_a_line(make_run, tmp_path, refused, monkeypatch):
     monkeypatch.chdir(tmp_path)
     export = str(export_(make_run(), "out", "--for", "vllm"))
     other = str(make_run("other", "heads.layers=2"))

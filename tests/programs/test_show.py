@@ -1,9 +1,6 @@
 """`medusa-ds show RECIPE --data N`: how each row was read, which of its turns are labels, and why others are not."""
 
 import json
-from pathlib import Path
-
-import pytest
 
 from medusa_ds.cli import main
 
@@ -32,9 +29,7 @@ ROWS = [
 ]
 
 
-def test_each_row_tells_its_layout_and_why_turns_are_no_labels(
-    tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_row_tells_its_layout_and_why_turns_are_no_labels(tiny_recipe, tmp_path, capsys, monkeypatch):
     """Mutations: tell a turn by its message alone, whatever max_length leaves of it; number the rows read."""
     monkeypatch.delenv("FORCE_COLOR", raising=False)
     file = tmp_path / "rows.jsonl"

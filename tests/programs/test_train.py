@@ -6,9 +6,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
 
 import psutil
 import pytest
@@ -22,7 +20,7 @@ from medusa_ds.programs.train import _claim, _is_free, _run, _shipped, main
 from medusa_ds.ranks import Ranks
 
 
-def test_recipe_trains_heads_and_says_where_they_are(tiny_recipe: Path, tmp_path: Path) -> None:
+def test_recipe_trains_heads_and_says_where_they_are(tiny_recipe, tmp_path):
     text = launched(tiny_recipe, "train.steps=30", "train.save_every=100", log_dir=tmp_path)
     out = tmp_path / "out"
     first, last = metrics_of(out, "validation")
@@ -46,9 +44,7 @@ def test_recipe_trains_heads_and_says_where_they_are(tiny_recipe: Path, tmp_path
     assert len(metrics_of(out)) == 30
 
 
-def test_a_model_with_a_state_says_what_it_cannot_and_is_trained_and_exported(
-    tiny_recipe: Path, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_a_model_with_a_state_says_what_it_cannot_and_is_trained_and_exported(tiny_recipe, tiny_model, tmp_path):
     """Mutations: pack its conversations; refuse it altogether."""
     config = Lfm2Config(**SIZES, vocab_size=300, layer_types=["conv", "full_attention"])
     Lfm2ForCausalLM(config).save_pretrained(tmp_path / "hybrid")
@@ -61,7 +57,7 @@ def test_a_model_with_a_state_says_what_it_cannot_and_is_trained_and_exported(
     assert (tmp_path / "exported" / "model.safetensors").exists()
 
 
-def test_plain_yaml_runs_as_a_module_from_any_directory(tiny_recipe: Path, tmp_path: Path) -> None:
+def test_plain_yaml_runs_as_a_module_from_any_directory(tiny_recipe, tmp_path):
     train(tiny_recipe, "train.steps=2", f"output={tmp_path / 'stub'}", log_dir=tmp_path)
     plain = tmp_path / "plain.yaml"
     plain.write_text("\n".join(tiny_recipe.read_text().splitlines()[1:-1]) + "\n")
@@ -71,7 +67,7 @@ def test_plain_yaml_runs_as_a_module_from_any_directory(tiny_recipe: Path, tmp_p
     assert losses_of(tmp_path / "stub") == losses_of(tmp_path / "plain")
 
 
-def test_a_loss_that_needs_a_gpu_is_refused_before_anything_loads(tiny_recipe: Path, tmp_path: Path) -> None:
+def test_a_loss_that_needs_a_gpu_is_refused_before_anything_loads(tiny_recipe, tmp_path):
     """Mutation: leave it to the model, and data has been read, and the output claimed, when it is said."""
     text = train(tiny_recipe, "loss.impl=liger", log_dir=tmp_path, ends=(2,))
     assert "error: loss.impl: found liger" in text and len(text.strip().splitlines()) == 1, text
@@ -86,7 +82,7 @@ def test_a_loss_that_needs_a_gpu_is_refused_before_anything_loads(tiny_recipe: P
         (["none.yaml"], "none.yaml: no such recipe file"),
     ],
 )
-def test_misuse_of_the_command_line_is_one_line(argv, fragment, monkeypatch, capsys) -> None:
+def test_misuse_of_the_command_line_is_one_line(argv, fragment, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["medusa_ds", "--local_rank=0", *argv])
     with pytest.raises(SystemExit) as stop:
         main(None if argv in ([], ["none.yaml"]) else "smollm2_135m_stage1")
@@ -94,7 +90,7 @@ def test_misuse_of_the_command_line_is_one_line(argv, fragment, monkeypatch, cap
     assert stop.value.code == 2 and out == "" and len(err.splitlines()) == 1 and fragment in err
 
 
-def test_bad_recipe_ends_with_status_2_and_without_traceback(tiny_recipe: Path, tmp_path: Path) -> None:
+def test_bad_recipe_ends_with_status_2_and_without_traceback(tiny_recipe, tmp_path):
     run = launch(tiny_recipe, "train.lr=no", "heads.numb=4", ranks=2, log_dir=tmp_path)
     assert run.wait() == 2
     assert run.text.count("error: ") == 2 and "train.lr" in run.text and "did you mean num?" in run.text
@@ -105,7 +101,7 @@ def test_bad_recipe_ends_with_status_2_and_without_traceback(tiny_recipe: Path, 
 STAGE_2 = ("stage=2", "train.lr=1e-3", "deepspeed=ds_configs/zero3.json")
 
 
-def test_stage_2_trains_everything_from_stage_1(tiny_recipe: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_stage_2_trains_everything_from_stage_1(tiny_recipe, tiny_model, tmp_path):
     from transformers import AutoModelForCausalLM
 
     train(tiny_recipe, "train.steps=4", log_dir=tmp_path)
@@ -127,9 +123,7 @@ def test_stage_2_trains_everything_from_stage_1(tiny_recipe: Path, tiny_model: P
     assert (begun["lm_loss"], begun["head1_loss"]) == pytest.approx((last["lm_loss"], last["head1_loss"]), rel=1e-5)
 
 
-def test_stage_2_towards_its_start_reports_the_labels_too(
-    tiny_recipe: Path, make_run: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_stage_2_towards_its_start_reports_the_labels_too(tiny_recipe, make_run, tmp_path):
     stage2 = tmp_path / "stage2"
     asked = (*STAGE_2, f"heads.init_from={make_run('out')}", f"output={stage2}", "loss.target=distribution")
     text = train(tiny_recipe, *asked, "train.steps=8", ranks=2, log_dir=tmp_path)
@@ -142,9 +136,7 @@ def test_stage_2_towards_its_start_reports_the_labels_too(
     assert not (stage2 / "start").exists()
 
 
-def test_signal_to_the_launcher_leaves_one_whole_checkpoint_and_nothing_running(
-    tiny_recipe: Path, tmp_path: Path
-) -> None:
+def test_signal_to_the_launcher_leaves_one_whole_checkpoint_and_nothing_running(tiny_recipe, tmp_path):
     """Turns red when the supervisor does not watch the launcher: its ranks train on as orphans.
 
     Until then no other run may write there. Mutation: let the lock go when the output has been looked at.
@@ -176,9 +168,7 @@ main({recipe!r})
 """
 
 
-def test_ctrl_c_in_slow_steps_saves_the_last_finished_one_though_the_pipe_is_gone(
-    tiny_recipe: Path, tmp_path: Path
-) -> None:
+def test_ctrl_c_in_slow_steps_saves_the_last_finished_one_though_the_pipe_is_gone(tiny_recipe, tmp_path):
     """Two micro-batches of 1.2 s a step where 2 s are left; what reads the lines, as `tee` does, ends with Ctrl-C.
 
     Mutations: without the look between micro-batches the step is finished; without `tell` the rank dies of the pipe.
@@ -200,9 +190,7 @@ def test_ctrl_c_in_slow_steps_saves_the_last_finished_one_though_the_pipe_is_gon
 
 
 @pytest.mark.parametrize("there", ["checkpoints/step-000002", "heads/heads.json", None])
-def test_an_output_is_another_recipes_where_something_would_be_lost(
-    there: str | None, tiny_recipe: Path, tmp_path: Path
-) -> None:
+def test_an_output_is_another_recipes_where_something_would_be_lost(there, tiny_recipe, tmp_path):
     recipe, out = Recipe.load(tiny_recipe), tmp_path / "out"
     out.mkdir()
     (out / "recipe.yaml").write_text(Recipe.load(tiny_recipe, ["train.lr=1e-3", "heads.layers=2"]).to_yaml())
@@ -220,7 +208,7 @@ def test_an_output_is_another_recipes_where_something_would_be_lost(
     assert ("to train these heads further, set heads.init_from=" in str(error.value)) == (there == "heads/heads.json")
 
 
-def test_names_for_weights_and_biases_may_change_and_reach_deepspeed(tiny_recipe: Path) -> None:
+def test_names_for_weights_and_biases_may_change_and_reach_deepspeed(tiny_recipe):
     recipe = Recipe.load(tiny_recipe, ["train.wandb={project: medusa, group: smol, name: first}"])
     config = recipe.ds_config(1, on_gpu=False)
     assert config["wandb"] == {"enabled": True, "project": "medusa", "group": "smol"}
@@ -228,9 +216,7 @@ def test_names_for_weights_and_biases_may_change_and_reach_deepspeed(tiny_recipe
 
 
 @pytest.mark.parametrize("monitor", ["wandb", "tensorboard"])
-def test_a_monitor_that_is_not_installed_is_a_line_before_anything_loads(
-    monitor: str, tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_monitor_that_is_not_installed_is_a_line_before_anything_loads(monitor, tiny_recipe, tmp_path, monkeypatch):
     """Mutation: leave it to DeepSpeed, which imports it when the model is there."""
     recipe = Recipe.load(tiny_recipe, [f"train.{monitor}=true"])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -238,19 +224,19 @@ def test_a_monitor_that_is_not_installed_is_a_line_before_anything_loads(
         _run(recipe, tiny_recipe, Ranks(), tmp_path / "out", None)
 
 
-def test_a_batch_that_ranks_do_not_divide_is_refused_before_anything_loads(tiny_recipe: Path, tmp_path: Path) -> None:
+def test_a_batch_that_ranks_do_not_divide_is_refused_before_anything_loads(tiny_recipe, tmp_path):
     ranks = Ranks()
     ranks.size = 3
     with pytest.raises(UserError, match=r"^train.global_batch_size: found 4, which 3 ranks x"):
         _run(Recipe.load(tiny_recipe), tiny_recipe, ranks, tmp_path / "out", None)
 
 
-def test_shipped_heads_of_a_model_are_named_at_the_end_of_a_first_run() -> None:
+def test_shipped_heads_of_a_model_are_named_at_the_end_of_a_first_run():
     assert "medusa-ds generate smollm2_135m" in _shipped(Recipe.load("smollm2_135m_stage1"))
     assert _shipped(Recipe.load("llama3_8b_stage1")) == ""
 
 
-def test_a_port_in_use_is_no_matter_to_one_rank_and_a_line_to_several(tiny_recipe: Path, tmp_path: Path) -> None:
+def test_a_port_in_use_is_no_matter_to_one_rank_and_a_line_to_several(tiny_recipe, tmp_path):
     """Mutation: leave the launcher's port to one rank."""
     with socket.socket() as other:
         other.bind(("", 0))
@@ -262,7 +248,7 @@ def test_a_port_in_use_is_no_matter_to_one_rank_and_a_line_to_several(tiny_recip
     assert f"error: port {taken['MASTER_PORT']}: in use, as by another training" in text and "Traceback" not in text
 
 
-def test_two_nodes_of_a_hostfile_train_as_one_does(tiny_recipe: Path, tmp_path: Path) -> None:
+def test_two_nodes_of_a_hostfile_train_as_one_does(tiny_recipe, tmp_path):
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("first slots=1\nsecond slots=1\n")
     train(tiny_recipe, f"output={tmp_path / 'one'}", log_dir=tmp_path)
@@ -281,9 +267,7 @@ def test_two_nodes_of_a_hostfile_train_as_one_does(tiny_recipe: Path, tmp_path: 
     assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-5)
 
 
-def test_slurm_tasks_learn_who_they_are_and_where_the_first_one_is(
-    tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_slurm_tasks_learn_who_they_are_and_where_the_first_one_is(tiny_recipe, tmp_path, monkeypatch):
     """As `deepspeed --launcher slurm` starts them: srun runs the recipe itself, with SLURM's variables only."""
     scontrol = tmp_path / "bin" / "scontrol"
     scontrol.parent.mkdir()
@@ -321,7 +305,7 @@ main()
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_the_end_of_a_run(full: bool, tiny_recipe: Path, tmp_path: Path) -> None:
+def test_the_end_of_a_run(full, tiny_recipe, tmp_path):
     """Mutations: write the page when other ranks have left, who then count as dead; `storage` without
     `system_errors`."""
     (tmp_path / "end.py").write_text(AT_THE_END.format(limit=6000 if full else 1 << 30))

@@ -51,9 +51,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, convers
     return folder / "out"
 
 
-def test_rank_killed_while_it_writes_then_another_layout_goes_on(
-    tiny_recipe: Path, straight: Path, tmp_path: Path
-) -> None:
+def test_rank_killed_while_it_writes_then_another_layout_goes_on(tiny_recipe, straight, tmp_path):
     """The newest whole checkpoint is that of step 2; one rank under ZeRO 3 goes on from it with the same losses."""
     out = tmp_path / "out"
     run = launch(tiny_recipe, *STEPS, ranks=2, env=fault(out, 1, "kill", 2, "step-000004"), log_dir=tmp_path)
@@ -68,9 +66,7 @@ def test_rank_killed_while_it_writes_then_another_layout_goes_on(
     assert losses_of(out)[:2] == losses_of(straight)[:2]
 
 
-def test_all_killed_in_the_final_save_then_the_same_command_finishes(
-    tiny_recipe: Path, straight: Path, tmp_path: Path
-) -> None:
+def test_all_killed_in_the_final_save_then_the_same_command_finishes(tiny_recipe, straight, tmp_path):
     """A heads directory that lacks heads.json is no finished run. Mutation: saving the tokenizer after it."""
     out = tmp_path / "out"
     die = fault(out, 0, "kill_all", 1, "heads/heads.json$")
@@ -84,9 +80,7 @@ def test_all_killed_in_the_final_save_then_the_same_command_finishes(
     assert tensors[0].read_bytes() == tensors[1].read_bytes()
 
 
-def test_full_disk_is_one_line_and_data_that_changed_is_refused(
-    tiny_recipe: Path, conversations: Path, tmp_path: Path
-) -> None:
+def test_full_disk_is_one_line_and_data_that_changed_is_refused(tiny_recipe, conversations, tmp_path):
     out, held = tmp_path / "out", tmp_path / "held.jsonl"
     held.write_text(conversations.read_text().replace("from ", "after "))
     full, steps = fault(out, 1, "ENOSPC", 1, "step-000004/rank"), [*STEPS, f"data.validation={held}"]
@@ -111,7 +105,7 @@ def test_full_disk_is_one_line_and_data_that_changed_is_refused(
     assert "step-000002: made with other training data" in again and "Traceback" not in again
 
 
-def test_signal_to_the_runner_before_any_rank_has_begun(tiny_recipe: Path, tmp_path: Path) -> None:
+def test_signal_to_the_runner_before_any_rank_has_begun(tiny_recipe, tmp_path):
     """Mutation: without the look at the launcher at the start, both ranks train on as orphans."""
     run = launch(tiny_recipe, "train.steps=3000", ranks=2, log_dir=tmp_path)
     members = processes(run)
@@ -120,7 +114,7 @@ def test_signal_to_the_runner_before_any_rank_has_begun(tiny_recipe: Path, tmp_p
     assert not (tmp_path / "out" / "checkpoints").exists()
 
 
-def test_metrics_that_cannot_be_written_are_one_line(tiny_recipe: Path, tmp_path: Path) -> None:
+def test_metrics_that_cannot_be_written_are_one_line(tiny_recipe, tmp_path):
     out = tmp_path / "out"
     full = fault(out, 0, "ENOSPC", 4, "metrics.jsonl")
     text = train(tiny_recipe, *STEPS, ranks=2, env=full, ends=(2, 1), log_dir=tmp_path)
@@ -128,13 +122,13 @@ def test_metrics_that_cannot_be_written_are_one_line(tiny_recipe: Path, tmp_path
     assert "Traceback" not in text
 
 
-def test_output_that_cannot_be_written_is_one_line() -> None:
+def test_output_that_cannot_be_written_is_one_line():
     with pytest.raises(UserError, match=r"/proc/no/such: cannot be written .*name a writable directory in output"):
         _claim(Path("/proc/no/such"), None, ExitStack())  # type: ignore[arg-type]
 
 
 @pytest.mark.long
-def test_full_disk_in_the_final_save_is_one_line(tiny_recipe: Path, tmp_path: Path) -> None:
+def test_full_disk_in_the_final_save_is_one_line(tiny_recipe, tmp_path):
     out = tmp_path / "out"
     run = launch(tiny_recipe, *STEPS, ranks=2, env=fault(out, 0, "ENOSPC", 1, r"heads/\.tmp-heads"), log_dir=tmp_path)
     assert run.wait() == 2
@@ -148,9 +142,7 @@ LIVING = ("train.steps=3000", "train.save_every=1000", "train.eval_every=1000")
 @pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("target", ["runner", "launcher", "rank 0", "rank 1"])
-def test_signal_to_any_process_of_the_tree(
-    target: str, number: signal.Signals, tiny_recipe: Path, tmp_path: Path
-) -> None:
+def test_signal_to_any_process_of_the_tree(target, number, tiny_recipe, tmp_path):
     run = launch(tiny_recipe, *LIVING, ranks=2, log_dir=tmp_path)
     run.wait_for("step 1/3000")
     members = processes(run)
@@ -164,7 +156,7 @@ def test_signal_to_any_process_of_the_tree(
 
 
 @pytest.mark.long
-def test_lost_launcher(tiny_recipe: Path, tmp_path: Path) -> None:
+def test_lost_launcher(tiny_recipe, tmp_path):
     """The stock runner then ends with 0, which nothing in its child can change."""
     run = launch(tiny_recipe, *LIVING, ranks=2, log_dir=tmp_path)
     run.wait_for("step 1/3000")
@@ -175,7 +167,7 @@ def test_lost_launcher(tiny_recipe: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_second_signal_ends_at_once(tiny_recipe: Path, tmp_path: Path) -> None:
+def test_second_signal_ends_at_once(tiny_recipe, tmp_path):
     """The first waits for a save that never ends."""
     out = tmp_path / "out"
     run = launch(tiny_recipe, *LIVING, ranks=2, env=fault(out, 0, "sleep", 1, "step-"), log_dir=tmp_path)
@@ -193,7 +185,7 @@ def test_second_signal_ends_at_once(tiny_recipe: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_stopped_rank_ends_the_job_with_its_name_and_stack(tiny_recipe: Path, tmp_path: Path) -> None:
+def test_stopped_rank_ends_the_job_with_its_name_and_stack(tiny_recipe, tmp_path):
     run = launch(tiny_recipe, *LIVING, "train.hang_timeout=30", ranks=2, log_dir=tmp_path)
     run.wait_for("step 1/3000")
     members = processes(run)
@@ -209,7 +201,7 @@ def test_stopped_rank_ends_the_job_with_its_name_and_stack(tiny_recipe: Path, tm
 
 
 @pytest.mark.long
-def test_out_of_memory_on_one_rank_ends_all_and_names_the_settings(tiny_recipe: Path, tmp_path: Path) -> None:
+def test_out_of_memory_on_one_rank_ends_all_and_names_the_settings(tiny_recipe, tmp_path):
     """Eager attention over 8,192 tokens asks for tensors of 1 GiB; rank 1 has room for none."""
     env = fault(tmp_path / "out", 1, "memory", 3_300_000_000)
     settings = ("data.max_length=8192", "model.attention=eager", "train.micro_batch_size=1", "train.eval_every=100")
@@ -221,7 +213,7 @@ def test_out_of_memory_on_one_rank_ends_all_and_names_the_settings(tiny_recipe: 
 
 
 @pytest.mark.long
-def test_rank_stopped_while_data_is_read(tiny_recipe: Path, tmp_path: Path) -> None:
+def test_rank_stopped_while_data_is_read(tiny_recipe, tmp_path):
     env = fault(tmp_path / "out", 0, "stop", 1, "lock$")
     run = launch(tiny_recipe, *LIVING, "train.hang_timeout=30", ranks=2, env=env, log_dir=tmp_path)
     members = processes(run)

@@ -47,12 +47,12 @@ def found_step(root: Path) -> int:
     return step
 
 
-def test_newest_is_by_step_and_not_by_clock(root: Path) -> None:
+def test_newest_is_by_step_and_not_by_clock(root):
     os.utime(root / "step-000020", (2**33, 2**33))
     assert found_step(root) == 40
 
 
-def test_large_tensors_are_spread_over_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_tensors_are_spread_over_files(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "MAX_FILE_BYTES", 300)
     save(tmp_path, 7)
     assert len(list((tmp_path / "step-000007").glob("*.safetensors"))) == 3
@@ -78,7 +78,7 @@ DAMAGES = [damage_truncate, damage_flip, damage_extend, Path.unlink]
 
 @pytest.mark.parametrize("name", ["rank00000-00000.safetensors", "state.json", "manifest.json"])
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
-def test_damaged_checkpoint_is_named_and_skipped(root: Path, name: str, damage: Any, capsys: Any) -> None:
+def test_damaged_checkpoint_is_named_and_skipped(root, name, damage, capsys):
     """Mutation: without the comparison of checksums the flipped bit is loaded."""
     file = root / "step-000040" / name
     damage(file)
@@ -86,7 +86,7 @@ def test_damaged_checkpoint_is_named_and_skipped(root: Path, name: str, damage: 
     assert f"warning: {file}: " in capsys.readouterr().out
 
 
-def test_random_bit_flips_and_truncations_are_all_found(root: Path) -> None:
+def test_random_bit_flips_and_truncations_are_all_found(root):
     draw, path = random.Random(0), root / "step-000040"
     contents = {file: file.read_bytes() for file in path.iterdir()}
     for trial in range(100):
@@ -102,7 +102,7 @@ def test_random_bit_flips_and_truncations_are_all_found(root: Path) -> None:
     assert checkpoint.check(path) == []
 
 
-def test_only_damaged_checkpoints_are_an_error_and_not_a_new_start(root: Path) -> None:
+def test_only_damaged_checkpoints_are_an_error_and_not_a_new_start(root):
     for path in root.iterdir():
         damage_flip(path / "state.json")
     with pytest.raises(UserError, match="no whole checkpoint is left"):
@@ -121,7 +121,7 @@ def rewrite_manifest(path: Path, change: Any) -> None:
     (path / "manifest.json").write_bytes(encode_manifest(manifest["step"], manifest["files"]))
 
 
-def test_pickle_under_a_safetensors_name_is_never_unpickled(root: Path, capsys: Any) -> None:
+def test_pickle_under_a_safetensors_name_is_never_unpickled(root, capsys):
     path = root / "step-000040"
     entry = write_file(path / "rank00000-00000.safetensors", pickle.dumps(Bomb()))
     rewrite_manifest(path, lambda files: files.update({"rank00000-00000.safetensors": entry}))
@@ -133,7 +133,7 @@ STRANGE = [("step", "40"), ("best", "1"), ("best_step", "x"), ("token_map", 3), 
 
 
 @pytest.mark.parametrize(("part", "key", "value"), [*(("engine", *one) for one in STRANGE), ("loop", "before", [1])])
-def test_a_state_that_no_run_writes_is_refused_before_a_step(root: Path, part: str, key: str, value: Any) -> None:
+def test_a_state_that_no_run_writes_is_refused_before_a_step(root, part, key, value):
     """Mutation: ask for the step alone, and the run ends with a traceback at its next save, or when all is done."""
     path, state = root / "step-000040", {"engine": {"step": 40}, "loop": {"data": "x"}}
     for changed, message in ((False, "made with other training data"), (True, "state.json: not what a run writes")):
@@ -147,7 +147,7 @@ def test_a_state_that_no_run_writes_is_refused_before_a_step(root: Path, part: s
 @pytest.mark.parametrize(
     "name", ["../secret.safetensors", "/etc/passwd", "rank00000-00000.safetensors/../x", "a.pt", ""]
 )
-def test_manifest_names_no_file_outside(root: Path, name: str, capsys: Any) -> None:
+def test_manifest_names_no_file_outside(root, name, capsys):
     path = root / "step-000040"
     (path / "../secret.safetensors").write_bytes((path / "rank00000-00000.safetensors").read_bytes())
     rewrite_manifest(path, lambda files: files.update({name: files["rank00000-00000.safetensors"]}))
@@ -155,7 +155,7 @@ def test_manifest_names_no_file_outside(root: Path, name: str, capsys: Any) -> N
     assert "which is no checkpoint file" in capsys.readouterr().out
 
 
-def test_links_in_a_checkpoint_are_not_followed(root: Path, capsys: Any) -> None:
+def test_links_in_a_checkpoint_are_not_followed(root, capsys):
     for name in ("rank00000-00000.safetensors", "state.json", "manifest.json"):
         path = root / "step-000040"
         os.rename(path / name, root.parent / name)
@@ -172,7 +172,7 @@ def test_links_in_a_checkpoint_are_not_followed(root: Path, capsys: Any) -> None
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", '{"step": 40}', '{"step": 40, "files": 3}', "[" * 5000, "\udc80", "NaN"]
 )
-def test_strange_manifests_are_named(root: Path, text: str) -> None:
+def test_strange_manifests_are_named(root, text):
     (root / "step-000040" / "manifest.json").write_text(text, errors="surrogateescape")
     assert found_step(root) == 20
 
@@ -182,21 +182,19 @@ ENTRIES = (3, [], {"bytes": "1", "blake2b": "x"}, {"bytes": True, "blake2b": ""}
 
 
 @pytest.mark.parametrize(("step", "state"), [(step, ...) for step in STEPS] + [(40, entry) for entry in ENTRIES])
-def test_manifests_with_a_strange_step_or_entry_are_named(root: Path, step: Any, state: Any) -> None:
+def test_manifests_with_a_strange_step_or_entry_are_named(root, step, state):
     manifest = root / "step-000040" / "manifest.json"
     files = json.loads(manifest.read_bytes())["files"]
     manifest.write_bytes(encode_manifest(step, files if state is ... else files | {"state.json": state}))
     assert found_step(root) == 20
 
 
-def test_checkpoint_under_another_steps_name_is_refused(root: Path) -> None:
+def test_checkpoint_under_another_steps_name_is_refused(root):
     shutil.copytree(root / "step-000040", root / "step-000060")
     assert found_step(root) == 40
 
 
-def test_full_disk_at_any_file_call_is_one_line_and_keeps_older_checkpoints(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk_at_any_file_call_is_one_line_and_keeps_older_checkpoints(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "reliability" / "inject")
     from file_faults import FileCalls
 
@@ -225,7 +223,7 @@ def test_full_disk_at_any_file_call_is_one_line_and_keeps_older_checkpoints(
     assert all("No space left on device, rank 0" in text and "needs 10000 bytes" in text for text in messages)
 
 
-def test_room_is_checked_before_anything_is_written(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_room_is_checked_before_anything_is_written(root, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6, 9_999))
     with pytest.raises(UserError, match=r"9999 bytes are free.*needs 10000 bytes"):
@@ -233,14 +231,14 @@ def test_room_is_checked_before_anything_is_written(root: Path, monkeypatch: pyt
     assert sorted(path.name for path in root.iterdir()) == ["step-000020", "step-000040"]
 
 
-def test_tensor_that_is_not_finite_is_not_saved(root: Path) -> None:
+def test_tensor_that_is_not_finite_is_not_saved(root):
     bad = [*tensors(60), ("weight3/master", torch.tensor([1.0, float("nan")]))]
     with pytest.raises(UserError, match="weight3/master is not finite"):
         checkpoint.save(root, 60, iter(bad), {}, 10_000)
     assert found_step(root) == 40
 
 
-def test_saving_a_step_again_keeps_what_is_whole_and_replaces_what_is_damaged(root: Path) -> None:
+def test_saving_a_step_again_keeps_what_is_whole_and_replaces_what_is_damaged(root):
     before = (root / "step-000040" / "manifest.json").stat().st_ino
     save(root, 40)
     assert (root / "step-000040" / "manifest.json").stat().st_ino == before
@@ -249,7 +247,7 @@ def test_saving_a_step_again_keeps_what_is_whole_and_replaces_what_is_damaged(ro
     assert found_step(root) == 40
 
 
-def test_pruning_keeps_the_last_and_the_best(root: Path) -> None:
+def test_pruning_keeps_the_last_and_the_best(root):
     for step in (60, 80):
         save(root, step)
         checkpoint.keep(root, step, 20, 2)
@@ -260,7 +258,7 @@ def test_pruning_keeps_the_last_and_the_best(root: Path) -> None:
     assert json.loads((root / "best" / "state.json").read_bytes()) == {"loop": {"step": 80}}
 
 
-def test_damaged_later_checkpoint_does_not_take_a_whole_ones_place(root: Path) -> None:
+def test_damaged_later_checkpoint_does_not_take_a_whole_ones_place(root):
     """Mutation: counting it among the kept ones removes the only whole checkpoint."""
     damage_flip(root / "step-000040" / "state.json")
     assert found_step(root) == 20
@@ -269,7 +267,7 @@ def test_damaged_later_checkpoint_does_not_take_a_whole_ones_place(root: Path) -
     assert [path.name for path in root.iterdir()] == ["step-000030"]
 
 
-def test_link_to_the_best_is_put_right_after_an_interruption(root: Path) -> None:
+def test_link_to_the_best_is_put_right_after_an_interruption(root):
     for step in (20, 40):
         checkpoint.keep(root, 40, step)
     assert os.readlink(root / "best") == "step-000040"

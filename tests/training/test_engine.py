@@ -34,9 +34,7 @@ def expected(one_rank: Runs):
 
 
 @pytest.mark.parametrize(("zero", "stage"), CASES)
-def test_two_ranks_and_one_train_as_plain_pytorch_does(
-    zero: str, stage: int, two_ranks: Runs, one_rank: Runs, expected
-) -> None:
+def test_two_ranks_and_one_train_as_plain_pytorch_does(zero, stage, two_ranks, one_rank, expected):
     """Mutations: without the all-reduce of the counts, losses are off by a third; with a doubled loss, clipping hides
     it from losses and weights, but the gradient norms double."""
     name, folder = f"{zero}-{stage}", two_ranks.folder / f"{zero}-{stage}"
@@ -53,7 +51,7 @@ def test_two_ranks_and_one_train_as_plain_pytorch_does(
 
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("size", [2, 4])
-def test_loss_does_not_depend_on_the_micro_batch_size(stage: int, size: int, one_rank: Runs) -> None:
+def test_loss_does_not_depend_on_the_micro_batch_size(stage, size, one_rank):
     """Mutation: letting DeepSpeed divide by the accumulation steps changes the gradient norm."""
     cut, whole = one_rank[f"micro{size}-{stage}"], one_rank[f"zero0-{stage}"]
     assert numbers(cut["loss"]) == pytest.approx(numbers(whole["loss"]), rel=1e-6)
@@ -61,7 +59,7 @@ def test_loss_does_not_depend_on_the_micro_batch_size(stage: int, size: int, one
 
 
 @pytest.mark.parametrize("zero", ["zero1", "zero2", "zero3"])
-def test_bf16_trains_alike_under_every_zero_stage(zero: str, two_ranks: Runs) -> None:
+def test_bf16_trains_alike_under_every_zero_stage(zero, two_ranks):
     """Mutation: leave DeepSpeed's mean over ranks beside the losses' global counts."""
     wanted, found = two_ranks["zero0-bf16"], two_ranks[f"{zero}-bf16"]
     assert numbers(found["loss"]) == pytest.approx(numbers(wanted["loss"]), rel=5e-3)
@@ -69,7 +67,7 @@ def test_bf16_trains_alike_under_every_zero_stage(zero: str, two_ranks: Runs) ->
 
 
 @pytest.mark.parametrize(("zero", "stage"), CASES)
-def test_what_should_learn_moves_and_nothing_else(zero: str, stage: int, two_ranks: Runs) -> None:
+def test_what_should_learn_moves_and_nothing_else(zero, stage, two_ranks):
     """Mutation: handing the optimizer the backbone in stage 1 moves it."""
     folder = two_ranks.folder / f"{zero}-{stage}"
     before, after = weights(folder, "before"), weights(folder, "after")
@@ -78,14 +76,14 @@ def test_what_should_learn_moves_and_nothing_else(zero: str, stage: int, two_ran
         assert torch.equal(weight, after[name]) != trained, name
 
 
-def test_all_zero_stages_start_from_the_same_weights(two_ranks: Runs) -> None:
+def test_all_zero_stages_start_from_the_same_weights(two_ranks):
     first = weights(two_ranks.folder / "zero0-1", "before")
     for zero in ZEROS[1:]:
         other = weights(two_ranks.folder / f"{zero}-1", "before")
         assert all(torch.equal(first[name], other[name]) for name in first), zero
 
 
-def test_heads_of_stage_2_learn_at_the_multiplied_rate(two_ranks: Runs) -> None:
+def test_heads_of_stage_2_learn_at_the_multiplied_rate(two_ranks):
     rates = two_ranks["zero2-2"]["rates"]
     assert [step["backbone"] for step in rates] == pytest.approx([1e-2 * factor for factor in reference.RATES])
     for step in rates:
@@ -94,9 +92,7 @@ def test_heads_of_stage_2_learn_at_the_multiplied_rate(two_ranks: Runs) -> None:
 
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("zero", ["zero2_offload", "zero3"])
-def test_heads_that_see_tokens_train_as_plain_pytorch_does(
-    zero: str, stage: int, two_ranks: Runs, one_rank: Runs
-) -> None:
+def test_heads_that_see_tokens_train_as_plain_pytorch_does(zero, stage, two_ranks, one_rank):
     """Mutations: a step's weight read outside of its module; learn the embeddings through the heads."""
     name = f"{zero}-{stage}-hydra"
     folder = two_ranks.folder / name
@@ -108,7 +104,7 @@ def test_heads_that_see_tokens_train_as_plain_pytorch_does(
 
 
 @pytest.mark.parametrize("zero", ["zero2", "zero3"])
-def test_heads_without_layers_learn(zero: str, two_ranks: Runs) -> None:
+def test_heads_without_layers_learn(zero, two_ranks):
     folder = two_ranks.folder / f"{zero}-layers0"
     losses, _, final = reference.train(folder / "before.safetensors", 1, layers=0)
     assert numbers(two_ranks[f"{zero}-layers0"]["loss"]) == pytest.approx(losses, rel=2e-6)
@@ -118,9 +114,7 @@ def test_heads_without_layers_learn(zero: str, two_ranks: Runs) -> None:
 
 
 @pytest.mark.parametrize(("zero", "where", "precision"), FAILURES)
-def test_nan_on_one_rank_stops_all_before_a_weight_changes(
-    zero: str, where: str, precision: str, two_ranks: Runs
-) -> None:
+def test_nan_on_one_rank_stops_all_before_a_weight_changes(zero, where, precision, two_ranks):
     """Mutation: without the check before the step, ZeRO 0 writes NaN into the weights."""
     name = f"{zero}-nan-{where}-{precision}"
     for rank in two_ranks.ranks:
@@ -135,12 +129,12 @@ def test_nan_on_one_rank_stops_all_before_a_weight_changes(
     assert all(torch.equal(before[key], after[key]) for key in before if key.startswith("heads."))
 
 
-def test_every_rank_learns_that_one_was_asked_to_stop(two_ranks: Runs) -> None:
+def test_every_rank_learns_that_one_was_asked_to_stop(two_ranks):
     assert [rank["stop"]["stop"] for rank in two_ranks.ranks] == [[True, True, False]] * 2
 
 
 @pytest.mark.parametrize("zero", ["zero0", "zero2", "zero3"])
-def test_a_step_left_in_the_middle_leaves_the_state_of_the_one_before(zero: str, two_ranks: Runs) -> None:
+def test_a_step_left_in_the_middle_leaves_the_state_of_the_one_before(zero, two_ranks):
     """Mutations: without the call among the ranks between micro-batches, the other one waits for good; without the
     look at `short_of_time`, the step ends and losses are those of three steps."""
     for rank in two_ranks.ranks:
@@ -148,7 +142,7 @@ def test_a_step_left_in_the_middle_leaves_the_state_of_the_one_before(zero: str,
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_layers_gathered_whole_give_the_same_losses_and_gradients(stage: int, two_ranks: Runs) -> None:
+def test_layers_gathered_whole_give_the_same_losses_and_gradients(stage, two_ranks):
     """Mutation: flag the attention alone, or leave the loop out; then `leaves` differs."""
     whole, plain = two_ranks[f"zero3-{stage}-whole-layers"], two_ranks[f"zero3-{stage}"]
     assert whole["leaves"] == ["LlamaDecoderLayer"] * 2
@@ -161,7 +155,7 @@ def test_layers_gathered_whole_give_the_same_losses_and_gradients(stage: int, tw
         assert moved < 5e-3, name  # as for other reorderings: Adam turns rounding of tiny gradients into whole steps
 
 
-def test_evaluation_is_summed_over_ranks_and_counts_as_training_does(two_ranks: Runs) -> None:
+def test_evaluation_is_summed_over_ranks_and_counts_as_training_does(two_ranks):
     evaluated = [torch.tensor(rank["stop"]["eval"]) for rank in two_ranks.ranks]
     assert torch.equal(*evaluated)
     trained = torch.tensor(two_ranks["zero0-1"]["counters"][0])
@@ -169,7 +163,7 @@ def test_evaluation_is_summed_over_ranks_and_counts_as_training_does(two_ranks: 
 
 
 @pytest.mark.parametrize("zero", ["zero2", "zero3"])
-def test_export_writes_an_ordinary_backbone_and_loadable_heads(zero: str, two_ranks: Runs) -> None:
+def test_export_writes_an_ordinary_backbone_and_loadable_heads(zero, two_ranks):
     from transformers import AutoModelForCausalLM
 
     from medusa_ds.heads.files import load_heads
@@ -186,7 +180,7 @@ def test_export_writes_an_ordinary_backbone_and_loadable_heads(zero: str, two_ra
     assert not list(folder.glob(".tmp-*"))
 
 
-def test_launch_errors_name_the_settings(tmp_path: Path, two_ranks: Runs) -> None:
+def test_launch_errors_name_the_settings(tmp_path, two_ranks):
     """Batch sizes, heads of another shape, what DeepSpeed refuses, no libaio, and out-of-memory, on one rank."""
     source = str(two_ranks.folder / "zero2-export")
     jobs = [("errors", "launch_errors", {"source": source})]
