@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 import json
 import mmap
-import os
 import shutil
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -48,7 +47,7 @@ from medusa_ds.training.checkpoint import check_file, write_tensors
 SHARD_BYTES, MIN_SHARDS = 1 << 29, 16  # the latter so that ranks share a small cache evenly
 STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 _FORMAT = 1
-_SAMPLE_BYTES = 1 << 20
+_SAMPLES, _SAMPLE_BYTES = 1024, 1 << 16  # of a file
 _BATCH = 1000  # conversations whose rows are counted at once
 _LIBC = CDLL(None)
 
@@ -81,12 +80,14 @@ def key_of(recipe: Recipe, data: Data, computed: str, stored: str) -> dict[str, 
     model, weights = recipe.model, []
     path = Path(model_path(model) if model.init == "pretrained" else model.name)
     for file in sorted(path.iterdir()) if path.is_dir() else []:
-        if file.suffix not in (".safetensors", ".bin"):
+        if file.suffix not in (".safetensors", ".bin", ".py") and file.name != "config.json":
             continue
-        with open(file, "rb") as stream:  # a sample: enough to tell a retrained model from its forerunner
-            weights += [f"{file.name} {file.stat().st_size}", stream.read(_SAMPLE_BYTES)]
-            stream.seek(-min(_SAMPLE_BYTES, file.stat().st_size), os.SEEK_END)
-            weights.append(stream.read())
+        size = file.stat().st_size
+        weights.append(f"{file.name} {size}")
+        with open(file, "rb") as stream:  # samples of every layer: enough to tell a retrained model from its forerunner
+            for start in range(0, size, max(size // _SAMPLES, _SAMPLE_BYTES)):
+                stream.seek(start)
+                weights.append(stream.read(_SAMPLE_BYTES))
     return {
         "format": _FORMAT,
         "model": model.name,

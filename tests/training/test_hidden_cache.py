@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import shutil
 import weakref
 
@@ -113,7 +114,7 @@ def test_a_flipped_bit_is_named_and_its_shard_computed_again(load, tmp_path, fil
 
 def test_an_interrupted_filling_goes_on(load, tmp_path, filled, monkeypatch):
     """Mutation: name a shard finished before it is renamed."""
-    written, replace = [], hidden.os.replace
+    written, replace = [], os.replace
 
     def stop(source, target):
         written.append(target)
@@ -121,10 +122,10 @@ def test_an_interrupted_filling_goes_on(load, tmp_path, filled, monkeypatch):
             raise KeyboardInterrupt
         replace(source, target)
 
-    monkeypatch.setattr(hidden.os, "replace", stop)
+    monkeypatch.setattr(os, "replace", stop)
     with pytest.raises(KeyboardInterrupt):
         load()
-    monkeypatch.setattr(hidden.os, "replace", replace)
+    monkeypatch.setattr(os, "replace", replace)
     assert filled == [0, 1, 2, 3, 4, 5]
     filled.clear()
     load()
@@ -194,6 +195,18 @@ def test_a_retrained_model_of_the_same_name_is_refused(load, tiny_model, tmp_pat
     save()
     with pytest.raises(UserError, match="weights: made with"):
         load(f"model.name={model}")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_model_that_differs_in_its_middle_or_its_config_is_refused(load, tiny_model, tmp_path, monkeypatch, name):
+    """Mutation: look at the first and the last bytes of weights alone."""
+    monkeypatch.setattr(hidden, "_SAMPLE_BYTES", 1 << 10)
+    file = shutil.copytree(tiny_model, tmp_path / "model") / name
+    load(f"model.name={file.parent}")
+    content = file.read_bytes().replace(b'"rope_theta": 10000.0', b'"rope_theta": 10.0')
+    file.write_bytes(content[:60_000] + bytes(8) + content[60_008:] if name == "model.safetensors" else content)
+    with pytest.raises(UserError, match="weights: made with"):
+        load(f"model.name={file.parent}")
 
 
 def test_a_disk_without_room_is_an_error_before_the_model_loads(load, tmp_path, monkeypatch):
