@@ -5,6 +5,7 @@ them and the model. Counts come from vLLM's `/metrics`; they are the server's ow
 """
 
 import json
+import os
 import re
 import time
 import urllib.error
@@ -118,6 +119,8 @@ class HeadServer:
         ends, parts, size = time.monotonic() + self.timeout_s, [], 0
         body = None if content is None else json.dumps(content).encode()
         request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+        if key := os.environ.get("OPENAI_API_KEY", "").strip():
+            request.add_unredirected_header("Authorization", f"Bearer {key}")
         try:
             with self._opener.open(request, timeout=self.timeout_s) as response:
                 while part := response.read1(1 << 16):

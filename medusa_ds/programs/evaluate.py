@@ -49,7 +49,8 @@ class Settings(AcceptanceSettings, PromptSettings):
     """What the command line says."""
 
     server: str | None = Field(None, title="URL")
-    """In place of our own decoder, measure a server that has these heads, as http://localhost:8000/v1."""
+    """In place of our own decoder, measure a server that has these heads, as http://localhost:8000/v1; its key, if it
+    wants one, is that of OPENAI_API_KEY."""
     server_model: str | None = Field(None, title="NAME")
     """What the server calls the model; without it, the first that it lists."""
     in_flight: Count = 1

@@ -41,6 +41,8 @@ class Fake(QuietServer):
             self.decoder = Decoder(self.run.backbone, None, chain(0))
         self.models, self.metrics, self.answer = json.dumps({"data": [{"id": "tiny"}]}), "", ""
         self.behaviour, self.since, self.asked, self.lock = "", 0, 0, threading.Lock()
+        self.keys: list[str | None] = []
+        self.redirect = ""
         self.released = threading.Event()
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
@@ -61,7 +63,12 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(text.encode())
 
     def do_GET(self) -> None:
-        if self.path == "/v1/models":
+        self.server.keys.append(self.headers["Authorization"])
+        if self.server.redirect:
+            self.send_response(302)
+            self.send_header("Location", self.server.redirect)
+            self.end_headers()
+        elif self.path == "/v1/models":
             self.reply(self.server.models)
         elif self.path == "/metrics" and self.server.metrics:
             self.reply(self.server.metrics)
@@ -76,6 +83,7 @@ class Handler(BaseHTTPRequestHandler):
             self.reply("nothing here", 404)
 
     def do_POST(self) -> None:
+        self.server.keys.append(self.headers["Authorization"])
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         server = self.server
         with server.lock:
@@ -217,6 +225,19 @@ def test_lists_of_models_and_counts_of_odd_shapes_are_a_line_and_none(bare):
     for bare.models in (DEEP, '{"data": [{"id": 5}]}'):
         with pytest.raises(UserError, match=r"start it, or name another$"):
             HeadServer(bare.url, None, 9.0)
+
+
+def test_a_key_goes_to_the_server_and_nowhere_else(bare, monkeypatch):
+    """Fails where the server is asked without the key, or where a redirect takes it along."""
+    monkeypatch.setenv("OPENAI_API_KEY", "abc\n")
+    bare.answer = answer_of({})
+    HeadServer(bare.url, None, 9.0).measure([[1]], 4, 1)
+    assert {*bare.keys} == {"Bearer abc"}
+    bare.keys.clear()
+    with serving(Fake()) as other:
+        other.redirect = f"{bare.url}/models"
+        HeadServer(other.url, None, 9.0)
+        assert (other.keys, bare.keys) == (["Bearer abc"], [None])
 
 
 def test_tokens_that_the_model_lacks_are_one_line(served, refused):
