@@ -192,7 +192,7 @@ def keep(root: Path, step: int, best: int | None, keep_last: int | None = None) 
     def tidy() -> None:
         link, best_name = root / "best", None if best is None else name_of(best)
         if best_name is None or not (root / best_name).is_dir():
-            link.unlink(missing_ok=True)
+            files.remove(link)
         elif not link.is_symlink() or os.readlink(link) != best_name:
             with files.replacing(link) as work:
                 work.symlink_to(best_name)

@@ -273,4 +273,7 @@ def test_link_to_the_best_is_put_right_after_an_interruption(root):
     assert os.readlink(root / "best") == "step-000040"
     checkpoint.keep(root, 40, 60)
     assert not os.path.lexists(root / "best")
+    (root / "best").mkdir()  # as of a copy that followed the link
+    checkpoint.keep(root, 40, 60)
+    assert not os.path.lexists(root / "best")
     assert found_step(root) == 40
