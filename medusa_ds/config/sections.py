@@ -323,7 +323,7 @@ class TrainSpec(Section):
     """Stage 2: recompute the backbone's activations in the backward pass, of all decoder layers or of the first N.
     `auto`: of as few as fit the GPU, by the estimate; of none on a CPU."""
     seed: Seed = 0
-    """Seed of the initialisation."""
+    """Seed of dropout, which a model may have in stage 2; heads start alike with every seed."""
     eval_every: Count | None = None
     """Steps between validations; there is always one at the start and one at the end."""
     save_every: Count = 500

@@ -160,7 +160,7 @@ class MedusaEngine:
         """
         assert len(micro_batches) == self.accumulation, (len(micro_batches), self.accumulation)
         recipe, num = self.recipe, self.recipe.heads.num
-        torch.manual_seed((recipe.train.seed * 1_000_003 + step) * 1_000_003 + self.rank)
+        torch.manual_seed(((recipe.train.seed * 1_000_003 + step) * 1_000_003 + self.rank) % 2**64)  # the most it takes
         for group in self._engine.optimizer.param_groups:
             group["lr"] = recipe.train.lr * group["lr_scale"] * optim.lr_factor(step, self.total_steps, recipe.train)
         with memory_hint(recipe):

@@ -57,6 +57,11 @@ def test_a_model_with_a_state_says_what_it_cannot_and_is_trained_and_exported(ti
     assert (tmp_path / "exported" / "model.safetensors").exists()
 
 
+def test_the_largest_seed_trains(tiny_recipe, tmp_path):
+    """Fails where a step's seed has no room in 64 bits, as those of dates had none."""
+    train(tiny_recipe, f"train.seed={2**32 - 1}", "train.steps=1", log_dir=tmp_path)
+
+
 def test_plain_yaml_runs_as_a_module_from_any_directory(tiny_recipe, tmp_path):
     train(tiny_recipe, "train.steps=2", f"output={tmp_path / 'stub'}", log_dir=tmp_path)
     plain = tmp_path / "plain.yaml"
