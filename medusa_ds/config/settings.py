@@ -27,6 +27,12 @@ class Bare(NamedTuple):
     value: str
 
 
+class Beside(NamedTuple):
+    """Marks an option that means something only beside another one."""
+
+    option: str
+
+
 _POSITIONAL = "positional"
 REST = "rest"
 """Marks the list that takes what the program's own options and arguments leave over, as it is."""
@@ -78,7 +84,7 @@ def parse(settings: type[_S], argv: Sequence[str], prog: str, description: str |
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     given = vars(found) | ({rest: unknown} if rest else {})
     try:
-        return settings.model_validate(given)
+        parsed = settings.model_validate(given)
     except ValidationError as error:
         fields = {field.alias or name: (name, field) for name, field in settings.model_fields.items()}
         problems = []
@@ -87,6 +93,13 @@ def parse(settings: type[_S], argv: Sequence[str], prog: str, description: str |
             may_be = allowed(field.annotation, field.metadata).removeprefix("a list of ")
             problems.append(f"{prog}: {_option(name, field)[0]}: found {item['input']!r}; allowed is {may_be}")
         raise UserError(*problems) from None
+    for name in (name for name in settings.model_fields if name in parsed.model_fields_set):
+        field = settings.model_fields[name]
+        for needed in (marker.option for marker in field.metadata if isinstance(marker, Beside)):
+            if not getattr(parsed, needed):
+                option = _option(name, field)[0]
+                raise UserError(f"{option}: found it without --{needed}, beside which it is read; give both or neither")
+    return parsed
 
 
 def _option(name: str, field: FieldInfo) -> tuple[str, dict[str, Any]]:

@@ -24,7 +24,7 @@ import torch
 from pydantic import Field
 
 from medusa_ds.config.recipe import Recipe
-from medusa_ds.config.settings import Bare, RecipeSettings
+from medusa_ds.config.settings import Bare, Beside, RecipeSettings
 from medusa_ds.config.types import Count, Positive
 from medusa_ds.data.dialogues import Chat
 from medusa_ds.data.prompts import Prompt, load_prompts
@@ -56,15 +56,15 @@ class Settings(RecipeSettings):
     """JSON lines to write, a conversation each; FILE.progress keeps what was removed and the prompts that were made."""
     prompts: str | None = Field(None, title="SOURCE")
     """JSON lines such as {"turns": ["Hello"]}, or what data.path takes; its user turns are answered."""
-    split: str = "train"
+    split: Annotated[str, Beside("prompts")] = "train"
     """Of a hub dataset."""
-    limit: Count | None = None
+    limit: Annotated[Count | None, Beside("prompts")] = None
     """Take the first N prompts."""
     synthesize: Count | None = None
     """Let the model make up N prompts."""
-    synthesize_temperature: Positive = 1.0
+    synthesize_temperature: Annotated[Positive, Beside("synthesize")] = 1.0
     """Of the prompts that the model makes up."""
-    openings: Annotated[str | None, Bare(str(OPENINGS))] = Field(None, title="FILE")
+    openings: Annotated[str | None, Bare(str(OPENINGS)), Beside("synthesize")] = Field(None, title="FILE")
     """Prompts that the model makes up begin with the lines of a text file in turn, so that they differ more; without
     FILE, with those that the package ships."""
     exclude: list[str] = Field([], title="SOURCE")
@@ -79,18 +79,19 @@ class Settings(RecipeSettings):
     """Keep answers that are cut off or repeat themselves, without a label on their end: heads that decode long texts
     meet such text."""
     max_prompt_tokens: Count | None = None
-    """Of a conversation before an answer; without it, 1024, or what the model's limit leaves beside an answer."""
+    """Of a conversation before an answer; without it, 1024, or what the model's limit leaves beside an answer. A server
+    has a limit of its own."""
     seed: int = 0
     """Of all draws."""
     batch: Count | None = None
     """Rows at once, or requests in flight; without it, 512 on a GPU, 8 on a CPU, 64 with a server."""
     server: str | None = Field(None, title="URL")
     """An OpenAI-compatible server, as http://localhost:8000/v1."""
-    server_model: str | None = Field(None, title="NAME")
+    server_model: Annotated[str | None, Beside("server")] = Field(None, title="NAME")
     """The model's name there; without it, the recipe's."""
-    timeout_s: Positive = Field(300.0, alias="timeout", title="SECONDS")
+    timeout_s: Annotated[Positive, Beside("server")] = Field(300.0, alias="timeout", title="SECONDS")
     """Of a request to the server."""
-    retries: Count = 5
+    retries: Annotated[Count, Beside("server")] = 5
     """Of a request to the server."""
     device: str | None = None
     """`cuda` or `cpu`; without it, a GPU if there is one."""
@@ -123,8 +124,6 @@ def run(settings: Settings) -> dict[str, Any]:
     recipe = settings.load_recipe()
     if settings.prompts is None and not settings.synthesize:
         raise UserError("distill: found neither --prompts nor --synthesize; give one of them, or both")
-    if settings.openings and not settings.synthesize:
-        raise UserError("--openings: found it without --synthesize, whose prompts it begins; give both or neither")
     place(settings.device, settings.dtype)  # refuses what is not there
     ranks = Ranks()
     if settings.server:

@@ -15,11 +15,12 @@ import time
 from collections import Counter, defaultdict
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 
+from medusa_ds.config.settings import Beside
 from medusa_ds.config.types import Count, Positive
 from medusa_ds.data.prompts import Prompt, read_prompts
 from medusa_ds.decoding.acceptance import AcceptanceSettings
@@ -51,11 +52,11 @@ class Settings(AcceptanceSettings, PromptSettings):
     server: str | None = Field(None, title="URL")
     """In place of our own decoder, measure a server that has these heads, as http://localhost:8000/v1; its key, if it
     wants one, is that of OPENAI_API_KEY."""
-    server_model: str | None = Field(None, title="NAME")
+    server_model: Annotated[str | None, Beside("server")] = Field(None, title="NAME")
     """What the server calls the model; without it, the first that it lists."""
-    in_flight: Count = 1
+    in_flight: Annotated[Count, Beside("server")] = 1
     """Requests to the server at once."""
-    timeout_s: Positive = Field(300, alias="timeout", title="S")
+    timeout_s: Annotated[Positive, Beside("server")] = Field(300, alias="timeout", title="S")
     """Of a request to the server."""
 
 

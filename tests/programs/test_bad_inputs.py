@@ -57,6 +57,16 @@ def test_an_option_that_the_rule_of_acceptance_does_not_read_is_refused_first(co
     assert "--delta: found it" in refused(command, run, *asked, "--acceptance", "exact", "--delta", "0.2")
 
 
+@pytest.mark.parametrize(
+    ("command", "option", "needed"),
+    [("evaluate", ("--in-flight", "4"), "server"), ("distill", ("--synthesize-temperature", "2"), "synthesize")],
+)
+def test_an_option_without_the_one_beside_which_it_is_read_is_refused(command, option, needed, tiny_recipe, refused):
+    """Fails where it is taken and changes nothing."""
+    error = refused(command, tiny_recipe, *ASKED, *option, *["--out", "o"] * (command == "distill"))
+    assert f"{option[0]}: found it without --{needed}, beside which it is read" in error
+
+
 def test_a_place_that_cannot_be_made_is_refused_first(make_run, tiny_model, tiny_recipe, refused):
     run = make_run()
     assert "afile is no directory" in refused("export", run, "afile/x")
