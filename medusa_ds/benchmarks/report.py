@@ -29,7 +29,8 @@ def describe(report: dict[str, Any]) -> str:
     """The tables of a report."""
     machine = report["machine"]
     lines = [
-        f"{machine['device']}: bf16 matrix product {machine['matmul_tflops']:.4g} TFLOP/s, copy "
+        f"{machine['device']}: {'fp32' if machine['device'] == 'cpu' else 'bf16'} matrix product "
+        f"{machine['matmul_tflops']:.4g} TFLOP/s, copy "
         f"{machine['copy_gb_per_s']:.4g} GB/s",
         "",
     ]
@@ -45,7 +46,7 @@ def describe(report: dict[str, Any]) -> str:
                 f"{EPOCHS} epochs, {result['impl']}: {result['num_steps']} steps, before them "
                 f"{result['startup_s']:.1f} s, {result['total_s']:.1f} s in all"
             )
-        if "profile" in result:
+        if "profile" in result and result["profile"]["kernels"]:  # a CPU's trace has none
             lines.append(_profile(result))
     return "\n".join(lines)
 

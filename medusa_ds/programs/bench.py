@@ -64,7 +64,7 @@ class Settings(ProgramSettings):
     drawn: Commas[str] | None = Field(None, alias="draw", title="FILE")
     """Reports of earlier runs to draw into --pictures together; nothing is measured."""
     profile: str | None = Field(None, title="DIR")
-    """Write a profiler trace of one step a case, and say where time goes."""
+    """Write a profiler trace of one step a case, and on a GPU say where time goes."""
     timeout_s: Count = Field(1800, alias="timeout", title="S")
     """Seconds of one case; one that takes longer is recorded as failed."""
 
@@ -83,7 +83,10 @@ def run(settings: Settings) -> None:
         _draw(_read(settings.drawn), settings.pictures or "pictures")
         return
     check_writable(Path(settings.json_file), "--json")
-    _plan(settings)  # every mistake before anything is measured
+    planned = _plan(settings)  # every mistake before anything is measured
+    lost = sorted(set(settings.impls or []) - {case.impl for case in planned})
+    if lost and settings.parts != ["head"]:
+        raise UserError(f"--impl: found {lost[0]}, of which these parts, stages and numbers of GPUs have no case")
     report: dict[str, Any] = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv, "results": []}
     with _stopped_by_signals():
         with closing(Workers(None)) as machine:

@@ -53,6 +53,7 @@ def case(**changes):
     [
         (["--part", "stpe"], "--part: found 'stpe'; allowed is step, head, chat or epochs"),
         (["--impl", "ours,theirs"], "--impl: found 'theirs'; allowed is ours, ours_fp8"),
+        (["tiny.yaml", "--sequence", "24", "--impl", "ours,cached"], "--impl: found cached, of which"),
         (["--stage", "3"], "--stage: found '3'; allowed is 1 or 2"),
         (["--heads", "3,many"], "--heads: found 'many'; allowed is a whole number"),
         (["--sequence", "8", "--heads", "5"], "data.max_length"),
@@ -213,6 +214,13 @@ def test_stage_2_and_the_loss_of_one_head_in_this_process(place):
     result = worker.measure_step(case(stage=2, zero="zero0"), place / "trace.json", place)
     assert result["supervised"] == 44 and result["tflops"] > 0
     assert result["profile"]["step_ms"] > 0 and (place / "trace.json").exists()
+    shown = {
+        "machine": {"device": "cpu", "matmul_tflops": 1.0, "copy_gb_per_s": 1.0},
+        "results": [asdict(case()) | result],
+    }
+    report.compare(shown)
+    text = report.describe(shown)  # of a GPU's bf16, and of where its time goes, a CPU can say nothing
+    assert "fp32 matrix product" in text and "idle" not in text
     head = measure_head(case(part="head"))
     assert head["rows"] == 48 and head["ways"]["ours"]["median_ms"] > 0
 
