@@ -77,7 +77,8 @@ def count_rows(sequences: Sequences, num: int) -> np.ndarray:
 
 def key_of(recipe: Recipe, data: Data, computed: str, stored: str) -> dict[str, Any]:
     """What the hidden states follow from."""
-    model, weights = recipe.model, []
+    model = recipe.model
+    weights: list[str | bytes] = []
     path = Path(model_path(model) if model.init == "pretrained" else model.name)
     for file in sorted(path.iterdir()) if path.is_dir() else []:
         if file.suffix not in (".safetensors", ".bin", ".py") and file.name != "config.json":
