@@ -160,6 +160,10 @@ OVERRIDES: dict[str, tuple[list[str], list[str]]] = {
     "precision of no cache": (["data.hidden_cache_dtype=fp8"], ["data.hidden_cache_dtype", "with hidden_cache: off"]),
     "coefficient in stage 1": (["loss.coefficient=0.2"], ["loss.coefficient", "no meaning in stage 1"]),
     "coefficient schedule in stage 1": (["loss.coefficient_schedule=sine"], ["no meaning in stage 1"]),
+    "least rate of a constant one": (
+        ["train.schedule=constant", "train.min_lr_ratio=0.1"],
+        ["train.min_lr_ratio", "found 0.1 with schedule: constant"],
+    ),
     "multiplier in stage 1": (["train.lr_multiplier=4"], ["train.lr_multiplier", "no meaning in stage 1"]),
     "recomputation in stage 1": (["train.activation_checkpointing=true"], ["no backward pass"]),
     "endless epochs": (["train.epochs=1e9"], ["train.epochs", "at most 1000"]),

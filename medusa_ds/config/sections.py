@@ -180,7 +180,8 @@ class LossSpec(Section):
     """Cross-entropy of the heads, and of the LM head in stage 2."""
 
     impl: Literal["auto", "liger", "torch", "eager"] = "auto"
-    """`liger` (auto on a GPU), `torch` (auto on a CPU): chunked, no logits kept. `eager` keeps fp32 logits."""
+    """`liger` (auto on a GPU), `torch` (auto on a CPU): chunked, no logits kept. `eager` keeps fp32 logits. `target:
+    distribution` has one way alone, chunked."""
     chunk_mib: Annotated[int, Field(ge=1)] = 1024
     """Memory that one chunk of logits may take, MiB; more where a single chunk takes less memory in all."""
     target: Literal["label", "argmax", "distribution"] = "label"
@@ -351,6 +352,11 @@ class TrainSpec(Section):
         if self.global_batch_size % self.micro_batch_size:
             text = f"found {self.global_batch_size}, not a multiple of train.micro_batch_size {self.micro_batch_size}"
             yield "global_batch_size", text
+        if self.min_lr_ratio and self.schedule == "constant":
+            text = (
+                f"found {self.min_lr_ratio} with schedule: constant, whose rate does not fall; remove it, or use cosine"
+            )
+            yield "min_lr_ratio", text
         if self.steps is None and self.epochs > 1000:
             yield "epochs", f"found {self.epochs}; at most 1000"
         if self.eval_every is not None and recipe.data.validation == 0:
