@@ -53,9 +53,13 @@ def test_evaluation_is_shown_if_there_is_one_of_that_run(trained: Path, tmp_path
         run(Settings(output=str(trained), evaluation=str(file), out=str(page)))
         assert "accepted mean tokens per step</td><td>2.25" in page.read_text()
         page.unlink()
-    for other in (report | {"run": "runs/other"}, report | {"run": str(trained.parent / "heads")}, {"accepted": {}}):
-        file.write_text(json.dumps(other))
-        with pytest.raises(UserError, match=f"found one of {other.get('run')}; name one of this run"):
+    for other, found in (
+        ("runs/other", "one of runs/other"),
+        (f"{tmp_path}/heads", "one of /"),
+        (None, "no evaluation"),
+    ):
+        file.write_text(json.dumps({"accepted": {}} | ({"run": other} if other else {})))
+        with pytest.raises(UserError, match=f"found {found}.*; name one of this run"):
             run(Settings(output=str(trained), evaluation=str(file), out=str(page)))
     assert not page.exists()
 
