@@ -15,7 +15,6 @@ Shape suffixes: B rows, P longest prompt, N tree nodes, D tree depth + 1, H hidd
 
 import sys
 import time
-import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from medusa_ds.decoding.acceptance import Acceptance
+from medusa_ds.decoding.capture import capture
 from medusa_ds.decoding.kernels import enabled
 from medusa_ds.decoding.kernels.compiled import CompiledBackbone, compile_part
 from medusa_ds.decoding.kernels.packed import pack_projections
@@ -404,35 +404,6 @@ def prefill(backbone: PreTrainedModel, session: Session, tokens_BP: Tensor) -> T
             **session.cache_arguments,
         ).last_hidden_state
     return hidden_BPH[torch.arange(batch, device=tokens_BP.device), session.length_B - 1]
-
-
-def capture(step: Callable[[], None], pool: Any = None, warm_ups: int = 3) -> torch.cuda.CUDAGraph | None:
-    """The CUDA graph of a step, which runs a few times before; None: it waits for the GPU, as some models' steps do.
-
-    `pool`: of memory that graphs share which never run at the same time. Compiled code needs three warm-ups.
-    """
-    side, mode, waits = torch.cuda.Stream(), torch.cuda.get_sync_debug_mode(), False
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(warm_ups - 1):
-            step()
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
-                torch.cuda.set_sync_debug_mode("error")
-            step()
-        except RuntimeError as error:
-            if not (waits := "synchronizing CUDA operation" in str(error)):
-                raise
-        finally:
-            torch.cuda.set_sync_debug_mode(mode)
-    torch.cuda.current_stream().wait_stream(side)
-    if waits:
-        return None
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        step()
-    return graph
 
 
 def head_logits(heads: Sequence[Head], states: Sequence[Tensor], lm_head: VocabularyProjection) -> Tensor:

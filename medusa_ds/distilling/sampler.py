@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from medusa_ds.data.dialogues import Chat
 from medusa_ds.data.layouts import UnusableRow
 from medusa_ds.decoding.acceptance import Acceptance
-from medusa_ds.decoding.decoder import begin, capture, end_tokens, prefill
+from medusa_ds.decoding.capture import capture
+from medusa_ds.decoding.decoder import begin, end_tokens, prefill
 from medusa_ds.decoding.session import Session, static_attention
 from medusa_ds.decoding.trees import Tree
 from medusa_ds.distilling.requests import Handle, Reply, Request, Sampling

@@ -10,8 +10,10 @@ output is the model's own, sampling has its distribution (a token is drawn from 
 the guess). A chain, not a tree: it needs no attention mask of its own, so that flash attention, sliding windows and
 padding work as in plain `generate`. Rows of a batch advance together, by the guesses that are right in all of them.
 A pass verifies as many guesses as pay on the machine at hand, down to none, by the times that passes took here and the
-guesses that held; neither greedy nor sampled text depends on it, as one token is drawn for each that is kept. Beam
-search, the output of scores, inputs other than tokens, and texts so long that positions turn are refused.
+guesses that held; neither greedy nor sampled text depends on it, as one token is drawn for each that is kept. On
+a GPU that holds the whole model, passes are replayed as CUDA graphs where the model's code allows it, as a small model
+waits for Python to launch its kernels. Beam search, the output of scores, inputs other than
+tokens, and texts so long that positions turn are refused.
 """
 
 import functools
@@ -27,10 +29,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import linear, pad, rms_norm, silu
 from transformers import generation
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+from transformers.masking_utils import create_masks_for_generate
 
+from medusa_ds.decoding.capture import capture
 from medusa_ds.decoding.pace import Pace
 from medusa_ds.model.rope import turns_beyond
 
+GRAPHS_ON = "cuda"  # devices of this type have their passes captured
 _loaded: Any = weakref.WeakKeyDictionary()  # heads by model: read once
 
 
@@ -45,7 +51,10 @@ def generate(model: Any, medusa_heads: str | None = None, **kwargs: Any) -> Any:
     source = (medusa_heads, where.get("revision"))
     if source not in _loaded.setdefault(model, {}):
         _loaded[model][source] = Heads(model, medusa_heads, where)
-    decoding = functools.partial(decode, heads=_loaded[model][source], streamer=kwargs.get("streamer"))
+    own_cache = any(kwargs.get(name) is not None for name in ("cache", "past_key_values"))
+    graphs = not own_cache and not kwargs.get("return_dict_in_generate")  # else somebody reads the cache afterwards
+    heads, streamer = _loaded[model][source], kwargs.get("streamer")
+    decoding = functools.partial(decode, heads=heads, streamer=streamer, graphs=graphs)
     return model.generate(**kwargs, custom_generate=decoding)
 
 
@@ -69,14 +78,14 @@ class Heads:
         self.num, self.sees_tokens = config["num"], config.get("kind") == "hydra"
         self.blocks = config["layers"] - self.sees_tokens
         self.weights = load_file(paths[1])
-        self.paces: dict[int, Pace] = {}
+        self.paces: dict[tuple[int, bool], Pace] = {}
 
-    def pace(self, rows: int) -> Pace:
-        """What a batch of so many rows has shown of its passes."""
-        if rows not in self.paces:
+    def pace(self, rows: int, graphs: bool) -> Pace:
+        """What a batch of so many rows has shown of its passes, captured or launched."""
+        if (rows, graphs) not in self.paces:
             assumed = [0.6**k * 0.85 ** (k * (k - 1) / 2) for k in range(1, self.num + 1)]
-            self.paces[rows] = Pace(range(self.num + 1), assumed)
-        return self.paces[rows]
+            self.paces[rows, graphs] = Pace(range(self.num + 1), assumed)
+        return self.paces[rows, graphs]
 
     def guess(self, hidden: Tensor, token: Tensor, number: int) -> Tensor:
         """Best tokens of the first heads [B, number] after hidden states [B, H] and the token [B] that they led to."""
@@ -116,6 +125,162 @@ class Heads:
         return self.weights[name]
 
 
+class _Places(StaticLayer):
+    """A layer's keys and values in fixed places; new ones come behind a count of tokens that all layers share."""
+
+    def __init__(self, layer: Any, slots: int, known: int, length: Tensor) -> None:
+        super().__init__(slots)
+        self.cumulative_length, self.is_initialized = length, True
+        for name in ("keys", "values"):
+            old = getattr(layer, name)[:, :, :known]  # of a sliding window the last ones alone
+            places = old.new_zeros(*old.shape[:2], slots, old.shape[3])
+            places[:, :, known - old.shape[2] : known] = old
+            setattr(self, name, places)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Write the states of new tokens; all keys and values."""
+        assert self.keys is not None and self.values is not None
+        slots = self.cumulative_length + torch.arange(key_states.shape[2], device=key_states.device)
+        self.keys.index_copy_(2, slots, key_states)
+        self.values.index_copy_(2, slots, value_states)
+        return self.keys, self.values
+
+
+class _Forward:
+    """A model's pass over a cache."""
+
+    def __init__(self, model: Any, lm_head: Any, cache_name: str) -> None:
+        self.model, self.cache_name = model, cache_name
+        self._seen: list[Tensor] = []
+        # heads read what the base model gives, as the LM head's input may be scaled; not every model calls its base
+        self._hooks = [lm_head.register_forward_pre_hook(lambda _, args: self._see(args[0]))]
+        if model.base_model is not model:
+            self._hooks.append(model.base_model.register_forward_hook(lambda *args: self._see(args[2][0])))
+
+    def _see(self, hidden: Tensor) -> None:
+        if not self._seen:
+            self._seen.append(hidden)
+
+    def __call__(self, past: Any, **inputs: Any) -> tuple[Tensor, Tensor]:
+        """Logits and the hidden states that heads read, [B, tokens, V and H]."""
+        self._seen.clear()
+        logits = self.model(use_cache=True, **{self.cache_name: past}, **inputs).logits
+        return logits, self._seen.pop()
+
+    def masks(self, past: Any, mask: Tensor | None, input_ids: Tensor, **inputs: Any) -> Any:
+        """What new tokens see of a cache of fixed places, as `generate` makes it for such caches."""
+        make = getattr(self.model, "create_masks_for_generate", create_masks_for_generate)
+        empty = torch.empty(*input_ids.shape, 0, dtype=self.model.dtype, device=input_ids.device)
+        given = {"inputs_embeds": empty, "attention_mask": mask, "position_ids": inputs.get("position_ids")}
+        return make(config=self.model.config, **given, **{self.cache_name: past})
+
+    def remove(self) -> None:
+        """Leave the model as it was."""
+        for hook in self._hooks:
+            hook.remove()
+
+
+class FixedPasses:
+    """Passes over keys and values in fixed places, on a GPU a CUDA graph for each count of new tokens.
+
+    Args:
+        forward: the model's pass.
+        layers: of the cache that knows the text so far.
+        known: its tokens.
+        slots: tokens that there is to be room for.
+
+    Attributes:
+        waits: a pass waits for the GPU, so that it is launched, not replayed.
+    """
+
+    def __init__(self, forward: _Forward, layers: list[Any], known: int, slots: int) -> None:
+        self.device = next(layer.keys.device for layer in layers if layer.keys is not None)
+        self.slots, self.length, self.waits = slots, torch.zeros((), dtype=torch.long, device=self.device), False
+        kept = [layer if layer.keys is None else _Places(layer, slots, known, self.length) for layer in layers]
+        self.forward, self.cache, self.passes = forward, Cache(layers=kept), {}  # type: ignore[var-annotated]
+        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+
+    def read(self, known: int, mask: Tensor | None, inputs: dict[str, Any]) -> list[Tensor]:
+        """Read new tokens.
+
+        Args:
+            known: count of tokens before them.
+            mask: [B, known and new tokens], zero where a row is padded.
+            inputs: of the pass.
+
+        Returns:
+            Logits and hidden states, in tensors that the next pass of as many tokens writes over.
+        """
+        self.length.fill_(known)
+        if mask is not None:
+            mask = pad(mask, (0, self.slots - mask.shape[1]), value=1)
+        inputs = {**inputs, "attention_mask": self.forward.masks(self.cache, mask, **inputs)}
+        width = inputs["input_ids"].shape[1]
+        if width not in self.passes:
+            self.passes[width] = self._prepare(inputs)
+        own, given, run = self.passes[width]
+        _write(own, inputs)
+        run()
+        return given
+
+    def agrees(self, hidden: Tensor, *given: Any) -> bool:
+        """Whether a first pass gives the hidden states that it gave over the other cache, as a graph on a GPU."""
+        try:
+            apart = (self.read(*given)[1] - hidden).float().norm()
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):  # it wants to know the cache's length
+            return False
+        return not self.waits and bool(apart <= torch.finfo(hidden.dtype).eps ** 0.5 / 2 * hidden.float().norm())
+
+    def _prepare(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], list[Tensor], Any]:
+        """Tensors that a pass reads and writes, which a graph does not keep alive, and what runs it."""
+        own, forward, cache = _own(inputs), self.forward, self.cache
+        given: list[Tensor] = []
+
+        def run() -> None:
+            given[:] = forward(cache, **own)
+
+        if self.pool is not None:
+            with torch.cuda.device(self.device):
+                graph = capture(run, self.pool, warm_ups=1)
+            self.waits = graph is None
+            return own, given, run if graph is None else graph.replay
+        return own, given, run
+
+
+def _own(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The same inputs in tensors of their own; masks may be a dictionary by types of layers."""
+    return {
+        name: value.clone(memory_format=torch.contiguous_format)
+        if torch.is_tensor(value)
+        else (_own(value) if isinstance(value, dict) else value)
+        for name, value in inputs.items()
+    }
+
+
+def _write(own: dict[str, Any], inputs: dict[str, Any]) -> None:
+    """Put other values in their place."""
+    for name, value in inputs.items():
+        if torch.is_tensor(value):
+            own[name].copy_(value)
+        elif isinstance(value, dict):
+            _write(own[name], value)
+
+
+def _captured(model: Any) -> bool:
+    """Whether to capture passes: a GPU holds the whole model, and its attention takes any mask."""
+    devices = {parameter.device for parameter in model.parameters()}
+    takes_masks = model.config._attn_implementation in ("sdpa", "eager")
+    return takes_masks and len(devices) == 1 and devices.pop().type == GRAPHS_ON
+
+
+def _fixed_passes(forward: _Forward, layers: list[Any], known: int, most: int) -> FixedPasses | None:
+    """Passes over fixed places, at first few of a long text; None where layers keep more than keys and values."""
+    kinds = (DynamicLayer, DynamicSlidingWindowLayer)
+    if all(type(layer) in kinds or layer.keys is None for layer in layers):
+        return FixedPasses(forward, layers, known, -(-min(most, max(2 * known, 1024)) // 64) * 64)
+    return None
+
+
 def decode(
     model: Any,
     input_ids: Any,
@@ -124,6 +289,7 @@ def decode(
     generation_config: Any,
     heads: Any = None,
     streamer: Any = None,
+    graphs: bool = False,
     **inputs: Any,
 ) -> Any:
     """The decoding loop that transformers calls after its usual preparations (the `Callable` of `custom_generate`)."""
@@ -159,31 +325,39 @@ def decode(
     filler = config.pad_token_id if config.pad_token_id is not None else (ends[0] or 0)
     mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
     finished = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-    guesses, pace = input_ids[:, :0], heads.pace(len(input_ids))
-    seen_hidden: list[torch.Tensor] = []
+    graphs = graphs and _captured(model)
+    hides = not (graphs and mask is not None and mask.all())
+    guesses, pace = input_ids[:, :0], heads.pace(len(input_ids), graphs)
+    fixed: FixedPasses | None = None
+    forward = _Forward(model, heads.lm_head, cache_name)
     pace.begin()
-    # what heads read is the base model's; what the LM head is given may be scaled, but not every model calls its base
-    hooks = [
-        heads.lm_head.register_forward_pre_hook(lambda _, args: None if seen_hidden else seen_hidden.append(args[0]))
-    ]
-    if model.base_model is not model:
-        hooks.append(model.base_model.register_forward_hook(lambda *args: seen_hidden.append(args[2][0])))
     try:
         while not finished.all():
             started, size = time.perf_counter(), pace.choose()
             length, width = input_ids.shape[1], guesses.shape[1] + 1
-            tokens, known = torch.cat([input_ids, guesses], 1), cache.get_seq_length()
-            passed: dict[str, Any] = {cache_name: cache}
+            tokens = torch.cat([input_ids, guesses], 1)
+            known = cache.get_seq_length() if fixed is None else length - 1
+            passed: dict[str, Any] = {"input_ids": tokens[:, known:]}
             if positions is not None:
                 ahead = torch.arange(1, tokens.shape[1] - positions.shape[1] + 1, device=positions.device)
                 passed["position_ids"] = torch.cat([positions, positions[:, -1:] + ahead], 1)[:, known:]
-            if mask is not None:
-                passed["attention_mask"] = pad(mask, (0, tokens.shape[1] - mask.shape[1]), value=1)
             if "logits_to_keep" in inputs:
                 passed["logits_to_keep"] = width
-            logits = model(input_ids=tokens[:, known:], use_cache=True, **passed).logits
+            seen = pad(mask, (0, tokens.shape[1] - mask.shape[1]), value=1) if mask is not None and hides else None
+            if fixed is not None:
+                if tokens.shape[1] > fixed.slots:
+                    fixed = FixedPasses(forward, fixed.cache.layers, known, 2 * fixed.slots)
+                timed = width in fixed.passes
+                logits, hidden = fixed.read(known, seen, passed)
+            else:
+                timed, trial = not graphs, None
+                if graphs and known:
+                    trial, graphs = _fixed_passes(forward, cache.layers, known, config.max_length), False
+                logits, hidden = forward(cache, **passed, **({} if seen is None else {"attention_mask": seen}))
+                if trial is not None and trial.agrees(hidden, known, seen, passed):
+                    fixed = trial
             logits = logits[:, -width:].to(input_ids.device, torch.float32, copy=True)
-            hidden = seen_hidden.pop()[:, -width:].to(heads.lm_head.weight.device)
+            hidden = hidden[:, -width:].to(heads.lm_head.weight.device)
             chosen: list[Tensor] = []
             for i in range(width):  # up to the first that is not the guess in some row
                 scores = logits_processor(tokens[:, : length + i], logits[:, i])
@@ -201,16 +375,15 @@ def decode(
                 if finished.all():
                     break
             beyond = length + width - input_ids.shape[1]  # guesses that are not in the text
-            if keeps_past or beyond:
+            if fixed is None and (keeps_past or beyond):
                 cache.crop(-beyond)
             room = max(config.max_length - input_ids.shape[1] - 1, 0)
             guesses = heads.guess(hidden[:, accepted], chosen[-1], min(size, room)).to(input_ids.device)
             if known:  # not the prompt's own pass
-                same = width - 1 == guesses.shape[1]
+                same = timed and width - 1 == guesses.shape[1]
                 pace.saw(width - 1, range(accepted), time.perf_counter() - started if same else None)
     finally:
-        for hook in hooks:
-            hook.remove()
+        forward.remove()
     if streamer is not None:
         streamer.end()
     if config.return_dict_in_generate:

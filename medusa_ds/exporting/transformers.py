@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from medusa_ds.config.recipe import ModelSpec
-from medusa_ds.decoding import pace
+from medusa_ds.decoding import capture, pace
 from medusa_ds.exporting import custom_generate
 from medusa_ds.exporting.source import Source
 from medusa_ds.model import rope
@@ -38,7 +38,7 @@ def decodes(spec: ModelSpec) -> bool:
         wanted = twin.generate(ids, **settings)
         heads = SimpleNamespace(
             lm_head=twin.get_output_embeddings(),
-            pace=lambda _: pace.Pace(range(3), [0.9, 0.9]),
+            pace=lambda *_: pace.Pace(range(3), [0.9, 0.9]),
             guess=lambda _, token, number: token.new_zeros(len(token), number),
         )
         try:
@@ -50,9 +50,9 @@ def decodes(spec: ModelSpec) -> bool:
 
 
 def write(source: Source, directory: Path) -> None:
-    """Write the file with the two modules of ours that it imports in their place, so that it needs no more of ours."""
+    """Write the file with the three modules of ours that it imports in their place: it needs no more of ours."""
     text = inspect.getsource(custom_generate)
-    for module in (pace, rope):
+    for module in (pace, rope, capture):
         _, _, body = inspect.getsource(module).split('"""', 2)
         before, _, after = text.partition(f"from {module.__name__} import ")
         text = before + body.strip() + after[after.index("\n") :]

@@ -18,7 +18,8 @@ from transformers import DynamicCache
 
 from medusa_ds.decoding import session as cache
 from medusa_ds.decoding.acceptance import Acceptance
-from medusa_ds.decoding.decoder import Decoder, begin, capture, end_at, end_tokens, padded_length, stop_at
+from medusa_ds.decoding.capture import capture
+from medusa_ds.decoding.decoder import Decoder, begin, end_at, end_tokens, padded_length, stop_at
 from medusa_ds.decoding.trees import Tree, chain, default_tree
 from medusa_ds.errors import UserError
 from medusa_ds.heads.medusa import MedusaHeads

@@ -192,6 +192,35 @@ def test_heads_read_what_the_base_model_gives_and_guess_with_its_bias(family, tm
     assert other.guess(hidden, text[0], 2).equal(wanted)
 
 
+FIXED = dict.fromkeys(("llama", "gemma2", "mistral", "gpt2", "falcon", "mixtral", "qwen3", "phi", "cohere2"), True)
+FIXED |= {"gpt_neo": False}
+
+
+@pytest.mark.usefixtures("steady_clock")
+@pytest.mark.parametrize("family", FIXED)
+def test_passes_over_fixed_places_give_the_same_text(family, tmp_path, monkeypatch) -> None:
+    """As a GPU replays them, launched; over windows of sliding attention and over more places than there were at first.
+    GPT-Neo counts its window from the end of the places, so it goes on over a cache that grows. Mutations: keys of a
+    window at the beginning; what the last pass guessed wrongly counted as known; fresh places without the old ones."""
+    windows = {"sliding_window": 8} if family in ("gemma2", "mistral", "mixtral", "cohere2") else {}
+    model, _ = run_of(Asked(AutoConfig.for_model(family, **windows)), tmp_path)
+    monkeypatch.setattr(custom_generate, "GRAPHS_ON", "cpu")
+    few = custom_generate._fixed_passes
+    monkeypatch.setattr(custom_generate, "_fixed_passes", lambda *args: few(*args[:3], 32))
+    read, reads = custom_generate.FixedPasses.read, []
+    monkeypatch.setattr(custom_generate.FixedPasses, "read", lambda *args: reads.append(args[0].slots) or read(*args))
+    heads = custom_generate.Heads(model, str(tmp_path), {})
+    ids = torch.randint(1, 80, (2, 19), generator=torch.Generator().manual_seed(0))
+    settings = {"max_new_tokens": 60, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+    plain = model.generate(ids, **settings)
+    own = {"custom_generate": partial(custom_generate.decode, heads=heads, graphs=True)}
+    assert model.generate(ids, **settings, **own).equal(plain)
+    assert (set(reads) == {64, 128}) if FIXED[family] else (reads == [64])
+    settings["attention_mask"][0, :3] = 0
+    reads.clear()
+    assert model.generate(ids, **settings, **own).equal(model.generate(ids, **settings)) and reads
+
+
 class Knows(custom_generate.Heads):
     """Heads that know the text, by the tokens that the cache holds."""
 
