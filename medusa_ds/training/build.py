@@ -137,6 +137,8 @@ def complete_config(config: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     if ds_config.clips_in_adam(config):
         config["gradient_clipping"] = 0.0
         config["zero_optimization"]["compute_grad_norm"] = config["bf16"]["check_grad_overflow"] = False
+    # with which DeepSpeed 0.19.8 reads and writes other parameters' states (findings/deepspeed_round_robin_*)
+    config.get("zero_optimization", {}).pop("round_robin_gradients", None)
     config.setdefault("timers", {"throughput": {"enabled": False}})  # which waits for the GPU twice a step
     if config["tensorboard"]["enabled"]:
         config["tensorboard"] = {"output_path": recipe.output, "job_name": "tensorboard"} | config["tensorboard"]

@@ -16,8 +16,10 @@ from transformers import AutoTokenizer, Lfm2Config, Lfm2ForCausalLM
 
 from medusa_ds.config.recipe import Recipe
 from medusa_ds.errors import UserError
+from medusa_ds.heads.files import load_heads
 from medusa_ds.programs.train import _claim, _is_free, _run, _shipped, main
 from medusa_ds.ranks import Ranks
+from medusa_ds.training.checkpoint import Reader
 
 
 def test_recipe_trains_heads_and_says_where_they_are(tiny_recipe, tmp_path):
@@ -55,6 +57,15 @@ def test_a_model_with_a_state_says_what_it_cannot_and_is_trained_and_exported(ti
     assert len(losses_of(tmp_path / "out")) == 3
     cli("export", tmp_path / "out", tmp_path / "exported", "--for", "vllm", log_dir=tmp_path)
     assert (tmp_path / "exported" / "model.safetensors").exists()
+
+
+def test_a_checkpoint_holds_the_weights_whatever_order_deepspeed_would_keep_them_in(tiny_recipe, tmp_path):
+    """Mutation: leave `round_robin_gradients`, with which DeepSpeed's accessors give other parameters' weights."""
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 2, "round_robin_gradients": true}}')
+    train(tiny_recipe, f"deepspeed={tmp_path / 'ds.json'}", "train.steps=2", log_dir=tmp_path, ranks=2)
+    saved = Reader(tmp_path / "out" / "checkpoints" / "step-000002")
+    for name, weight in load_heads(tmp_path / "out")[1].items():
+        assert saved.tensor(f"heads.{name}/master").equal(weight), name
 
 
 def test_the_largest_seed_trains(tiny_recipe, tmp_path):
