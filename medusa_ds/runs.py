@@ -244,9 +244,8 @@ def open_run(name: str | Path, base_model: str | None = None) -> Saved:
             f"or {', '.join(sorted(folder.name for folder in PRETRAINED.iterdir()))}"
         )
     config, weights = load_heads(folder)
-    kept = _from_recipe(config["recipe"], folder / "heads.json", base_model)
-    model = kept.model
-    if kept.stage == 2:
+    model, _, stage, template_args = _from_recipe(config["recipe"], folder / "heads.json", base_model)
+    if stage == 2:
         if base_model:
             raise UserError(f"--base-model: found it, but {folder.parent} has its own, tuned in stage 2; leave it out")
         tuned = folder.parent / "backbone"
@@ -260,8 +259,8 @@ def open_run(name: str | Path, base_model: str | None = None) -> Saved:
         weights=weights,
         dtype=getattr(torch, config["dtype"]),
         model=model,
-        stage=kept.stage,
-        template_args=kept.template_args,
+        stage=stage,
+        template_args=template_args,
         tree=config.get("tree"),
         shipped=shipped,
     )
@@ -272,20 +271,20 @@ def _open_checkpoint(folder: Path, base_model: str | None) -> Saved:
         raise UserError(*(f"{problem}; name another checkpoint" for problem in problems))
     output, reader = folder.parents[1], Reader(folder)
     text = read_text(output / "recipe.yaml")
-    kept = _from_recipe(text, output / "recipe.yaml", base_model)
-    config, weights = load_config(kept.model).get_text_config(), _masters(reader, "heads.")
+    model, heads, stage, template_args = _from_recipe(text, output / "recipe.yaml", base_model)
+    config, weights = load_config(model).get_text_config(), _masters(reader, "heads.")
     if token_map := reader.state.get("engine", {}).get("token_map"):
         weights["token_map"] = torch.tensor(token_map, dtype=torch.int64)
-    meta = {"base_model": kept.model.name, "revision": kept.model.revision, "recipe": text} | kept.heads.sized(config)
+    meta = {"base_model": model.name, "revision": model.revision, "recipe": text} | heads.sized(config)
     return Saved(
         folder,
         output=output,
         meta=meta,
         weights=weights,
         dtype=None,
-        model=kept.model,
-        stage=kept.stage,
-        template_args=kept.template_args,
+        model=model,
+        stage=stage,
+        template_args=template_args,
         checkpoint=reader,
     )
 
@@ -335,22 +334,14 @@ def save_tree(config_file: Path, paths: list[TreePath]) -> None:
         write_json(config_file, read_json(config_file) | {"tree": paths})
 
 
-class _Kept(NamedTuple):
-    """What decoding needs of the resolved recipe that a run keeps."""
-
-    model: ModelSpec
-    heads: HeadsSpec
-    stage: int
-    template_args: dict[str, Any]
-
-
-def _from_recipe(text: str, where: Path, base_model: str | None) -> _Kept:
+def _from_recipe(text: str, where: Path, base_model: str | None) -> tuple[ModelSpec, HeadsSpec, int, dict[str, Any]]:
+    """Model, heads, stage and arguments of the template in a run's resolved recipe, of imported heads a part of one."""
     raw, _ = parse_yaml(text, str(where))
     try:
         if base_model:
             raw["model"] |= {"name": base_model, "revision": None}
         model, heads = ModelSpec.model_validate(raw["model"]), HeadsSpec.model_validate(raw["heads"])
-        return _Kept(model, heads, int(raw["stage"]), dict(raw["data"].get("template_args") or {}))
+        return model, heads, int(raw["stage"]), dict(raw["data"].get("template_args") or {})
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{where}: not a resolved recipe ({one_line(error)})") from None
 

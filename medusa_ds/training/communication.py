@@ -33,20 +33,14 @@ OFF_BY = "stage 1 -3% to +2% (8); stage 2 without ZeRO 3 -1% to +7% (12); stage 
 """By how much estimates of steps that were measured are longer, and how many those are; a test computes it."""
 
 
-class Sent(NamedTuple):
-    """Bytes that each GPU sends in a step: `beside` matrix products, and `alone`."""
-
-    beside: float
-    alone: float
-
-
 def sent_bytes(
     parts: Parameters, stage: int, deepspeed: dict[str, Any], ranks: int, width: int, micro_batches: int
-) -> Sent:
-    """Bytes of the weights and gradients of a model in memory; offloading changes none.
+) -> tuple[float, float]:
+    """Bytes that each GPU sends in a step beside matrix products, and alone: of the weights and gradients in memory.
 
-    In stage 1 all gradients exist before the backward pass, so none is sent beside it. `ranks` are GPUs,
-    `micro_batches` of a step on each of them; `width` is bytes of a working weight, and of its gradient on the way.
+    Offloading changes none. In stage 1 all gradients exist before the backward pass, so none is sent beside it.
+    `ranks` are GPUs, `micro_batches` of a step on each of them; `width` is bytes of a working weight, and of its
+    gradient on the way.
     """
     zero = zero_settings(deepspeed).stage
     section = {key: value for key, value in (deepspeed.get("zero_optimization") or {}).items() if value != "auto"}
@@ -55,9 +49,9 @@ def sent_bytes(
     if zero == 3:
         again = max(0.0, trained - section.get("stage3_max_reuse_distance", 1e9) / 2)
         every = share * (trained + parts.frozen(stage) + again + trained)
-        return Sent(0, every) if overlaps is False else Sent(every, 0)
+        return (0, every) if overlaps is False else (every, 0)
     gradients, weights = 2 * share * trained, width * (ranks - 1) / ranks * trained if zero else 0
-    return Sent(gradients, weights) if overlaps and zero and stage == 2 else Sent(0, gradients + weights)
+    return (gradients, weights) if overlaps and zero and stage == 2 else (0, gradients + weights)
 
 
 class Step(NamedTuple):
