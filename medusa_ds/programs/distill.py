@@ -152,9 +152,9 @@ def _distill(recipe: Recipe, settings: Settings, ranks: Ranks) -> dict[str, Any]
     state = _state(recipe, settings, sampling, [row for _, row in rows], unwanted, openings)
     with closing(Output(Path(settings.out), state, ranks)) as output:
         engines = _Engines(recipe, settings, chat, sampling, ranks)
-        rows += _make_prompts(settings, openings, engines, output, len(rows))
+        rows += _make_prompts(engines, openings, output, len(rows))
         removed = _removed([row for _, row in rows], Excluded(unwanted), chat.tokenizer.all_special_tokens)
-        failed = _answer(settings, engines, rows, removed, output)
+        failed = _answer(engines, rows, removed, output)
         parts = ranks.gather((failed, removed))
         output.merge()
     everyone = [{number: why for part in parts for number, why in part[kind].items()} for kind in (0, 1)]
@@ -211,11 +211,9 @@ def _state(
     }
 
 
-def _make_prompts(
-    settings: Settings, openings: list[str], engines: _Engines, output: Output, first: int
-) -> list[tuple[str, Any]]:
+def _make_prompts(engines: _Engines, openings: list[str], output: Output, first: int) -> list[tuple[str, Any]]:
     """The prompts that the model makes, kept in the progress file, as `_read` gives those of a source."""
-    ranks, chat = engines.ranks, engines.chat
+    settings, ranks, chat = engines.settings, engines.ranks, engines.chat
     made = {row["row"]: row for row in output.before if "prompt" in row}
     wanted = range(first, first + (settings.synthesize or 0))
     missing, new = [row for row in wanted if row not in made], {}
@@ -274,9 +272,10 @@ def _removed(prompts: list[Any], excluded: Excluded, controls: list[str]) -> dic
 
 
 def _answer(
-    settings: Settings, engines: _Engines, prompts: list[tuple[str, Any]], removed: dict[int, str], output: Output
+    engines: _Engines, prompts: list[tuple[str, Any]], removed: dict[int, str], output: Output
 ) -> dict[int, str]:
     """Answer this rank's part of what is neither answered nor removed; the rows that failed, with the reason."""
+    keeps_unfinished = engines.settings.keep_unfinished
     removed |= {row["row"]: row["removed"] for row in output.before if "removed" in row}
     talks: dict[int, tuple[Messages, deque[dict[str, Any]], list[int]]] = {}
     failed: dict[int, str] = {}
@@ -306,9 +305,9 @@ def _answer(
         messages, _, tokens = talks[number]
         if finish == "end" and not reply.text.strip():
             finish = "empty"
-        elif finish == "end" and repetitive(reply.text) and not settings.keep_unfinished:
+        elif finish == "end" and repetitive(reply.text) and not keeps_unfinished:
             finish = "repetition"
-        unfinished = settings.keep_unfinished and finish in ("cut off", "repetition") and bool(reply.text.strip())
+        unfinished = keeps_unfinished and finish in ("cut off", "repetition") and bool(reply.text.strip())
         if finish == "end" or unfinished:
             thoughts = {"reasoning_content": reply.thoughts} if reply.thoughts else {}
             messages.append({"role": "assistant", "content": reply.text, **thoughts})

@@ -124,12 +124,12 @@ def _run(recipe: Recipe, recipe_file: Path, ranks: Ranks, output: Path, supervis
         recipe, state = engine.recipe, engine.resume_newest(data.fingerprint)
         report = Report(output, ranks.rank, steps, engine.steps_taken)
         if ranks.rank == 0:
-            _keep_launch(output, recipe, engine, recipe_file, data.report)
+            _keep_launch(output, engine, recipe_file, data.report)
         if recipe.train.tensorboard:
             report.say(f"TensorBoard's events: {output / 'tensorboard'}")
         if engine.steps_taken:
             report.say(f"resuming after step {engine.steps_taken} of {steps}")
-        loop = Loop(recipe, engine, data, report, supervisor, steps)
+        loop = Loop(engine, data, report, supervisor)
         loop.run(state)
         engine.export(output, tokenizer)  # heads.json last: it is what makes a run a finished one
         report.close()
@@ -186,9 +186,9 @@ def _claim(output: Path, recipe: Recipe, stack: ExitStack) -> None:
         )
 
 
-def _keep_launch(output: Path, recipe: Recipe, engine: MedusaEngine, recipe_file: Path, data: dict[str, Any]) -> None:
+def _keep_launch(output: Path, engine: MedusaEngine, recipe_file: Path, data: dict[str, Any]) -> None:
     """Keep what a run was made of: the resolved recipe, and a line a launch with versions, git state, command, data."""
-    files.write(output / "recipe.yaml", recipe.to_yaml())
+    files.write(output / "recipe.yaml", engine.recipe.to_yaml())
     from medusa_ds.training.report import library_versions
 
     launch = {

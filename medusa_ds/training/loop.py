@@ -12,7 +12,6 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from tqdm import tqdm
 
-from medusa_ds.config.recipe import Recipe
 from medusa_ds.data.packing import Data
 from medusa_ds.errors import UserError
 from medusa_ds.heads.joint import Counters, metrics
@@ -40,14 +39,12 @@ def ahead(make: Callable[[int], Made], steps: Sequence[int]) -> Iterator[Made]:
 class Loop:
     """Steps, validations and checkpoints of a run."""
 
-    def __init__(
-        self, recipe: Recipe, engine: MedusaEngine, data: Data, report: Report, supervisor: Supervisor, steps: int
-    ) -> None:
-        self.recipe, self.engine, self.data, self.report = recipe, engine, data, report
-        self.supervisor, self.steps = supervisor, steps
+    def __init__(self, engine: MedusaEngine, data: Data, report: Report, supervisor: Supervisor) -> None:
+        self.recipe, self.steps = engine.recipe, engine.total_steps
+        self.engine, self.data, self.report, self.supervisor = engine, data, report, supervisor
         lengths = data.train.lengths
         mean_context = float((lengths * lengths).sum() / lengths.sum()) / 2  # of a token, within its conversation
-        self.meter = Meter(recipe, engine.model, engine.device, engine.world_size, mean_context)
+        self.meter = Meter(self.recipe, engine.model, engine.device, engine.world_size, mean_context)
         self.before: dict[str, float] = {}
         self.after: dict[str, float] = {}
         self._save_s = engine.checkpoint_bytes / SAVED_BYTES_PER_S
