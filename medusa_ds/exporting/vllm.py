@@ -15,7 +15,7 @@ from medusa_ds.exporting.layouts import to_vllm
 from medusa_ds.exporting.source import Source
 from medusa_ds.files import write_json
 
-MAX_SHARD_SIZE = "5GB"  # transformers' and huggingface_hub's own
+MAX_SHARD_SIZE = "5GB"  # huggingface_hub's own; transformers has ten times that
 
 
 def refuses(source: Source, allow_loss: bool) -> str | None:

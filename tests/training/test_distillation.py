@@ -12,14 +12,18 @@ def figures(run):
     return numbers(run["loss"] + run["grad_norm"])
 
 
+def weights(two_ranks, two, one_rank, one):
+    """Of two ranks before and after, and of one after, in runs whose figures agree."""
+    assert figures(two_ranks[two]) == pytest.approx(figures(one_rank[one]), rel=1e-5)
+    files = [two_ranks.folder / two / "before", two_ranks.folder / two / "after", one_rank.folder / one / "after"]
+    return [load_file(file.with_suffix(".safetensors")) for file in files]
+
+
 @pytest.mark.parametrize("lm_head", ["own", "shared"])
 @pytest.mark.parametrize("target", ["argmax", "distribution"])
 def test_two_ranks_train_as_one_does(target, lm_head, two_ranks, one_rank) -> None:
     """Mutation: call the teacher once a chunk instead of once a head; ranks with other numbers of rows then hang."""
-    two, one = f"zero3-{target}-{lm_head}", f"zero0-{target}-{lm_head}"
-    assert figures(two_ranks[two]) == pytest.approx(figures(one_rank[one]), rel=1e-5)
-    before, after = (load_file(two_ranks.folder / two / f"{when}.safetensors") for when in ("before", "after"))
-    wanted = load_file(one_rank.folder / one / "after.safetensors")
+    before, after, wanted = weights(two_ranks, f"zero3-{target}-{lm_head}", one_rank, f"zero0-{target}-{lm_head}")
     for name, weight in wanted.items():
         if name.startswith("backbone."):
             assert torch.equal(after[name], before[name]), name
@@ -30,10 +34,8 @@ def test_two_ranks_train_as_one_does(target, lm_head, two_ranks, one_rank) -> No
 @pytest.mark.parametrize("target", ["argmax", "distribution"])
 def test_the_frozen_start_teaches_two_ranks_as_one(zero, target, two_ranks, one_rank) -> None:
     """Mutation: teach by the model in training, whose divergence from itself is zero."""
-    two, one = f"{zero}-{target}-stage2", f"zero0-{target}-stage2"
-    assert figures(two_ranks[two]) == pytest.approx(figures(one_rank[one]), rel=1e-5)
-    before, after = (load_file(two_ranks.folder / two / f"{when}.safetensors") for when in ("before", "after"))
-    wanted = load_file(one_rank.folder / one / "after.safetensors")
+    two = f"{zero}-{target}-stage2"
+    before, after, wanted = weights(two_ranks, two, one_rank, f"zero0-{target}-stage2")
     assert {name.split(".")[0] for name in wanted} == {"backbone", "heads", "start"}
     for name, weight in wanted.items():
         if name.startswith("start."):
