@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -315,14 +315,19 @@ def _tokenise(row: dict[str, Any], chat: Chat, max_length: int) -> dict[str, Any
 def _measure(data: Dataset, rows: np.ndarray) -> dict[str, Any]:
     """Counts and the hash of the usable training rows."""
     digest, tokens, supervised, cut = hashlib.sha256(), 0, 0, 0
-    data = data.with_format("arrow")
-    for start in range(0, len(rows), 1000):
-        batch = data[rows[start : start + 1000]]
-        ids = pc.list_flatten(batch["input_ids"]).to_numpy()
-        mask = pc.list_flatten(batch["supervised"]).to_numpy()
+    for batch, ids, mask in read_tokens(data, rows):
         for part in (batch["length"].to_numpy(), ids, np.packbits(mask)):
             digest.update(part.tobytes())
         tokens += len(ids)
         supervised += int(mask.sum())
         cut += int(batch["cut"].to_numpy().sum())
     return {"tokens": tokens, "supervised_tokens": supervised, "cut": cut, "fingerprint": digest.hexdigest()}
+
+
+def read_tokens(data: Dataset, rows: np.ndarray) -> Iterator[tuple[Any, np.ndarray, np.ndarray]]:
+    """Rows a thousand at a time: their table, their tokens one after another, and which of these are supervised."""
+    data = data.with_format("arrow")
+    for start in range(0, len(rows), 1000):
+        batch = data[rows[start : start + 1000]]
+        ids, supervised = (pc.list_flatten(batch[name]).to_numpy() for name in ("input_ids", "supervised"))
+        yield batch, ids, supervised

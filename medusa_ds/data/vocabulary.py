@@ -4,22 +4,17 @@ from collections.abc import Collection
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from medusa_ds.data.packing import Data, Sequences
+from medusa_ds.data.packing import Data, Sequences, read_tokens
 from medusa_ds.errors import UserError
-
-_ROWS = 1000  # conversations read at once
 
 
 def label_counts(sequences: Sequences, vocab_size: int) -> np.ndarray:
     """How often each of V tokens is a label, int64 [V]."""
-    counts, data = np.zeros(vocab_size, dtype=np.int64), sequences.data.with_format("arrow")
-    for start in range(0, len(sequences.rows), _ROWS):
-        batch = data[sequences.rows[start : start + _ROWS]]
-        ids, supervised = (pc.list_flatten(batch[name]).to_numpy() for name in ("input_ids", "supervised"))
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for _, ids, supervised in read_tokens(sequences.data, sequences.rows):
         counts += np.bincount(ids[supervised], minlength=vocab_size)
     return counts
 
