@@ -27,7 +27,7 @@ from medusa_ds.decoding.decoder import end_at
 from medusa_ds.decoding.pictures import check_picture
 from medusa_ds.decoding.session import position_limit
 from medusa_ds.decoding.trees import Path as TreePath
-from medusa_ds.decoding.trees import Tree, default_tree
+from medusa_ds.decoding.trees import Tree, default_tree, most_promising
 from medusa_ds.errors import UserError, one_line
 from medusa_ds.files import check_writable, explained, with_nulls, write_json
 from medusa_ds.heads.base import Heads
@@ -299,9 +299,10 @@ def load_run(run: str | Path | Saved, device: torch.device, dtype: torch.dtype, 
     num = saved.meta["num"]
     if saved.tree is None:
         tree = default_tree(num, 32 if device.type == "cuda" else _CPU_NODES)
-    else:  # shipped ones were found for a GPU; the best paths come first
-        few = saved.shipped and device.type == "cpu"
-        tree = Tree.parse(saved.tree[: _CPU_NODES - 1] if few else saved.tree, num, str(saved.folder / "heads.json"))
+    else:
+        tree = Tree.parse(saved.tree, num, str(saved.folder / "heads.json"))
+        if saved.shipped and device.type == "cpu":  # it was found for a GPU
+            tree = Tree(most_promising(tree)[: _CPU_NODES - 1])
     backbone = saved.load_backbone(device, dtype, liger)
     heads = saved.load_heads(backbone, dtype)
     tree = Tree(path for path in tree.paths if max(path) < heads.num_rows)  # as of an export that cut the heads

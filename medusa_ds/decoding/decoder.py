@@ -32,7 +32,7 @@ from medusa_ds.decoding.kernels.packed import pack_projections
 from medusa_ds.decoding.kernels.top_tokens import top_tokens
 from medusa_ds.decoding.pace import Pace
 from medusa_ds.decoding.session import Session, position_limit, static_attention
-from medusa_ds.decoding.trees import Tree, assumed_probability
+from medusa_ds.decoding.trees import Tree, assumed_probability, most_promising
 from medusa_ds.errors import UserError
 from medusa_ds.heads.base import Head, Heads
 from medusa_ds.model.attention import base_model
@@ -99,7 +99,7 @@ class Decoder:
         self.use_graph = backbone.device.type == "cuda" if graph is None else graph
         self.lm_head = vocabulary_projection(backbone)
         self.next_tree = self.tree  # which the next step verifies
-        self._order = sorted(self.tree.paths, key=lambda path: (-assumed_probability(path), path))
+        self._order = most_promising(self.tree)
         self.pace: Pace | None = None
         if adapt and heads and self.acceptance.rule == "greedy" and not (self.use_graph or compile_step):
             sizes = [size for size in {0, 1, 2, 3, 7, 15, 31, len(self._order)} if size <= len(self._order)]

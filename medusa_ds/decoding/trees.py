@@ -127,6 +127,11 @@ def assumed_probability(path: Path) -> float:
     return math.prod(0.6 * 0.85**k * 0.3**r for k, r in enumerate(path))
 
 
+def most_promising(tree: Tree) -> list[Path]:
+    """A tree's paths, those first that such heads would get right most often; each comes behind its beginning."""
+    return sorted(tree.paths, key=lambda path: (-assumed_probability(path), path))
+
+
 def best_tree(probability: Callable[[Path], float], num: int, width: int, nodes: int) -> Tree:
     """The tree of the most probable paths: so many nodes with the root, or all of `num` heads of `width` guesses.
 
