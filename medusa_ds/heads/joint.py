@@ -197,7 +197,8 @@ class JointModel(nn.Module):
             scales: [K+1], what the gradients of the losses are multiplied by, see `loss.linear_cross_entropy`.
         """
         if states_MH is None:
-            hidden = _hidden_states(self.backbone, input_ids, position_ids, grad=self.stage == 2)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.stage == 2):
+                hidden = hidden_states(self.backbone, input_ids, position_ids)
         else:
             scaled_MH = states_MH if scales_M is None else states_MH.float() * scales_M[:, None]
             hidden = scaled_MH.to(next(self.heads.parameters()).dtype)
@@ -235,7 +236,8 @@ class JointModel(nn.Module):
             teacher: Any = self.backbone if self.start is None else self.start
             teacher_RH = hidden_RH
             if self.start is not None:
-                teacher_RH = _hidden_states(self.start, input_ids, position_ids, grad=False)
+                with torch.no_grad():
+                    teacher_RH = hidden_states(self.start, input_ids, position_ids)
             if self.target == "argmax":
                 lm_rows_N = head_rows(labels, position_ids, 0)[0].to(input_ids.device)
                 chosen_N = teacher.get_output_embeddings().first_choice(teacher_RH[lm_rows_N], self.chunk_mib)
@@ -295,11 +297,6 @@ def _moved(parts: list[list[Tensor]], device: torch.device) -> list[list[Tensor]
         return parts
     there = moved(torch.cat(flat), device).split([len(part) for part in flat])
     return [list(there[at : at + 3]) for at in range(0, len(flat), 3)]
-
-
-def _hidden_states(model: Any, input_ids: Tensor, position_ids: Tensor, grad: bool) -> Tensor:
-    with torch.set_grad_enabled(torch.is_grad_enabled() and grad):
-        return hidden_states(model, input_ids, position_ids)
 
 
 def _count(losses: list[HeadLoss | None], targets: list[Target | None], num_positions: int) -> Tensor:
