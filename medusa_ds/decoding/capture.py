@@ -31,6 +31,6 @@ def capture(step: Callable[[], None], pool: Any = None, warm_ups: int = 3) -> to
     if waits:
         return None
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # other threads may allocate meanwhile
         step()
     return graph

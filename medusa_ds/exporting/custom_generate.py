@@ -214,6 +214,7 @@ class FixedPasses:
         self.length.fill_(known)
         if mask is not None:
             mask = pad(mask, (0, self.slots - mask.shape[1]), value=1)
+        # not in the graph: transformers 5.24.0 asks the GPU for the cache's length there, unless it knows of a capture
         inputs = {**inputs, "attention_mask": self.forward.masks(self.cache, mask, **inputs)}
         width = inputs["input_ids"].shape[1]
         if width not in self.passes:

@@ -14,6 +14,7 @@ import torch
 from decoding_models import VOCAB, assert_samples, build, random_heads
 from exporting import MakeRun, export_
 from support import heads_meta
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, StoppingCriteria
 
 from medusa_ds.config.recipe import LossSpec
@@ -196,12 +197,23 @@ FIXED = dict.fromkeys(("llama", "gemma2", "mistral", "gpt2", "falcon", "mixtral"
 FIXED |= {"gpt_neo": False}
 
 
+class Waits(TorchDispatchMode):
+    """Counts the numbers that Python asks tensors for: what waits for one cannot be a graph on a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
 @pytest.mark.usefixtures("steady_clock")
 @pytest.mark.parametrize("family", FIXED)
 def test_passes_over_fixed_places_give_the_same_text(family, tmp_path, monkeypatch) -> None:
     """As a GPU replays them, launched; over windows of sliding attention and over more places than there were at first.
     GPT-Neo counts its window from the end of the places, so it goes on over a cache that grows. Mutations: keys of a
-    window at the beginning; what the last pass guessed wrongly counted as known; fresh places without the old ones."""
+    window at the beginning; what the last pass guessed wrongly counted as known; fresh places without the old ones;
+    masks that the model makes itself, which asks for the cache's length."""
     windows = {"sliding_window": 8} if family in ("gemma2", "mistral", "mixtral", "cohere2") else {}
     model, _ = run_of(Asked(AutoConfig.for_model(family, **windows)), tmp_path)
     monkeypatch.setattr(custom_generate, "GRAPHS_ON", "cpu")
@@ -209,6 +221,18 @@ def test_passes_over_fixed_places_give_the_same_text(family, tmp_path, monkeypat
     monkeypatch.setattr(custom_generate, "_fixed_passes", lambda *args: few(*args[:3], 32))
     read, reads = custom_generate.FixedPasses.read, []
     monkeypatch.setattr(custom_generate.FixedPasses, "read", lambda *args: reads.append(args[0].slots) or read(*args))
+    prepare, waits = custom_generate.FixedPasses._prepare, Waits()
+
+    def counted(*args: Any) -> Any:
+        own, given, run = prepare(*args)
+
+        def within() -> None:
+            with waits:
+                run()
+
+        return own, given, within
+
+    monkeypatch.setattr(custom_generate.FixedPasses, "_prepare", counted)
     heads = custom_generate.Heads(model, str(tmp_path), {})
     ids = torch.randint(1, 80, (2, 19), generator=torch.Generator().manual_seed(0))
     settings = {"max_new_tokens": 60, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
@@ -216,6 +240,7 @@ def test_passes_over_fixed_places_give_the_same_text(family, tmp_path, monkeypat
     own = {"custom_generate": partial(custom_generate.decode, heads=heads, graphs=True)}
     assert model.generate(ids, **settings, **own).equal(plain)
     assert (set(reads) == {64, 128}) if FIXED[family] else (reads == [64])
+    assert not waits.count
     settings["attention_mask"][0, :3] = 0
     reads.clear()
     assert model.generate(ids, **settings, **own).equal(model.generate(ids, **settings)) and reads
