@@ -93,7 +93,7 @@ def estimate_step(
     """
     train, length, settings = recipe.train, recipe.data.max_length, load(deepspeed)
     micro_batches = max(1, train.global_batch_size // (train.micro_batch_size * gpus))
-    flops = step_flops(recipe, config, parts.backbone - config.vocab_size * config.hidden_size)
+    flops = step_flops(recipe, config, parts.active)
     a_token = flops.total(1, length / 2, recipe.heads.num, 1)
     again = 0.0  # of what is computed twice
     if recipe.stage == 2:

@@ -6,10 +6,12 @@ half a document on average. Recomputed activations are not counted: this is mode
 2204.02311, appendix B).
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from medusa_ds.config.recipe import Recipe
@@ -37,8 +39,23 @@ class StepFlops:
         return backbone + head_rows * self.head_row + lm_rows * self.lm_row
 
 
+def active_parameters(base: nn.Module, config: Any) -> int:
+    """Parameters of a base model that a token is multiplied by: no embeddings, and of experts those it is sent to.
+
+    Weights of experts have three dimensions, the first of which is their number.
+    """
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    experts = next((number for name in names if type(number := getattr(config, name, None)) is int), 0)
+    chosen = getattr(config, "num_experts_per_tok", None)
+    chosen = chosen if type(chosen) is int else experts  # of some families one for each layer
+    tables = {id(p) for module in base.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    shapes = [getattr(p, "ds_shape", p.shape) for p in base.parameters() if id(p) not in tables]  # empty under ZeRO-3
+    routed = sum(math.prod(shape) for shape in shapes if len(shape) == 3 and shape[0] == experts)
+    return sum(map(math.prod, shapes)) - routed * (experts - chosen) // max(experts, 1)
+
+
 def step_flops(recipe: Recipe, config: Any, backbone_parameters: int) -> StepFlops:
-    """FLOPs by part, with a backbone of so many parameters in matrix products, without embeddings and LM head.
+    """FLOPs by part, with a backbone of so many `active_parameters`.
 
     `config` is its transformers config; with a hidden cache it computes nothing. The teacher's logits of a row are one
     more product with the target `distribution`, and with `argmax` for the LM head's rows, which stage 1 does not count.

@@ -19,8 +19,10 @@ from medusa_ds.config.deepspeed import Zero, load, zero_settings
 from medusa_ds.config.recipe import Recipe, shipped
 from medusa_ds.errors import counted
 from medusa_ds.heads.kinds import KINDS, make_heads
+from medusa_ds.model.attention import base_model
 from medusa_ds.model.backbone import load_config
 from medusa_ds.ranks import Ranks
+from medusa_ds.training.flops import active_parameters
 from medusa_ds.training.gpus import GPUS
 
 GIB = 1 << 30
@@ -42,6 +44,8 @@ class Parameters:
     """Of the largest module that ZeRO-3 gathers."""
     start: int = 0
     """Of the frozen start that `loss.target` asks for in stage 2."""
+    active: int = 0
+    """Of the backbone, those that a token is multiplied by."""
 
     def trainable(self, stage: int) -> int:
         """Parameters that have a gradient."""
@@ -69,6 +73,7 @@ def count_parameters(recipe: Recipe, config: Any) -> Parameters:
         blocks=blocks,
         projections=projections,
         largest=projection.numel(),
+        active=active_parameters(base_model(model), config),
         start=total if recipe.has_frozen_start else 0,
     )
 

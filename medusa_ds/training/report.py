@@ -18,8 +18,9 @@ from medusa_ds import files
 from medusa_ds.config.recipe import Recipe
 from medusa_ds.data.packing import MicroBatch
 from medusa_ds.heads.joint import Counters, JointModel, metrics
+from medusa_ds.model.attention import base_model
 from medusa_ds.progress import LINE_EVERY_S
-from medusa_ds.training.flops import step_flops
+from medusa_ds.training.flops import active_parameters, step_flops
 from medusa_ds.training.gpus import peak_tflops
 from medusa_ds.training.step import StepResult
 
@@ -157,12 +158,8 @@ class Meter:
     def __init__(
         self, recipe: Recipe, model: JointModel, device: torch.device, world_size: int, mean_context: float
     ) -> None:
-        matrices = sum(
-            getattr(p, "ds_numel", p.numel())
-            for name, p in model.backbone.base_model.named_parameters()
-            if "embed" not in name
-        )
-        self.flops = step_flops(recipe, model.backbone.config.get_text_config(), matrices)
+        config = model.backbone.config.get_text_config()
+        self.flops = step_flops(recipe, config, active_parameters(base_model(model.backbone), config))
         self.device, self.world_size, self.mean_context = device, world_size, mean_context
         self.peak = peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 

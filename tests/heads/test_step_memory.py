@@ -5,11 +5,11 @@ import torch
 from test_joint import NUM, SIZES, H, batch, build, documents
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModel
 from watch import Watch
 
 from medusa_ds.config.recipe import Recipe
-from medusa_ds.training.flops import step_flops
+from medusa_ds.training.flops import active_parameters, step_flops
 
 VOCAB, CHUNK_MIB = 4099, 1
 PACKED = batch([documents([40, 60, 20]), documents([90, 30], seed=1)], 128)
@@ -88,6 +88,23 @@ def test_flops_of_a_hydra_heads_row_are_those_counted_by_hand(stage):
     step, block, lm_head = 2 * 2 * H * H, 2 * H * H, 2 * H * VOCAB  # forward: [2H] -> [H], [H] -> [H], [H] -> [V]
     inputs = (2 if stage == 1 else 3) * step  # of the first head's step nobody learns from in stage 1
     assert found == pytest.approx((3 * (2 * step + 3 * block + 2 * lm_head) + inputs) / 3, rel=1e-12)
+
+
+EXPERTS = {"num_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 8}
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"), [("llama", {}), ("qwen3_moe", EXPERTS), ("gpt2", {"n_embd": H, "n_layer": 2, "n_head": 4})]
+)
+def test_a_token_pays_for_what_it_is_multiplied_by(kind, more):
+    """Mutations: count all experts; know embeddings by the word `embed` in a name."""
+    config = AutoConfig.for_model(kind, **SIZES | {"vocab_size": VOCAB} | more)
+    options = {"attn_implementation": "eager"} | ({"experts_implementation": "eager"} if more is EXPERTS else {})
+    model = AutoModel.from_config(config, **options).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(input_ids=torch.ones(1, 1, dtype=torch.long))
+    known = step_flops(recipe(1), config, active_parameters(model, config))
+    assert counter.get_total_flops() == pytest.approx(known.total(1, 1, 0, 0), rel=0.05)  # norms and biases are few
 
 
 class Weights(TorchDispatchMode):
