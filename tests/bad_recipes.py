@@ -144,6 +144,10 @@ OVERRIDES: dict[str, tuple[list[str], list[str]]] = {
         ["heads.lm_head", "found shared with stage 2"],
     ),
     "nothing to learn": (["heads.lm_head=shared", "heads.layers=0"], ["heads.layers", "nothing to learn"]),
+    "Hydra heads without a step": (
+        ["heads.kind=hydra", "heads.layers=0"],
+        ["heads.layers", "found 0 with kind: hydra"],
+    ),
     "few tokens of a shared LM head": (
         ["heads.lm_head=shared", "heads.vocab=8192"],
         ["heads.vocab", "found 8192 with lm_head: shared", "use own"],
@@ -238,6 +242,12 @@ JSONS: dict[str, tuple[str, list[str]]] = {
     "ZeRO stage 4": ('{"zero_optimization": {"stage": 4}}', ["found 4", "0, 1, 2 or 3"]),
     "ZeRO flag as text": ('{"zero_optimization": {"overlap_comm": "yes"}}', ["overlap_comm", "found 'yes'"]),
     "ZeRO size as text": ('{"zero_optimization": {"reduce_bucket_size": "5e8"}}', ["found '5e8'", "number"]),
+    "share of an offload as text": (
+        '{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": "0.5"}}}',
+        ["offload_optimizer.ratio: found '0.5'", "allowed is a number"],
+    ),
+    "gradients summed": ('{"gradient_allreduce_op": "sum"}', ["gradient_allreduce_op: found 'sum'", "allowed is mean"]),
+    "no gradient norm": ('{"zero_optimization": {"compute_grad_norm": false}}', ["compute_grad_norm: found False"]),
     "ZeRO as a number": ('{"zero_optimization": 2}', ["zero_optimization: found 2", "an object"]),
     "negative clipping": ('{"gradient_clipping": -1}', ["gradient_clipping: found -1, but", "make them equal"]),
     "clipping as a switch": ('{"gradient_clipping": true}', ["gradient_clipping: found True, but", "make them equal"]),

@@ -23,7 +23,7 @@ SUBCOMMANDS = sorted({c.replace("deepspeed --module medusa_ds.cli ", "medusa-ds 
 
 
 @pytest.mark.parametrize("command", [c for c in SUBCOMMANDS if c.startswith("medusa-ds ")])
-def test_medusa_ds_commands_parse(command: str) -> None:
+def test_medusa_ds_commands_parse(command):
     """Turns red when a page names an option that its subcommand lacks."""
     name, *rest = shlex.split(command)[1:]
     program = importlib.import_module(f"medusa_ds.programs.{cli.COMMANDS[name]}")
@@ -33,7 +33,7 @@ def test_medusa_ds_commands_parse(command: str) -> None:
         Recipe.load(named[0], [*named[1:], *found.overrides], planning=True)
 
 
-def test_launches_name_recipes_that_load() -> None:
+def test_launches_name_recipes_that_load():
     launches = re.findall(r"deepspeed ((?:--module medusa_ds )?)(\S*smollm2\S*)((?: \S+=\S+)*)", "\n".join(COMMANDS))
     assert len(launches) >= 3
     for _, recipe, overrides in launches:
@@ -43,7 +43,7 @@ def test_launches_name_recipes_that_load() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_named_files_exist(page: Path) -> None:
+def test_named_files_exist(page):
     """Turns red when a page names a file of the repository that is not there."""
     rooms = r"recipes|ds_configs|medusa_ds|tests|docs|findings|plugins|\.ci"
     named = re.findall(rf"(?<![\w/.-])((?:{rooms})/[\w./-]*\w)", page.read_text())
@@ -52,7 +52,7 @@ def test_named_files_exist(page: Path) -> None:
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
-def test_keys_that_pages_name_exist() -> None:
+def test_keys_that_pages_name_exist():
     """Turns red when a page names a key of a section of the recipe that the section lacks."""
     sections = {
         name: field.annotation
@@ -65,7 +65,7 @@ def test_keys_that_pages_name_exist() -> None:
                 assert key in sections[section].model_fields, f"{page.name}: {section}.{key}"
 
 
-def test_tests_that_the_page_on_reliability_names_exist() -> None:
+def test_tests_that_the_page_on_reliability_names_exist():
     """Turns red when a test is renamed; the page names a file by a letter."""
     page = (ROOT / "docs" / "reliability.md").read_text()
     tests = {letter: (ROOT / path).read_text() for path, letter in re.findall(r"`(tests/\S+\.py)` \(([A-Z])\)", page)}
@@ -75,7 +75,7 @@ def test_tests_that_the_page_on_reliability_names_exist() -> None:
     assert [name for letter, name in names if name not in tests[letter]] == []
 
 
-def test_readme_fits_a_page() -> None:
+def test_readme_fits_a_page():
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) <= 120
     assert max(map(len, lines)) <= 120

@@ -69,7 +69,7 @@ def layer(module: str) -> int:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_imports_go_down_the_layers(module: str) -> None:
+def test_imports_go_down_the_layers(module):
     """Mutation: import `medusa_ds.training` in `model/loss.py`, or a program in another one."""
     room = module.split(".")[0]
     for name, late in imports(MODULES[module]):
@@ -84,7 +84,7 @@ def test_imports_go_down_the_layers(module: str) -> None:
         assert room in KEEPERS.get(library, {room}), f"{module} imports {name}"
 
 
-def test_no_module_imports_itself_by_way_of_others() -> None:
+def test_no_module_imports_itself_by_way_of_others():
     graph = {
         module: {inner for name, _ in imports(file) if (inner := ours(name)) in MODULES}
         for module, file in MODULES.items()
@@ -103,11 +103,11 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_file_holds_one_subject(module: str) -> None:
+def test_file_holds_one_subject(module):
     assert len(MODULES[module].read_text().splitlines()) <= 600
 
 
-def test_heavy_libraries_wait_for_their_command() -> None:
+def test_heavy_libraries_wait_for_their_command():
     """`medusa-ds list`, `show` and mistakes in a recipe need no torch. Mutation: import a program atop `cli.py`."""
     code = (
         "import sys; from medusa_ds.cli import main; main(['list']); main(['show', 'llama3_8b_stage2'])\n"
@@ -121,13 +121,13 @@ def test_heavy_libraries_wait_for_their_command() -> None:
     assert "smollm2_135m_stage1" in done.stdout
 
 
-def test_compiler_of_pytorch_waits_for_what_it_compiles() -> None:
+def test_compiler_of_pytorch_waits_for_what_it_compiles():
     """Mutation: compile a function at import."""
     code = "import sys, medusa_ds.programs.evaluate; sys.exit('torch._inductor.compile_fx' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=300).returncode == 0
 
 
-def test_every_import_is_a_dependency_with_a_lower_bound() -> None:
+def test_every_import_is_a_dependency_with_a_lower_bound():
     """Mutation: import a package that another one happens to bring, or write a requirement without a version."""
     setup = ast.parse((PACKAGE.parent / "setup.py").read_text())
     call = next(node for node in ast.walk(setup) if isinstance(node, ast.Call) and ast.unparse(node.func) == "setup")

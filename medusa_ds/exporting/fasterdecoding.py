@@ -25,6 +25,8 @@ def write(source: Source, directory: Path) -> None:
     content = io.BytesIO()  # torch's own writer tells nothing of a full disk
     torch.save(to_medusa(source.heads, source.meta["layers"], source.projections()), content)
     flush(directory / "medusa_lm_head.pt", content.getbuffer())
+    if (num := source.meta["num"]) != 5:
+        print(f"warning: FasterDecoding/Medusa builds 5 heads whatever the files say; these are {num}")
 
 
 def code(source: Source, out: str, base: str) -> str:

@@ -238,7 +238,7 @@ def _print_steps(settings: Settings, recipe: Recipe, parts: Parameters, config: 
         ms, sent_ms, alone = 1e3 * step.seconds, 1e3 * step.communication_s, step.waiting_s / step.seconds
         print(
             f"  {nodes:5}  {nodes * settings.gpus:4}  {choice.deepspeed.stem:13}{step.sent_gb:9.1f}{ms:6.0f}"
-            f"{sent_ms:18.0f}{alone:7.0%}{step.tokens_per_s:11,.0f}{step.efficiency:19.2f}"
+            f"{sent_ms:18.0f}{alone:7.0%}{step.tokens_per_s:11,.0f}{step.one_gpu_s / step.seconds:19.2f}"
         )
     print(f"  such estimates of measured steps of one and two H200s were off by: {OFF_BY}")
 

@@ -94,8 +94,6 @@ def run(settings: Settings) -> None:
         for file in work.rglob("*.safetensors"):  # safetensors lets only its owner read a file
             shutil.copymode(work / "config.json", file)
     print(f"exported {counted(source.meta['num'], 'head')} to {settings.out}; README.md there says how to use them")
-    if "fasterdecoding" in chosen and source.meta["num"] != 5:
-        print(f"warning: FasterDecoding/Medusa builds 5 heads whatever the files say; these are {source.meta['num']}")
     if settings.push_to_hub:
         _push(target, settings.push_to_hub, source, chosen)
 

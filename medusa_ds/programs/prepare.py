@@ -42,13 +42,13 @@ def run(settings: Settings) -> None:
     if settings.hidden and recipe.data.hidden_cache == "off":
         raise UserError("--hidden: found data.hidden_cache: off; set it to auto or to a directory")
     rank, start = Ranks().rank, recipe.heads.init_from
-    kept = load_start(recipe.heads, recipe.heads.shape) if start and Path(start).exists() else {}
+    kept = load_start(recipe.heads, recipe.heads.shape).get("token_map") if start and Path(start).exists() else None
     quiet_libraries(rank)
     recipe, tokenizer = settled(recipe), load_tokenizer(recipe.model)
     data = load_data(recipe, tokenizer)
     if rank == 0:
         print(data.summary(recipe.train.global_batch_size))
-        for line in _vocabulary(recipe, data, tokenizer, kept.get("token_map")):
+        for line in _vocabulary(recipe, data, tokenizer, kept):
             print(line)
         print(f"fingerprint of the training rows: {data.fingerprint}")
     if settings.hidden:

@@ -49,8 +49,7 @@ def _read_evaluation(file: Path, output: Path) -> dict[str, Any]:
     elif named.name == "heads":
         named = named.parent
     if named.resolve() != output.resolve() and named.name != output.resolve().name:
-        raise UserError(
-            f"--evaluation: {file}: found one of {report.get('run')}; name one of this run, which "
-            f"medusa-ds evaluate {output} --json {file} would write"
-        )
+        found = f"one of {report['run']}" if "run" in report else "no evaluation"
+        mend = f"name one of this run, which medusa-ds evaluate {output} --json {file} would write"
+        raise UserError(f"--evaluation: {file}: found {found}; {mend}")
     return report

@@ -68,11 +68,6 @@ class Step(NamedTuple):
     tokens_per_s: float
     token_gflop: float
 
-    @property
-    def efficiency(self) -> float:
-        """Of one GPU's rate, which each GPU reaches."""
-        return self.one_gpu_s / self.seconds
-
 
 def estimate_step(
     recipe: Recipe,

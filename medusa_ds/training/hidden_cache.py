@@ -162,22 +162,17 @@ class HiddenCache:
                 with torch.no_grad():
                     hidden_RH = hidden_states(backbone, batch.input_ids.to(device), batch.position_ids)
                 mask_R = any_head_rows(batch.labels, batch.position_ids, self.num).flatten()
-                found_NH, scale_N = self._store(hidden_RH[mask_R.to(device)])
+                hidden_NH = hidden_RH[mask_R.to(device)]
                 conversations = np.concatenate(group) + base
                 counts = np.diff(self.starts)[conversations]
                 rows = np.repeat(self.starts[conversations] - first - np.cumsum(counts) + counts, counts)
                 rows_N = torch.from_numpy(rows + np.arange(counts.sum()))
-                states_MH[rows_N] = found_NH.cpu()
-                if scales_M is not None and scale_N is not None:
-                    scales_M[rows_N] = scale_N.cpu()
+                if scales_M is not None:
+                    scale_N1 = row_scales(hidden_NH)
+                    hidden_NH, scales_M[rows_N] = hidden_NH.float() / scale_N1, scale_N1[:, 0].cpu()
+                states_MH[rows_N] = hidden_NH.to(states_MH.dtype).cpu()
             base += len(split.rows)
         return states_MH, scales_M
-
-    def _store(self, hidden_NH: Tensor) -> tuple[Tensor, Tensor | None]:
-        if self.stored != "fp8":
-            return hidden_NH.to(STORED[self.stored]), None
-        scale_N1 = row_scales(hidden_NH)
-        return (hidden_NH.float() / scale_N1).to(STORED["fp8"]), scale_N1[:, 0]
 
     def _file(self, shard: int) -> Path:
         return self.directory / f"shard-{shard:05d}.safetensors"

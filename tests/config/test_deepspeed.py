@@ -41,7 +41,7 @@ def load(place: Path, settings: Any, *overrides: str) -> Recipe:
     return Recipe.load("smollm2_135m_stage1", ["deepspeed=ds.json", "train.global_batch_size=8", *overrides])
 
 
-def test_config_of_another_trainer_works_as_it_is(place: Path) -> None:
+def test_config_of_another_trainer_works_as_it_is(place):
     config = load(place, TRANSFORMERS_EXAMPLE).ds_config(world_size=2, on_gpu=True)
     assert config["train_batch_size"] == 8
     assert config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"] * 2 == 8
@@ -58,7 +58,7 @@ def test_config_of_another_trainer_works_as_it_is(place: Path) -> None:
 @pytest.mark.parametrize(
     "section", ["optimizer", "scheduler", "bf16", "fp16", "tensorboard", "wandb", "zero_optimization"]
 )
-def test_auto_stands_for_a_whole_section(section: str, place: Path) -> None:
+def test_auto_stands_for_a_whole_section(section, place):
     config = load(place, {section: "auto"}).ds_config(world_size=1, on_gpu=False)
     assert "auto" not in json.dumps(config)
     config = load(place, {"optimizer": {"params": "auto"}, "scheduler": {"params": "auto"}}).ds_config(1, False)
@@ -68,13 +68,13 @@ def test_auto_stands_for_a_whole_section(section: str, place: Path) -> None:
         assert ds_config.zero_settings(ds_config.load(place / "ds.json")) == (1, False, False)
 
 
-def test_what_is_switched_off_or_left_to_the_trainer_is_not_refused(place: Path) -> None:
+def test_what_is_switched_off_or_left_to_the_trainer_is_not_refused(place):
     """`amp` as transformers' documentation has it. Mutation: take `auto` for switched on."""
     off = {"amp": {"enabled": "auto", "opt_level": "auto"}, "sequence_parallel_size": 1}
     assert ds_config.fill_sizes(load(place, off).ds_config(1, on_gpu=True), hidden_size=64)["amp"] == {}
 
 
-def test_offload_under_its_first_name_is_offload(place: Path) -> None:
+def test_offload_under_its_first_name_is_offload(place):
     """Mutation: hand it to DeepSpeed, which then refuses the optimizer that is not made for it."""
     config = load(place, {"zero_optimization": {"stage": 2, "cpu_offload": True}}).ds_config(1, on_gpu=True)
     assert ds_config.zero_settings(config) == (2, True, False)
@@ -87,24 +87,24 @@ def test_offload_under_its_first_name_is_offload(place: Path) -> None:
         assert ds_config.zero_settings(config) == (2, False, False)
 
 
-def test_precision_follows_the_device(place: Path) -> None:
+def test_precision_follows_the_device(place):
     recipe = load(place, {"bfloat16": {"enabled": "auto"}})
     assert recipe.ds_config(1, on_gpu=True)["bf16"]["enabled"] is True
     assert recipe.ds_config(1, on_gpu=False)["bf16"]["enabled"] is False
     assert load(place, {}, "train.precision=fp32").ds_config(1, on_gpu=True)["bf16"]["enabled"] is False
 
 
-def test_clipping_is_always_written(place: Path) -> None:
+def test_clipping_is_always_written(place):
     """DeepSpeed clips at 1.0 when the key is missing. Mutation: leave `gradient_clipping` out of `ds_values`."""
     assert load(place, {}, "train.max_grad_norm=0").ds_config(1, True)["gradient_clipping"] == 0.0
 
 
-def test_equal_values_in_both_are_no_conflict(place: Path) -> None:
+def test_equal_values_in_both_are_no_conflict(place):
     settings = {"train_batch_size": 8, "gradient_clipping": 1, "optimizer": {"params": {"lr": 0.002}}}
     load(place, settings, "train.lr=2e-3")
 
 
-def test_ranks_that_do_not_divide_are_refused(place: Path) -> None:
+def test_ranks_that_do_not_divide_are_refused(place):
     with pytest.raises(UserError, match=r"found 8, which 3 ranks x train.micro_batch_size 2 do not divide"):
         load(place, {}).ds_config(world_size=3, on_gpu=True)
     with pytest.raises(UserError, match="gradient_accumulation_steps: found 4, but"):
@@ -112,7 +112,7 @@ def test_ranks_that_do_not_divide_are_refused(place: Path) -> None:
 
 
 @pytest.mark.parametrize("file", sorted(shipped("ds_configs").glob("*.json")), ids=lambda file: file.stem)
-def test_shipped_config_is_accepted_by_deepspeed(file: Path) -> None:
+def test_shipped_config_is_accepted_by_deepspeed(file):
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     config = Recipe.load("smollm2_135m_stage1", [f"deepspeed={file}"]).ds_config(1, True)
@@ -121,7 +121,7 @@ def test_shipped_config_is_accepted_by_deepspeed(file: Path) -> None:
     assert (zero.offload_optimizer is not None) == ("offload" in file.stem)
 
 
-def test_known_keys_are_those_of_deepspeeds_models() -> None:
+def test_known_keys_are_those_of_deepspeeds_models():
     """Read from source and imported. Mutation: leave out aliases, or a base class."""
     for name, (file, model) in ds_config._MODELS.items():
         module = importlib.import_module(f"deepspeed.runtime.{file.removesuffix('.py').replace('/', '.')}")

@@ -1,7 +1,6 @@
 """Layouts and keys of rows: each is read as what it says, and what is not followed is counted."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -256,7 +255,7 @@ def test_every_layout_gives_what_chat_messages_give(family, seed):
         assert encoded["messages"].input_ids == chat.tokenizer.apply_chat_template(turns, return_dict=False)
 
 
-def test_rows_in_are_rows_used_and_rows_left_out(tmp_path: Path):
+def test_rows_in_are_rows_used_and_rows_left_out(tmp_path):
     """And what used rows say that is not followed is counted with its first row. Mutation: drop the notes."""
     draw = np.random.default_rng(26)
     rows: list[dict] = []

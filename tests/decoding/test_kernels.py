@@ -69,7 +69,7 @@ class OnHopper:
 
 
 @pytest.mark.parametrize("on", [True, False])
-def test_one_switch_is_for_all_kernels(monkeypatch: pytest.MonkeyPatch, on: bool):
+def test_one_switch_is_for_all_kernels(monkeypatch, on):
     """Mutation: a kernel that asks for a GPU alone."""
     monkeypatch.setattr(kernels, "ENABLED", on)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))

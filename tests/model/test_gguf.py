@@ -78,7 +78,7 @@ def written() -> tuple[LlamaForCausalLM, Tokenizer]:
     return LlamaForCausalLM(config).eval(), tokenizer
 
 
-def test_the_converted_directory_is_the_model_and_its_tokenizer(written: Any, tmp_path: Path) -> None:
+def test_the_converted_directory_is_the_model_and_its_tokenizer(written, tmp_path):
     """Mutation: leave the tokenizer as transformers makes it."""
     model, tokenizer = written
     write(tmp_path, model, tokenizer)
@@ -100,14 +100,14 @@ def test_the_converted_directory_is_the_model_and_its_tokenizer(written: Any, tm
         ({"rope_freqs.weight": 0.5}, "its rotary embeddings are scaled"),
     ],
 )
-def test_what_transformers_leaves_out_is_refused(written: Any, tmp_path: Path, change: dict, says: str) -> None:
+def test_what_transformers_leaves_out_is_refused(written, tmp_path, change, says):
     """Of GGUF files, by transformers 5.24.0, without a word."""
     write(tmp_path, *written, **change)
     with pytest.raises(UserError, match=rf"^model\.package\.file: {says}.*in safetensors as model\.name"):
         backbone._convert(tmp_path, tmp_path / "made")
 
 
-def test_a_base_that_was_not_read_is_refused(written: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_base_that_was_not_read_is_refused(written, tmp_path, monkeypatch):
     """As that of StarCoder2, by transformers 5.24.0."""
     write(tmp_path, *written)
     read = SimpleNamespace(config=SimpleNamespace(rope_parameters={"rope_theta": 1e6}))

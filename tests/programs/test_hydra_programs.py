@@ -1,8 +1,6 @@
 """Hydra heads through all programs: trained with and without a hidden cache, measured, decoded, exported."""
 
 import json
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from support import losses_of, train
@@ -12,7 +10,7 @@ from medusa_ds.cli import main
 HYDRA = ("heads.kind=hydra", "heads.layers=2", "heads.lm_head=shared")
 
 
-def test_a_run_from_recipe_to_text(tiny_recipe: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_a_run_from_recipe_to_text(tiny_recipe, tmp_path, refused):
     """Mutations: embeddings of the cached backbone other than its own; a kind that `heads.json` does not name."""
     plain, out = tmp_path / "plain", tmp_path / "out"
     train(tiny_recipe, *HYDRA, f"output={plain}", log_dir=tmp_path)

@@ -3,7 +3,6 @@
 import json
 import shutil
 import signal
-from pathlib import Path
 
 import pytest
 from support import cli, fault, losses_of, metrics_of, train
@@ -13,7 +12,7 @@ from medusa_ds.cli import main
 STEPS = ("train.steps=40", "train.save_every=10", "heads.vocab=128")  # three epochs
 
 
-def test_kills_while_filling_and_while_reading_change_no_loss(tiny_recipe: Path, tmp_path: Path) -> None:
+def test_kills_while_filling_and_while_reading_change_no_loss(tiny_recipe, tmp_path):
     """Two ranks are killed while they fill, then while they read; one rank of ZeRO-3 ends the run. Losses and figures
     are those without a cache. Mutation: read the rows of the next conversation (`numbers + base + 1`)."""
     plain, out, cache = tmp_path / "plain", tmp_path / "out", tmp_path / "hidden"
@@ -36,7 +35,7 @@ def test_kills_while_filling_and_while_reading_change_no_loss(tiny_recipe: Path,
     assert json.loads((exported / "heads" / "heads.json").read_text())["vocab_size"] == 300
 
 
-def test_a_full_disk_is_one_line_and_prepare_fills_on_two_ranks(tiny_recipe: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_one_line_and_prepare_fills_on_two_ranks(tiny_recipe, tmp_path):
     cache = tmp_path / "hidden"
     command = (tiny_recipe, f"data.hidden_cache={cache}", "train.steps=2", "heads.lm_head=shared")
     full = fault(cache, 1, "ENOSPC", 3, r"\.tmp-shard-.*tensors$")

@@ -49,7 +49,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, conversations: Path) -> Path:
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
-def test_twin_of_shipped_recipe_trains_two_steps(file: Path, runs: Path) -> None:
+def test_twin_of_shipped_recipe_trains_two_steps(file, runs):
     recipe = Recipe.load(file, planning=True)
     output = runs / file.stem
     lines = metrics_of(output)

@@ -30,7 +30,7 @@ def trained(tmp_path: Path) -> Path:
     return output
 
 
-def test_page_shows_the_runs_figures_and_needs_nothing_beside_it(trained: Path) -> None:
+def test_page_shows_the_runs_figures_and_needs_nothing_beside_it(trained):
     """Mutation: the first validation in place of the last one; no escaping of what a run is called."""
     run(Settings(output=str(trained)))
     page = (trained / "report.html").read_text()
@@ -44,7 +44,7 @@ def test_page_shows_the_runs_figures_and_needs_nothing_beside_it(trained: Path) 
     assert "<script" not in page
 
 
-def test_evaluation_is_shown_if_there_is_one_of_that_run(trained: Path, tmp_path: Path) -> None:
+def test_evaluation_is_shown_if_there_is_one_of_that_run(trained, tmp_path):
     """Named by any path to it, its heads or a checkpoint. Mutation: show another run's."""
     file, page = tmp_path / "evaluation.json", tmp_path / "page.html"
     for named in (trained, "elsewhere/run <1>/", trained / "heads", "run <1>/checkpoints/best"):
@@ -53,19 +53,23 @@ def test_evaluation_is_shown_if_there_is_one_of_that_run(trained: Path, tmp_path
         run(Settings(output=str(trained), evaluation=str(file), out=str(page)))
         assert "accepted mean tokens per step</td><td>2.25" in page.read_text()
         page.unlink()
-    for other in (report | {"run": "runs/other"}, report | {"run": str(trained.parent / "heads")}, {"accepted": {}}):
-        file.write_text(json.dumps(other))
-        with pytest.raises(UserError, match=f"found one of {other.get('run')}; name one of this run"):
+    for other, found in (
+        ("runs/other", "one of runs/other"),
+        (f"{tmp_path}/heads", "one of /"),
+        (None, "no evaluation"),
+    ):
+        file.write_text(json.dumps({"accepted": {}} | ({"run": other} if other else {})))
+        with pytest.raises(UserError, match=f"found {found}.*; name one of this run"):
             run(Settings(output=str(trained), evaluation=str(file), out=str(page)))
     assert not page.exists()
 
 
-def test_a_directory_without_steps_is_refused(tmp_path: Path) -> None:
+def test_a_directory_without_steps_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"holds no metrics\.jsonl; name the output directory of a run"):
         run(Settings(output=str(tmp_path)))
 
 
-def test_a_head_without_a_held_out_position_has_no_figure(trained: Path) -> None:
+def test_a_head_without_a_held_out_position_has_no_figure(trained):
     """A mean over nothing is null in `metrics.jsonl`. Mutation: format it as a number; a finished run ends badly."""
     file = trained / "metrics.jsonl"
     file.write_text(file.read_text().replace('"head1_loss": 4.0', '"head1_loss": null'))
@@ -73,7 +77,7 @@ def test_a_head_without_a_held_out_position_has_no_figure(trained: Path) -> None
     assert re.search(r"head1, loss</td><td>5\.000</td><td>-", (trained / "report.html").read_text())
 
 
-def test_a_run_that_was_held_against_nothing_yet_but_its_start_shows_one_column(trained: Path) -> None:
+def test_a_run_that_was_held_against_nothing_yet_but_its_start_shows_one_column(trained):
     """Mutation: show the first validation as the last one too."""
     file = trained / "metrics.jsonl"
     lines = [line for line in file.read_text().splitlines() if '"validation", "step": 3' not in line]

@@ -97,7 +97,7 @@ def leaves(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 @fuzz(edits, st.lists(st.tuples(st.sampled_from(KEYS), values), max_size=2), st.booleans())
-def test_recipe(folder: Path, changes: Any, overrides: Any, keep: bool) -> None:
+def test_recipe(folder, changes, overrides, keep):
     file = folder / "r.yaml"
     file.write_bytes(RECIPE.encode() if keep else edited(RECIPE.encode(), changes))
     try:
@@ -108,7 +108,7 @@ def test_recipe(folder: Path, changes: Any, overrides: Any, keep: bool) -> None:
 
 
 @fuzz(st.sampled_from([*leaves(ZERO), *((key,) for key in TOP_LEVEL)]), values, edits, st.booleans())
-def test_deepspeed_json(folder: Path, path: tuple[Any, ...], value: Any, changes: Any, raw: bool) -> None:
+def test_deepspeed_json(folder, path, value, changes, raw):
     data = json.loads(json.dumps(ZERO))
     target = data
     for key in path[:-1]:
@@ -146,7 +146,7 @@ rows = st.dictionaries(
 
 
 @fuzz(rows | values, edits, st.booleans())
-def test_data_row(folder: Path, row: Any, changes: Any, raw: bool) -> None:
+def test_data_row(folder, row, changes, raw):
     """Every line is a conversation or a row with a reason."""
     line = json.dumps(row).replace("\n", " ").encode()
     file = folder / "d.jsonl"
@@ -169,7 +169,7 @@ META = heads_meta(2, 1, 4, 7)
     values,
     st.booleans(),
 )
-def test_saved_heads(folder: Path, name: str, changes: Any, key: str, value: Any, forge: bool) -> None:
+def test_saved_heads(folder, name, changes, key, value, forge):
     """Damaged, and forged by somebody who knows the format: the checksum is right, the header is not."""
     heads = folder / "heads"
     if not (folder / "good").exists():
@@ -202,7 +202,7 @@ def test_saved_heads(folder: Path, name: str, changes: Any, key: str, value: Any
     st.sampled_from(["step", "files", "entry", "raw", "raw"]),
     values,
 )
-def test_checkpoint(folder: Path, name: str, changes: Any, part: str, value: Any) -> None:
+def test_checkpoint(folder, name, changes, part, value):
     """Damage is named; a forgery with right checksums runs no code and ends in a line or in plain tensors."""
     good, root = folder / "good", folder / "checkpoints"
     if not good.exists():

@@ -29,7 +29,7 @@ def kill(run: Run, target: str) -> bool:
 
 
 @pytest.mark.long
-def test_random_kills_leave_the_losses_unchanged(tiny_recipe: Path, tmp_path: Path) -> None:
+def test_random_kills_leave_the_losses_unchanged(tiny_recipe, tmp_path):
     """Prints how many kills were tried, how many launches resumed, and how many runs ended with equal losses."""
     draw = random.Random(int(os.environ.get("KILLS_SEED", "0")))
     out, straight = tmp_path / "out", tmp_path / "straight"

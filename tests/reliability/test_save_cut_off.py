@@ -30,12 +30,12 @@ def check(results: list[dict[str, Any]], folder: Path, trials: int, messages: in
     return sum(found["trials"] for found in results[0].values())
 
 
-def test_save_cut_off_at_any_file_call_resumes_with_the_same_losses(tmp_path: Path) -> None:
+def test_save_cut_off_at_any_file_call_resumes_with_the_same_losses(tmp_path):
     """Mutations: writing the manifest after the rename; resuming without putting `best` right."""
     check(run_pair(tmp_path, [("zero2", 1, True)]), tmp_path, trials=30, messages=5)
 
 
 @pytest.mark.long
-def test_save_cut_off_under_every_zero_stage(tmp_path: Path) -> None:
+def test_save_cut_off_under_every_zero_stage(tmp_path):
     jobs = [(f"zero{zero}", stage, False) for zero in range(4) for stage in (1, 2)]
     print("saves cut off:", check(run_pair(tmp_path, jobs), tmp_path, trials=60, messages=15))

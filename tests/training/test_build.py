@@ -1,8 +1,6 @@
 """What the engine adds to a DeepSpeed config, and where its heads begin."""
 
-from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
@@ -43,7 +41,7 @@ def test_events_for_tensorboard_lie_in_a_folder_of_that_name(tmp_path):
     assert found == {"enabled": True, "output_path": str(tmp_path), "job_name": "tensorboard"}
 
 
-def test_stage_1_begins_with_the_heads_of_a_finished_run(tiny_recipe: Path, make_run: Callable[..., Path]) -> None:
+def test_stage_1_begins_with_the_heads_of_a_finished_run(tiny_recipe, make_run):
     """Mutation: take them in stage 2 alone."""
     run = make_run()
     recipe, cpu = Recipe.load(tiny_recipe, [f"heads.init_from={run}"]), torch.device("cpu")

@@ -127,10 +127,10 @@ def test_communication_beside_matrix_products_takes_what_they_leave_over(tmp_pat
     assert beside.seconds == pytest.approx(compute_s + optimizer_s / 8 + beside.waiting_s)
     assert beside.tokens_per_s == pytest.approx(8 * 2 * 6 * 1024 / beside.seconds)
     one = planned({"stage": 2}, tmp_path, gpus=1)
-    assert one.efficiency == 1 and one.communication_s == 0
+    assert one.one_gpu_s == one.seconds and one.communication_s == 0
     whole = planned({"stage": 0}, tmp_path)
     assert whole.seconds == pytest.approx(whole.one_gpu_s + 2 * 7 / 8 * 2 * 9_656_614_912 / 270e9)
-    assert after.efficiency == pytest.approx(after.tokens_per_s / 8 / one.tokens_per_s)
+    assert after.one_gpu_s / after.seconds == pytest.approx(after.tokens_per_s / 8 / one.tokens_per_s)
 
 
 def test_hosts_share_their_network_and_keep_the_sequences_of_a_gpu(tmp_path):

@@ -3,7 +3,6 @@
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
 import torch
 from worker import make_recipe
 
@@ -40,7 +39,7 @@ def chosen(stage: int, ranks: int, gpu_gib: float, cpu_gib: float = 1e6, **setti
     return found.deepspeed.stem, found.recomputed
 
 
-def test_the_least_zero_stage_that_fits_is_chosen_and_then_offload() -> None:
+def test_the_least_zero_stage_that_fits_is_chosen_and_then_offload():
     """Mutation: turn the order of the files round."""
     assert chosen(1, 1, 80)[0] == "zero2"
     assert chosen(2, 8, 80)[0] == "zero2"
@@ -49,11 +48,11 @@ def test_the_least_zero_stage_that_fits_is_chosen_and_then_offload() -> None:
     assert chosen(2, 1, 24)[0] == "zero3_offload"
 
 
-def test_offload_needs_memory_of_the_host() -> None:
+def test_offload_needs_memory_of_the_host():
     assert not choose(recipe(2), PARTS, LLAMA, 1, 80 * GIB, 64 * GIB).fits
 
 
-def test_as_few_layers_as_fit_are_recomputed() -> None:
+def test_as_few_layers_as_fit_are_recomputed():
     """Mutation: try the counts from all layers down."""
     zero, few = chosen(2, 2, 140)
     assert zero == "zero2" and few is not None and 0 < few < 32
@@ -63,34 +62,34 @@ def test_as_few_layers_as_fit_are_recomputed() -> None:
     assert chosen(2, 2, 140, micro=1)[1] < few  # type: ignore[operator]
 
 
-def test_what_the_recipe_names_stays() -> None:
+def test_what_the_recipe_names_stays():
     file = str(Path(__file__).parents[2] / "ds_configs" / "zero3.json")
     assert chosen(2, 8, 80, deepspeed=file)[0] == "zero3"
     assert chosen(2, 8, 80, checkpointing=True) == ("zero2", None)
     assert chosen(2, 8, 80, checkpointing=5) == ("zero2", 5)
 
 
-def test_fp8_never_meets_zero_3() -> None:
+def test_fp8_never_meets_zero_3():
     fp8 = recipe(1).model_copy(update={"model": recipe(1).model.model_copy(update={"frozen_precision": "fp8"})})
     for gib in (80, 24, 10):
         found = choose(fp8, PARTS, LLAMA, 8, gib * GIB, 1e15)
         assert zero_settings(load(found.deepspeed)).stage == 2
 
 
-def test_the_reason_names_what_was_chosen_and_what_did_not_fit() -> None:
+def test_the_reason_names_what_was_chosen_and_what_did_not_fit():
     found = choose(recipe(2), PARTS, LLAMA, 8, 40 * GIB, 1e15)
     assert found.why.startswith("zero3 with ") and "of 40.0 GiB on each of 8 GPUs; zero" in found.why
     assert "that may not fit" in choose(recipe(2), PARTS, LLAMA, 1, GIB, 1e15).why
 
 
-def test_a_cpu_takes_zero_2_and_recomputes_nothing() -> None:
+def test_a_cpu_takes_zero_2_and_recomputes_nothing():
     settled = memory.settle(recipe(2), torch.device("cpu"))
     assert settled.deepspeed.endswith("ds_configs/zero2.json") and settled.train.activation_checkpointing is False
     named = recipe(2, deepspeed="other.json", checkpointing=3)
     assert memory.settle(named, torch.device("cpu")) is named
 
 
-def test_a_gpu_is_asked_for_what_is_free(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_gpu_is_asked_for_what_is_free(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (80 * GIB, 80 * GIB))
     tiny = recipe(2)
     settled = memory.settle(tiny, torch.device("cuda", 0))
