@@ -5,7 +5,6 @@ them and the model. Counts come from vLLM's `/metrics`; they are the server's ow
 """
 
 import json
-import os
 import re
 import time
 import urllib.error
@@ -15,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from typing import Any, NamedTuple
 
-from medusa_ds.distilling.server import MAX_ANSWER_BYTES, check_url
+from medusa_ds.distilling.server import MAX_ANSWER_BYTES, check_url, server_key
 from medusa_ds.errors import UserError, one_line
 
 _COUNTER = re.compile(r"vllm:spec_decode_(num_drafts|num_accepted_tokens_per_pos)_total\{([^}]*)\} (\S+)")
@@ -67,6 +66,7 @@ class HeadServer:
 
     def __init__(self, url: str, model: str | None, timeout_s: float) -> None:
         check_url(url)
+        self._key = server_key()
         self.url, self.timeout_s, self._failures = url.rstrip("/"), timeout_s, 0
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
@@ -119,8 +119,8 @@ class HeadServer:
         ends, parts, size = time.monotonic() + self.timeout_s, [], 0
         body = None if content is None else json.dumps(content).encode()
         request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
-        if key := os.environ.get("OPENAI_API_KEY", "").strip():
-            request.add_unredirected_header("Authorization", f"Bearer {key}")
+        if self._key:
+            request.add_unredirected_header("Authorization", f"Bearer {self._key}")
         try:
             with self._opener.open(request, timeout=self.timeout_s) as response:
                 while part := response.read1(1 << 16):

@@ -41,6 +41,18 @@ def check_url(url: str) -> None:
         raise UserError(f"--server: found {url!r}; allowed is a URL {_EXAMPLE}")
 
 
+def server_key() -> str:
+    """The key that OPENAI_API_KEY holds; empty where it holds none.
+
+    Raises:
+        UserError: a header has no place for it, which clients say with the key in their words.
+    """
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not re.fullmatch("[!-~]*", key):
+        raise UserError("OPENAI_API_KEY: found what is not printable ASCII without spaces (not shown); set it anew")
+    return key
+
+
 class Server:
     """Answers requests by way of a server at a URL (see `check_url`), `in_flight` at once.
 
@@ -56,7 +68,7 @@ class Server:
             raise UserError("--server: needs the openai package; pip install 'medusa-ds[distill]'") from None
         self.url, self.model, self.sampling, self.in_flight = url, model, sampling, in_flight
         bounded = openai.DefaultHttpxClient(event_hooks={"response": [_bound]}, headers={"Accept-Encoding": "identity"})
-        key = os.environ.get("OPENAI_API_KEY", "none")
+        key = server_key() or "none"
         options: dict[str, Any] = {"timeout": timeout_s, "max_retries": retries, "http_client": bounded}
         self.client = openai.OpenAI(base_url=url, api_key=key, **options)
 

@@ -15,6 +15,10 @@ from support import QuietServer
 
 from medusa_ds import cli
 from medusa_ds.distilling import server as server_module
+from medusa_ds.distilling.requests import Sampling
+from medusa_ds.distilling.served import HeadServer
+from medusa_ds.distilling.server import Server
+from medusa_ds.errors import UserError
 
 
 class Faults(BaseHTTPRequestHandler):
@@ -185,6 +189,23 @@ def test_a_server_that_never_answers_ends_the_run_at_once(
     handler.always = None
     run(tiny_recipe, out, file, *more)
     assert len(lines(out)) == 50
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda: Server("http://x/v1", "m", Sampling(0.0, 1.0, 8, 8, 0), 1, 9.0, 1),
+        lambda: HeadServer("http://x", "m", 1),
+    ],
+)
+def test_a_key_that_no_header_holds_is_told_and_not_shown(ask, monkeypatch):
+    """Mutation: leave it to the client, whose error spells the key; a line's end after it is none of the key's."""
+    monkeypatch.setenv("OPENAI_API_KEY", f"{KEY[:9]}\n{KEY[9:]}")
+    with pytest.raises(UserError, match="OPENAI_API_KEY: found what is not printable") as error:
+        ask()
+    assert KEY[:9] not in str(error.value)
+    monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\n")
+    assert Server("http://x/v1", "m", Sampling(0.0, 1.0, 8, 8, 0), 1, 9.0, 1).client.api_key == KEY
 
 
 @pytest.mark.parametrize(
