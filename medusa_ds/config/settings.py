@@ -82,6 +82,8 @@ def parse(settings: type[_S], argv: Sequence[str], prog: str, description: str |
     found, unknown = parser.parse_known_intermixed_args(list(argv))
     if unknown and rest is None:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if unknown and argv[0] == unknown[0]:  # its value would be taken for what comes first
+        parser.error(f"{argv[0]}: found before all else; options that are handed on come last")
     given = vars(found) | ({rest: unknown} if rest else {})
     try:
         parsed = settings.model_validate(given)

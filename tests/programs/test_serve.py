@@ -87,5 +87,6 @@ def test_what_is_missing_is_said_in_a_line(make_run, tmp_path, refused, monkeypa
         ([export, "--python", environment(tmp_path, "vllm named")], "vLLM has no Medusa plug-in"),
         ([export, "--python", environment(tmp_path, "vllm medusa")], "asks for a distribution named vllm"),
         ([export, "--python", environment(tmp_path, "")], "found no vLLM"),
+        (["--port", "8001", export, *ready], "--port: found before all else; options that are handed on come last"),
     ):
         assert text in refused("serve", *argv)
