@@ -16,6 +16,7 @@ waits for Python to launch its kernels. Beam search, the output of scores, input
 tokens, and texts so long that positions turn are refused.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -51,8 +52,7 @@ def generate(model: Any, medusa_heads: str | None = None, **kwargs: Any) -> Any:
     source = (medusa_heads, where.get("revision"))
     if source not in _loaded.setdefault(model, {}):
         _loaded[model][source] = Heads(model, medusa_heads, where)
-    own_cache = any(kwargs.get(name) is not None for name in ("cache", "past_key_values"))
-    graphs = not own_cache and not kwargs.get("return_dict_in_generate")  # else somebody reads the cache afterwards
+    graphs = all(kwargs.get(name) is None for name in ("cache", "past_key_values"))  # else somebody reads it afterwards
     heads, streamer = _loaded[model][source], kwargs.get("streamer")
     decoding = functools.partial(decode, heads=heads, streamer=streamer, graphs=graphs)
     return model.generate(**kwargs, custom_generate=decoding)
@@ -275,10 +275,11 @@ def _captured(model: Any) -> bool:
 
 
 def _fixed_passes(forward: _Forward, layers: list[Any], known: int, most: int) -> FixedPasses | None:
-    """Passes over fixed places, at first few of a long text; None where layers keep more than keys and values."""
-    kinds = (DynamicLayer, DynamicSlidingWindowLayer)
-    if all(type(layer) in kinds or layer.keys is None for layer in layers):
-        return FixedPasses(forward, layers, known, -(-min(most, max(2 * known, 1024)) // 64) * 64)
+    """Passes over fixed places, few of a long text; None: layers keep more than keys and values, or memory is short."""
+    kinds = (DynamicLayer, DynamicSlidingWindowLayer, _Places)
+    with contextlib.suppress(torch.OutOfMemoryError):
+        if all(type(layer) in kinds or layer.keys is None for layer in layers):
+            return FixedPasses(forward, layers, known, -(-min(most, max(2 * known, 1024)) // 64) * 64)
     return None
 
 
@@ -326,7 +327,7 @@ def decode(
     filler = config.pad_token_id if config.pad_token_id is not None else (ends[0] or 0)
     mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
     finished = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-    graphs = graphs and _captured(model)
+    graphs = graphs and not config.return_dict_in_generate and _captured(model)
     hides = not (graphs and mask is not None and mask.all())
     guesses, pace = input_ids[:, :0], heads.pace(len(input_ids), graphs)
     fixed: FixedPasses | None = None
@@ -346,8 +347,6 @@ def decode(
                 passed["logits_to_keep"] = width
             seen = pad(mask, (0, tokens.shape[1] - mask.shape[1]), value=1) if mask is not None and hides else None
             if fixed is not None:
-                if tokens.shape[1] > fixed.slots:
-                    fixed = FixedPasses(forward, fixed.cache.layers, known, 2 * fixed.slots)
                 timed = width in fixed.passes
                 logits, hidden = fixed.read(known, seen, passed)
             else:
@@ -375,14 +374,18 @@ def decode(
                 finished = finished | stopping_criteria(input_ids, None)
                 if finished.all():
                     break
-            beyond = length + width - input_ids.shape[1]  # guesses that are not in the text
-            if fixed is None and (keeps_past or beyond):
+            beyond = cache.get_seq_length() + 1 - input_ids.shape[1]  # guesses that are not in the text
+            if beyond > 0 or (keeps_past and not beyond):
                 cache.crop(-beyond)
             room = max(config.max_length - input_ids.shape[1] - 1, 0)
             guesses = heads.guess(hidden[:, accepted], chosen[-1], min(size, room)).to(input_ids.device)
             if known:  # not the prompt's own pass
                 same = timed and width - 1 == guesses.shape[1]
                 pace.saw(width - 1, range(accepted), time.perf_counter() - started if same else None)
+            if fixed is not None and input_ids.shape[1] + guesses.shape[1] > fixed.slots:
+                trial = _fixed_passes(forward, fixed.cache.layers, known, config.max_length)
+                # asked anew, as a window may have been as long as the places
+                fixed = trial if trial is not None and trial.agrees(hidden, known, seen, passed) else None
     finally:
         forward.remove()
     if streamer is not None:

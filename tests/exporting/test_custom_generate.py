@@ -207,6 +207,14 @@ class Waits(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def few_places_at_first(monkeypatch) -> None:
+    """64, and as many as there are to be later."""
+    make = custom_generate._fixed_passes
+    few = {"_fixed_passes": lambda *args: make(*args[:3], 32 if args[2] < 32 else args[3]), "GRAPHS_ON": "cpu"}
+    for name, value in few.items():
+        monkeypatch.setattr(custom_generate, name, value)
+
+
 @pytest.mark.usefixtures("steady_clock")
 @pytest.mark.parametrize("family", FIXED)
 def test_passes_over_fixed_places_give_the_same_text(family, tmp_path, monkeypatch) -> None:
@@ -216,9 +224,7 @@ def test_passes_over_fixed_places_give_the_same_text(family, tmp_path, monkeypat
     masks that the model makes itself, which asks for the cache's length."""
     windows = {"sliding_window": 8} if family in ("gemma2", "mistral", "mixtral", "cohere2") else {}
     model, _ = run_of(Asked(AutoConfig.for_model(family, **windows)), tmp_path)
-    monkeypatch.setattr(custom_generate, "GRAPHS_ON", "cpu")
-    few = custom_generate._fixed_passes
-    monkeypatch.setattr(custom_generate, "_fixed_passes", lambda *args: few(*args[:3], 32))
+    few_places_at_first(monkeypatch)
     read, reads = custom_generate.FixedPasses.read, []
     monkeypatch.setattr(custom_generate.FixedPasses, "read", lambda *args: reads.append(args[0].slots) or read(*args))
     prepare, waits = custom_generate.FixedPasses._prepare, Waits()
@@ -244,6 +250,35 @@ def test_passes_over_fixed_places_give_the_same_text(family, tmp_path, monkeypat
     settings["attention_mask"][0, :3] = 0
     reads.clear()
     assert model.generate(ids, **settings, **own).equal(model.generate(ids, **settings)) and reads
+    reads.clear()
+    model.generation_config.return_dict_in_generate = True  # the cache too, which has to hold the text then
+    model.generate(ids, **settings, **own)
+    assert not reads
+
+
+@pytest.mark.usefixtures("steady_clock")
+@pytest.mark.parametrize("short_of_memory", [False, True])
+def test_a_cache_that_grows_takes_over_where_more_places_do_not_do(short_of_memory, tmp_path, monkeypatch) -> None:
+    """A window as long as the first places is counted from their end, which no pass over these shows. Mutations: take
+    more places unasked; raise what a GPU raises that has no room for them; leave wrong guesses in the cache."""
+    monkeypatch.setattr("medusa_ds.model.facts._WINDOW", 70)
+    family = "llama" if short_of_memory else "gpt_neo"
+    model, _ = run_of(Asked(AutoConfig.for_model(family)), tmp_path)
+    few_places_at_first(monkeypatch)
+    make, made = custom_generate._Places.__init__, set()
+
+    def places(self: Any, layer: Any, slots: int, *args: Any) -> None:
+        made.add(slots)
+        if short_of_memory and slots > 64:
+            raise torch.OutOfMemoryError
+        make(self, layer, slots, *args)
+
+    monkeypatch.setattr(custom_generate._Places, "__init__", places)
+    own = partial(custom_generate.decode, heads=custom_generate.Heads(model, str(tmp_path), {}), graphs=True)
+    ids = torch.randint(1, 80, (2, 19), generator=torch.Generator().manual_seed(7))
+    settings = {"max_new_tokens": 110, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+    assert model.generate(ids, custom_generate=own, **settings).equal(model.generate(ids, **settings))
+    assert made == {64, 192}
 
 
 class Knows(custom_generate.Heads):
