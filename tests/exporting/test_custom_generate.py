@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -279,6 +280,18 @@ def test_a_cache_that_grows_takes_over_where_more_places_do_not_do(short_of_memo
     settings = {"max_new_tokens": 110, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
     assert model.generate(ids, custom_generate=own, **settings).equal(model.generate(ids, **settings))
     assert made == {64, 192}
+
+
+@pytest.mark.parametrize("error", [AssertionError, KeyError])
+def test_a_model_whose_code_takes_no_fixed_places_goes_on_without(error, tmp_path, monkeypatch) -> None:
+    """Whatever a model of remote code may raise. Mutation: let it pass."""
+    model, _ = run_of(Asked(AutoConfig.for_model("llama")), tmp_path)
+    few_places_at_first(monkeypatch)
+    monkeypatch.setattr(custom_generate._Places, "update", Mock(side_effect=error))
+    own = partial(custom_generate.decode, heads=custom_generate.Heads(model, str(tmp_path), {}), graphs=True)
+    ids, settings = torch.tensor([[7, 20, 9]]), {"max_new_tokens": 9, "do_sample": False}
+    assert model.generate(ids, custom_generate=own, **settings).equal(model.generate(ids, **settings))
+    assert custom_generate._Places.update.called
 
 
 class Knows(custom_generate.Heads):
