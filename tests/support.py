@@ -160,7 +160,7 @@ def _new_log(log_dir: Path) -> Path:
     return log_dir / f"log-{os.getpid()}-{next(_LAUNCHES)}.txt"
 
 
-def _take_sigint() -> None:
+def take_sigint() -> None:
     """A script's background jobs ignore SIGINT, and so would their children."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -199,7 +199,7 @@ def launch(
             cwd=cwd or log_dir,
             env=surroundings,
             start_new_session=True,
-            preexec_fn=_take_sigint,
+            preexec_fn=take_sigint,
         )
     return Run(process, log)
 

@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from support import take_sigint
 
 SLOW = """
 import sys, time
@@ -30,6 +31,7 @@ class Screen:
         main, side = pty.openpty()
         env = {**os.environ, "TERM": "dumb", "OMP_NUM_THREADS": "1", "INPUTRC": "/dev/null"}
         options = {"stdin": side, "stdout": side, "stderr": side, "start_new_session": True, "env": env}
+        options["preexec_fn"] = take_sigint
         take_terminal = "import fcntl, os, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
         self.process = subprocess.Popen([sys.executable, "-c", take_terminal + SLOW, str(run)], **options)
         os.close(side)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from distill_runs import arguments, content, count_lines, lines, run
 from support import cli as forked
-from support import fault, launch
+from support import fault, launch, take_sigint
 
 from medusa_ds import cli
 from medusa_ds.config.recipe import DataSpec
@@ -104,7 +104,7 @@ def test_stopped_killed_and_resumed_equals_uninterrupted(tiny_recipe, tmp_path, 
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job ignores it
+        preexec_fn=take_sigint,
     )
     deadline = time.monotonic() + 300
     while process.poll() is None and time.monotonic() < deadline and count_lines(out) <= 5:
