@@ -78,17 +78,17 @@ def count_rows(sequences: Sequences, num: int) -> np.ndarray:
 def key_of(recipe: Recipe, data: Data, computed: str, stored: str) -> dict[str, Any]:
     """What the hidden states follow from."""
     model = recipe.model
-    weights: list[str | bytes] = []
+    weights = []
     path = Path(model_path(model) if model.init == "pretrained" else model.name)
     for file in sorted(path.iterdir()) if path.is_dir() else []:
         if file.suffix not in (".safetensors", ".bin", ".py") and file.name != "config.json":
             continue
-        size = file.stat().st_size
-        weights.append(f"{file.name} {size}")
+        size, samples = file.stat().st_size, []
         with open(file, "rb") as stream:  # samples of every layer: enough to tell a retrained model from its forerunner
             for start in range(0, size, max(size // _SAMPLES, _SAMPLE_BYTES)):
                 stream.seek(start)
-                weights.append(stream.read(_SAMPLE_BYTES))
+                samples.append(stream.read(_SAMPLE_BYTES))
+        weights.append(f"{file.name} {size} {files.digest(*samples)}")
     return {
         "format": _FORMAT,
         "model": model.name,
