@@ -162,18 +162,45 @@ OVERRIDES: dict[str, tuple[list[str], list[str]]] = {
         ["loss.target", "found argmax with data.hidden_cache"],
     ),
     "precision of no cache": (["data.hidden_cache_dtype=fp8"], ["data.hidden_cache_dtype", "with hidden_cache: off"]),
-    "coefficient in stage 1": (["loss.coefficient=0.2"], ["loss.coefficient", "no meaning in stage 1"]),
-    "coefficient schedule in stage 1": (["loss.coefficient_schedule=sine"], ["no meaning in stage 1"]),
+    "coefficient in stage 1": (["loss.coefficient=0.2"], ["loss.coefficient (from", "found 0.2 with stage 1"]),
+    "coefficient schedule in stage 1": (["loss.coefficient_schedule=sine"], ["found sine with stage 1"]),
     "least rate of a constant one": (
         ["train.schedule=constant", "train.min_lr_ratio=0.1"],
         ["train.min_lr_ratio", "found 0.1 with schedule: constant"],
     ),
-    "multiplier in stage 1": (["train.lr_multiplier=4"], ["train.lr_multiplier", "no meaning in stage 1"]),
+    "multiplier in stage 1": (
+        ["train.lr_multiplier=4"],
+        ["train.lr_multiplier", "found 4", "with stage 1", "set train.lr"],
+    ),
     "recomputation in stage 1": (["train.activation_checkpointing=true"], ["no backward pass"]),
+    "rise of a constant coefficient": (
+        ["loss.coefficient_warmup_ratio=0.5"],
+        ["loss.coefficient_warmup_ratio", "found 0.5 with a coefficient_schedule that does not"],
+    ),
+    "chunks of a loss without any": (
+        ["loss.impl=eager", "loss.chunk_mib=64"],
+        ["loss.chunk_mib", "found 64 with impl: eager", "remove it"],
+    ),
+    "revision of a directory": (
+        ["model.name=./empty", "model.revision=main"],
+        ["model.revision", "found main beside a local directory"],
+    ),
+    "most of a whole source": (
+        ["data.validation=sample", "data.validation_max=9"],
+        ["data.validation_max", "found 9 beside a source of validation"],
+    ),
+    "most of nothing": (
+        ["data.validation=0", "data.validation_max=9"],
+        ["data.validation_max", "found 9 with validation: 0"],
+    ),
     "endless epochs": (["train.epochs=1e9"], ["train.epochs", "at most 1000"]),
     "validation of nothing": (["train.eval_every=5", "data.validation=0"], ["train.eval_every", "holds noth"]),
     "sequence shorter than the heads": (["heads.num=16", "data.max_length=16"], ["data.max_length", "17"]),
     "split of a local file": (["data.split=test"], ["data.split", "only data sets of the hub have splits"]),
+    "split of a local file in a list": (
+        ["data.path=[{path: owner/chat, split: test}, {path: sample, split: test}]"],
+        ["data.path.1.split (from", "only data sets of the hub have splits"],
+    ),
     "split beside a list": (["data.path=[{path: sample}]", "data.split=test"], ["data.split", "its own split"]),
     "no source": (["data.path=[]"], ["data.path", "at least one source"]),
     "flash attention in fp32": (["model.attention=flash_attention_2", "train.precision=fp32"], ["needs bf16"]),
@@ -204,13 +231,13 @@ OVERRIDES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "temperature of first choices": (
         ["stage=2", "heads.init_from=old", "heads.num=5", "loss.target=argmax", "loss.temperature=2.0"],
-        ["loss.temperature", "no meaning with loss.target argmax"],
+        ["loss.temperature", "found 2.0 with target: argmax"],
     ),
     "distillation onto some tokens": (
         ["heads.vocab=64", "loss.target=distribution"],
         ["loss.target", "found distribution with heads.vocab", "use label"],
     ),
-    "temperature of labels": (["loss.temperature=2.0"], ["loss.temperature", "no meaning", "distribution"]),
+    "temperature of labels": (["loss.temperature=2.0"], ["loss.temperature", "with target: label", "distribution"]),
 }
 """What is given on the command line beside the good recipe, and what the message says."""
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Literal, get_args
 
-from medusa_ds.config.recipe import Recipe
+from medusa_ds.config.recipe import LossSpec, Recipe
 from medusa_ds.errors import counted
 
 CACHED, ORIGINALS = ("cached", "cached_vocab", "cached_fp8"), ("original", "torch_linear_ce")
@@ -70,7 +70,7 @@ class Case:
             "deepspeed": self.zero if named else f"ds_configs/{self.zero}.json",
         }
         if self.impl == "eager":
-            values["loss.impl"] = "eager"
+            values |= {"loss.impl": "eager", "loss.chunk_mib": LossSpec().chunk_mib}
         if self.impl in ("ours_fp8", "cached_fp8"):
             values["model.frozen_precision"] = "fp8"
         defaults = []

@@ -36,6 +36,12 @@ class Section(BaseModel):
         """Keys that do not fit the rest of the recipe, each with what is wrong."""
         yield from ()
 
+    def _misfits(self, **whys: str | bool) -> Iterator[tuple[str, str]]:
+        """Keys of other values than by default that do not fit, by why each does not, or false where it does."""
+        for key, why in whys.items():
+            if why and (found := getattr(self, key)) != type(self).model_fields[key].default:
+                yield key, f"found {'true' if found is True else found} {why}"
+
 
 class ModelPackage(Section):
     """A model file inside a wheel of the package index, for machines that reach no hub."""
@@ -82,17 +88,16 @@ class ModelSpec(Section):
             yield "frozen", f"found {found} with stage {stage}; stage 1 freezes the backbone, 2 trains it"
         if self.attention == "flash_attention_2" and precision == "fp32":
             yield "attention", "found flash_attention_2 with train.precision: fp32; it needs bf16: use sdpa"
-        if self.frozen_precision == "fp8":
-            if stage == 2:
-                yield "frozen_precision", "found fp8 with stage 2, which trains the backbone; use bf16"
-            if precision == "fp32":
-                yield "frozen_precision", "found fp8 with train.precision: fp32; use precision: bf16"
-            if self.liger_kernels:
-                text = "found true with frozen_precision: fp8, whose layers are compiled instead; remove it"
-                yield "liger_kernels", text
-        if self.config and self.init != "random":
-            yield "config", "is for init: random; a pretrained model keeps its own config"
-        if self.trust_remote_code and self.revision is None and not os.path.isdir(self.name):
+        if self.frozen_precision == "fp8" and self.liger_kernels:
+            yield "liger_kernels", "found true with frozen_precision: fp8, whose layers are compiled instead; remove it"
+        local = os.path.isdir(self.name)
+        yield from self._misfits(
+            frozen_precision=(stage == 2 and "with stage 2, which trains the backbone; use bf16")
+            or (precision == "fp32" and "with train.precision: fp32; use precision: bf16"),
+            config=self.init != "random" and "with init: pretrained, which keeps its own config; use init: random",
+            revision=local and "beside a local directory, which has no revisions; remove it",
+        )
+        if self.trust_remote_code and self.revision is None and not local:
             yield "revision", "missing; trust_remote_code runs the repository's code, so pin the commit you have read"
 
 
@@ -135,16 +140,15 @@ class HeadsSpec(Section):
         if self.init_from == recipe.output:
             text = "found the recipe's own output, which would overwrite it; name another run's output directory"
             yield "init_from", text
-        if stage == 2 and shared:
-            yield "lm_head", "found shared with stage 2; there the LM head moves under the heads: use own"
         if shared and self.layers == 0:
             text = "found 0 with lm_head: shared, which leaves nothing to learn; use layers >= 1 or lm_head: own"
             yield "layers", text
         if self.kind == "hydra" and self.layers == 0:
             yield "layers", "found 0 with kind: hydra, whose first layer is the step from token to token; use 1 or more"
-        if self.vocab != "full" and shared:
-            text = f"found {self.vocab} with lm_head: shared, which projects onto all tokens; use own, or vocab: full"
-            yield "vocab", text
+        yield from self._misfits(
+            lm_head=stage == 2 and "with stage 2; there the LM head moves under the heads: use own",
+            vocab=shared and "with lm_head: shared, which projects onto all tokens; use own, or vocab: full",
+        )
         if self.init_from is not None and os.path.exists(self.init_from):
             yield from self._unlike_saved(Path(self.init_from), recipe.model)
 
@@ -204,17 +208,18 @@ class LossSpec(Section):
     """Share of the steps over which a linear or sine schedule rises from 0."""
 
     def _contradictions(self, recipe: Any) -> Iterator[tuple[str, str]]:
-        if recipe.heads.vocab != "full" and self.target != "label":
-            yield "target", f"found {self.target} with heads.vocab, which has no row for some predictions; use label"
-        if recipe.data.hidden_cache != "off" and self.target != "label":
-            text = f"found {self.target} with data.hidden_cache, which keeps no LM head's predictions; use label"
-            yield "target", text
-        if self.temperature != 1 and self.target != "distribution":
-            yield "temperature", f"has no meaning with loss.target {self.target}; remove it, or use distribution"
-        if recipe.stage == 1 and self.coefficient is not None:
-            yield "coefficient", "has no meaning in stage 1, where only the heads' loss is there; remove it"
-        if recipe.stage == 1 and self.coefficient_schedule != "constant":
-            yield "coefficient_schedule", "has no meaning in stage 1; remove it"
+        few, cached = recipe.heads.vocab != "full", recipe.data.hidden_cache != "off"
+        stage1, whole = recipe.stage == 1, self.impl == "eager" and self.target == "label"
+        distils, rises = self.target == "distribution", self.coefficient_schedule != "constant"
+        yield from self._misfits(
+            target=(few and "with heads.vocab, which has no row for some predictions; use label")
+            or (cached and "with data.hidden_cache, which keeps no LM head's predictions; use label"),
+            chunk_mib=whole and "with impl: eager, which makes all logits at once; remove it, or use another impl",
+            temperature=not distils and f"with target: {self.target}; remove it, or use distribution",
+            coefficient=stage1 and "with stage 1, where only the heads' loss is there; remove it",
+            coefficient_schedule=stage1 and "with stage 1, which has no coefficient; remove it",
+            coefficient_warmup_ratio=not rises and "with a coefficient_schedule that does not rise; remove it",
+        )
 
 
 class SourceSpec(Section):
@@ -265,17 +270,20 @@ class DataSpec(Section):
             yield "max_length", f"found {self.max_length}; the model has {positions} positions: use at most that many"
         if self.path == []:
             yield "path", "found an empty list; name at least one source"
-        if isinstance(self.path, list) and self.split != "train":
-            yield "split", f"found {self.split} beside a list of sources; give each source its own split"
-        local = isinstance(self.path, str) and (self.path == "sample" or os.path.exists(self.path))
-        if local and self.split != "train":
-            yield "split", f"found {self.split}, but only data sets of the hub have splits; remove it"
-        if recipe.stage == 2 and self.hidden_cache != "off":
-            text = f"found {self.hidden_cache} with stage 2, where the backbone changes with every step; use off"
-            yield "hidden_cache", text
-        if self.hidden_cache == "off" and self.hidden_cache_dtype != "auto":
-            text = "found a value with hidden_cache: off; set data.hidden_cache to auto or a directory, or remove it"
-            yield "hidden_cache_dtype", text
+        several = isinstance(self.path, list)
+        sources = self.path if isinstance(self.path, list) else [SourceSpec(path=self.path, split=self.split)]
+        for i, source in enumerate(sources):
+            if source.split != "train" and (source.path == "sample" or os.path.exists(source.path)):
+                text = f"found {source.split}, but only data sets of the hub have splits; remove it"
+                yield f"path.{i}.split" if several else "split", text
+        off, whole, nothing = self.hidden_cache == "off", isinstance(self.validation, str), self.validation == 0
+        yield from self._misfits(
+            split=several and "beside a list of sources; give each source its own split",
+            validation_max=(whole and "beside a source of validation, which is taken whole; remove it")
+            or (nothing and "with validation: 0, which holds nothing out; remove it or that"),
+            hidden_cache=recipe.stage == 2 and "with stage 2, where the backbone changes with every step; use off",
+            hidden_cache_dtype=off and "with hidden_cache: off; set that to auto or a directory, or remove it",
+        )
 
 
 class WandbSpec(Section):
@@ -344,20 +352,17 @@ class TrainSpec(Section):
         return 4 if self.precision == "fp32" else 2
 
     def _contradictions(self, recipe: Any) -> Iterator[tuple[str, str]]:
-        if recipe.stage == 1 and self.lr_multiplier is not None:
-            yield "lr_multiplier", "has no meaning in stage 1, where only heads learn; set train.lr"
-        if recipe.stage == 1 and self.activation_checkpointing not in ("auto", False):
-            found = str(self.activation_checkpointing).lower()
-            yield "activation_checkpointing", f"found {found} with stage 1, which has no backward pass there; remove it"
         if self.global_batch_size % self.micro_batch_size:
             text = f"found {self.global_batch_size}, not a multiple of train.micro_batch_size {self.micro_batch_size}"
             yield "global_batch_size", text
-        if self.min_lr_ratio and self.schedule == "constant":
-            text = (
-                f"found {self.min_lr_ratio} with schedule: constant, whose rate does not fall; remove it, or use cosine"
-            )
-            yield "min_lr_ratio", text
         if self.steps is None and self.epochs > 1000:
             yield "epochs", f"found {self.epochs}; at most 1000"
-        if self.eval_every is not None and recipe.data.validation == 0:
-            yield "eval_every", "found a value with data.validation: 0, which holds nothing out; remove it or that"
+        stage1 = recipe.stage == 1
+        recomputes = stage1 and self.activation_checkpointing is not False
+        constant, nothing = self.schedule == "constant", recipe.data.validation == 0
+        yield from self._misfits(
+            activation_checkpointing=recomputes and "with stage 1, which has no backward pass there; remove it",
+            lr_multiplier=stage1 and "with stage 1, where only heads learn; set train.lr",
+            min_lr_ratio=constant and "with schedule: constant, whose rate does not fall; remove it, or use cosine",
+            eval_every=nothing and "with data.validation: 0, which holds nothing out; remove it or that",
+        )

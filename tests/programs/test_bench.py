@@ -86,6 +86,7 @@ def test_the_default_is_the_originals_matrix():
     assert {one.impl for one in cases if one.stage == 2} == {"ours", "eager", "original", "torch_linear_ce"}
     second = next(one for one in cases if one.stage == 2).load_recipe()
     assert second.heads.init_from is None and second.train.activation_checkpointing
+    assert case(impl="eager", overrides=("loss.chunk_mib=512",)).load_recipe().loss.chunk_mib == 1024  # has no chunks
 
 
 def test_the_cases_that_matter_most_come_first():
