@@ -45,10 +45,10 @@ def test_page_shows_the_runs_figures_and_needs_nothing_beside_it(trained):
 
 
 def test_evaluation_is_shown_if_there_is_one_of_that_run(trained, tmp_path):
-    """Named by any path to it, its heads or a checkpoint. Mutation: show another run's."""
-    file, page = tmp_path / "evaluation.json", tmp_path / "page.html"
+    """Named by any path to it, its heads or a checkpoint. Mutations: show another run's; show what `tree` found."""
+    file, page, parts = tmp_path / "evaluation.json", tmp_path / "page.html", {"heads": {}, "speed": {}}
     for named in (trained, "elsewhere/run <1>/", trained / "heads", "run <1>/checkpoints/best"):
-        report = {"run": str(named), "accepted": {"mean_tokens_per_step": 2.25, "steps": [1, 2]}}
+        report = parts | {"run": str(named), "accepted": {"mean_tokens_per_step": 2.25, "steps": [1, 2]}}
         file.write_text(json.dumps(report))
         run(Settings(output=str(trained), evaluation=str(file), out=str(page)))
         assert "accepted mean tokens per step</td><td>2.25" in page.read_text()
@@ -58,9 +58,12 @@ def test_evaluation_is_shown_if_there_is_one_of_that_run(trained, tmp_path):
         (f"{tmp_path}/heads", "one of /"),
         (None, "no evaluation"),
     ):
-        file.write_text(json.dumps({"accepted": {}} | ({"run": other} if other else {})))
+        file.write_text(json.dumps(parts | ({"run": other} if other else {})))
         with pytest.raises(UserError, match=f"found {found}.*; name one of this run"):
             run(Settings(output=str(trained), evaluation=str(file), out=str(page)))
+    file.write_text(json.dumps({"run": str(trained), "positions": 9, "sizes": [], "chosen": 1}))
+    with pytest.raises(UserError, match="found no evaluation; name one of this run"):
+        run(Settings(output=str(trained), evaluation=str(file), out=str(page)))
     assert not page.exists()
 
 
