@@ -71,5 +71,5 @@ def write_export(directory: Path, source: Source, targets: list[str], base: str)
     if source.shared and tokens is not None:
         config["truncated_vocab_size"] = len(tokens)
     write_json(directory / "config.json", config)
-    for name in targets:
+    for name in reversed(targets):
         TARGETS[name].write(source, directory)

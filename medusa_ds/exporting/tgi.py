@@ -23,9 +23,10 @@ def write(source: Source, directory: Path) -> None:
 
 
 def write_heads(source: Source, directory: Path, copies: bool) -> None:
-    """Write the heads with a projection each, or without any."""
-    layout = to_medusa(source.heads, source.meta["layers"], source.projections() if copies else [])
-    save_file(layout, directory / "medusa_lm_head.safetensors", metadata={"format": "pt"})
+    """Write the heads with a projection each, or without any, unless the file is there, which serves both programs."""
+    if not (file := directory / "medusa_lm_head.safetensors").exists():
+        layout = to_medusa(source.heads, source.meta["layers"], source.projections() if copies else [])
+        save_file(layout, file, metadata={"format": "pt"})
 
 
 def code(source: Source, out: str, base: str) -> str:

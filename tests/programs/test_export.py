@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import engines
 import pytest
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MiniMaxConfig, Mpt
 
 from medusa_ds import runs
 from medusa_ds.cli import main
-from medusa_ds.exporting import vllm
+from medusa_ds.exporting import tgi, vllm
 from medusa_ds.exporting.card import is_hub_id, license_of
 from medusa_ds.exporting.source import Source
 from medusa_ds.exporting.targets import TARGETS
@@ -39,8 +40,10 @@ SHAPES = [
 
 
 @pytest.mark.parametrize(("lm_head", "layers", "dtype"), SHAPES)
-def test_every_engine_gets_the_heads_bit_for_bit(make_run, lm_head, layers, dtype):
-    """Turns red when biases are left out, heads are numbered from 1, or shared heads get no projection in the .pt."""
+def test_every_engine_gets_the_heads_bit_for_bit(make_run, lm_head, layers, dtype, monkeypatch):
+    """Turns red when biases are left out, heads are numbered from 1, or shared heads get no projection in the .pt; or
+    when the file that TGI and TensorRT-LLM read is written for each of them."""
+    monkeypatch.setattr(tgi, "save_file", Mock(wraps=tgi.save_file))
     run = make_run("run", f"heads.lm_head={lm_head}", f"heads.layers={layers}", dtype=dtype)
     loaded = load_run(run, torch.device("cpu"), dtype)
     lm_head_module = loaded.backbone.get_output_embeddings()
@@ -48,6 +51,7 @@ def test_every_engine_gets_the_heads_bit_for_bit(make_run, lm_head, layers, dtyp
     with torch.no_grad():
         expected = torch.stack([head.logits(hidden, lm_head_module) for head in loaded.heads])
         both = export_(run, "all")
+        assert tgi.save_file.call_count == 1
         for name, load in ENGINES.items():
             alone = export_(run, name, "--for", name)
             for path in (both, alone):
