@@ -79,6 +79,7 @@ class Heads:
         self.blocks = config["layers"] - self.sees_tokens
         self.weights = load_file(paths[1])
         self.paces: dict[tuple[int, bool], Pace] = {}
+        self.waits = False  # whether the model is known to wait for the GPU within a pass, so that none is captured
 
     def pace(self, rows: int, graphs: bool) -> Pace:
         """What a batch of so many rows has shown of its passes, captured or launched."""
@@ -327,7 +328,7 @@ def decode(
     filler = config.pad_token_id if config.pad_token_id is not None else (ends[0] or 0)
     mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
     finished = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-    graphs = graphs and not config.return_dict_in_generate and _captured(model)
+    graphs = graphs and not (config.return_dict_in_generate or heads.waits) and _captured(model)
     hides = not (graphs and mask is not None and mask.all())
     guesses, pace = input_ids[:, :0], heads.pace(len(input_ids), graphs)
     fixed: FixedPasses | None = None
@@ -348,14 +349,18 @@ def decode(
             seen = pad(mask, (0, tokens.shape[1] - mask.shape[1]), value=1) if mask is not None and hides else None
             if fixed is not None:
                 timed = width in fixed.passes
-                logits, hidden = fixed.read(known, seen, passed)
+                try:
+                    logits, hidden = fixed.read(known, seen, passed)
+                except Exception:  # as at the first pass: no memory for a graph of as many tokens
+                    fixed = None
+                    continue
             else:
                 timed, trial = not graphs, None
                 if graphs and known:
                     trial, graphs = _fixed_passes(forward, cache.layers, known, config.max_length), False
                 logits, hidden = forward(cache, **passed, **({} if seen is None else {"attention_mask": seen}))
-                if trial is not None and trial.agrees(hidden, known, seen, passed):
-                    fixed = trial
+                if trial is not None:
+                    fixed, heads.waits = trial if trial.agrees(hidden, known, seen, passed) else None, trial.waits
             logits = logits[:, -width:].to(input_ids.device, torch.float32, copy=True)
             hidden = hidden[:, -width:].to(heads.lm_head.weight.device)
             chosen: list[Tensor] = []

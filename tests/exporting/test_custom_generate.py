@@ -1,9 +1,11 @@
 """Exported directories, as transformers alone decodes with them."""
 
+import gc
 import json
 import os
 import subprocess
 import sys
+import weakref
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -292,6 +294,59 @@ def test_a_model_whose_code_takes_no_fixed_places_goes_on_without(error, tmp_pat
     ids, settings = torch.tensor([[7, 20, 9]]), {"max_new_tokens": 9, "do_sample": False}
     assert model.generate(ids, custom_generate=own, **settings).equal(model.generate(ids, **settings))
     assert custom_generate._Places.update.called
+
+
+@pytest.mark.usefixtures("steady_clock")
+def test_a_cache_that_grows_takes_over_where_passes_of_more_tokens_cannot_be_made(tmp_path, monkeypatch) -> None:
+    """What a GPU raises that has no memory for one more graph; the places are free then. Mutations: let it pass; keep
+    a name for the passes."""
+    model, _ = run_of(Asked(AutoConfig.for_model("llama")), tmp_path)
+    few_places_at_first(monkeypatch)
+    made: Any = weakref.WeakSet()
+    prepare, ended = custom_generate.FixedPasses._prepare, []
+
+    def one_alone(self: Any, inputs: dict[str, Any]) -> Any:
+        made.add(self)
+        if self.passes:
+            ended.append(inputs["input_ids"].shape[1])
+            raise torch.OutOfMemoryError
+        return prepare(self, inputs)
+
+    monkeypatch.setattr(custom_generate.FixedPasses, "_prepare", one_alone)
+    heads, left = custom_generate.Heads(model, str(tmp_path), {}), []
+    guess = heads.guess
+
+    def counted(*args: Any) -> Any:
+        if ended:
+            gc.collect()
+            left.append(len(made))
+        return guess(*args)
+
+    monkeypatch.setattr(heads, "guess", counted)
+    own = partial(custom_generate.decode, heads=heads, graphs=True)
+    ids = torch.randint(1, 80, (2, 19), generator=torch.Generator().manual_seed(7))
+    settings = {"max_new_tokens": 60, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+    assert model.generate(ids, custom_generate=own, **settings).equal(model.generate(ids, **settings))
+    assert len(ended) == 1 and set(left) == {0}
+
+
+def test_a_model_that_waits_for_the_gpu_is_asked_once(tmp_path, monkeypatch) -> None:
+    """Mutation: ask at every text."""
+    model, _ = run_of(Asked(AutoConfig.for_model("llama")), tmp_path)
+    few_places_at_first(monkeypatch)
+    read, reads = custom_generate.FixedPasses.read, []
+
+    def waiting(self: Any, *args: Any) -> Any:
+        reads.append(self)
+        self.waits = True
+        return read(self, *args)
+
+    monkeypatch.setattr(custom_generate.FixedPasses, "read", waiting)
+    own = partial(custom_generate.decode, heads=custom_generate.Heads(model, str(tmp_path), {}), graphs=True)
+    ids, settings = torch.tensor([[7, 20, 9]]), {"max_new_tokens": 9, "do_sample": False}
+    for _ in range(2):
+        assert model.generate(ids, custom_generate=own, **settings).equal(model.generate(ids, **settings))
+    assert len(reads) == 1
 
 
 class Knows(custom_generate.Heads):
