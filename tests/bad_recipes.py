@@ -203,7 +203,10 @@ OVERRIDES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "split beside a list": (["data.path=[{path: sample}]", "data.split=test"], ["data.split", "its own split"]),
     "no source": (["data.path=[]"], ["data.path", "at least one source"]),
-    "flash attention in fp32": (["model.attention=flash_attention_2", "train.precision=fp32"], ["needs bf16"]),
+    "attention that no twin on a CPU has": (
+        ["model.attention=flash_attention_2"],
+        ["model.attention", "found flash_attention_2 to train with", "use sdpa"],
+    ),
     "config of a pretrained model": (["model.config={num_hidden_layers: 2}"], ["model.config", "init: random"]),
     "strangers' code unpinned": (["model.trust_remote_code=true"], ["model.revision", "pin the commit"]),
     "heads from the own output": (["heads.init_from=old", "heads.num=5", "output=old"], ["would overwrite"]),

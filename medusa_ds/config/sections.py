@@ -40,7 +40,7 @@ class Section(BaseModel):
         """Keys of other values than by default that do not fit, by why each does not, or false where it does."""
         for key, why in whys.items():
             if why and (found := getattr(self, key)) != type(self).model_fields[key].default:
-                yield key, f"found {'true' if found is True else found} {why}"
+                yield key, f"found {str(found).lower() if isinstance(found, bool) else found} {why}"
 
 
 class ModelPackage(Section):
@@ -75,7 +75,8 @@ class ModelSpec(Section):
     """Stage 1: the frozen layers' products. `fp8`: row-wise scaled, faster, with an error; GPUs of compute
     capability 8.9 or more."""
     attention: Literal["sdpa", "eager", "flex_attention", "flash_attention_2"] | None = None
-    """Attention implementation of transformers. null: `sdpa` where the model has it, otherwise `eager`."""
+    """Attention implementation of transformers. null: `sdpa` where the model has it, otherwise `eager`. To train,
+    `flex_attention` needs a GPU; `flash_attention_2` is that of older runs alone."""
     liger_kernels: bool | None = None
     """Liger's RMSNorm, RoPE and SwiGLU in the backbone. null: on a GPU, for families that Liger knows."""
     trust_remote_code: bool = False
@@ -83,18 +84,15 @@ class ModelSpec(Section):
 
     def _contradictions(self, recipe: Any) -> Iterator[tuple[str, str]]:
         stage, precision = recipe.stage, recipe.train.precision
-        if self.frozen is not None and self.frozen != (stage == 1):
-            found = str(self.frozen).lower()
-            yield "frozen", f"found {found} with stage {stage}; stage 1 freezes the backbone, 2 trains it"
-        if self.attention == "flash_attention_2" and precision == "fp32":
-            yield "attention", "found flash_attention_2 with train.precision: fp32; it needs bf16: use sdpa"
-        if self.frozen_precision == "fp8" and self.liger_kernels:
-            yield "liger_kernels", "found true with frozen_precision: fp8, whose layers are compiled instead; remove it"
-        local = os.path.isdir(self.name)
+        fused = self.frozen_precision == "fp8" and self.liger_kernels is True
+        local, flash = os.path.isdir(self.name), self.attention == "flash_attention_2"
         yield from self._misfits(
+            frozen=self.frozen != (stage == 1) and f"with stage {stage}; stage 1 freezes the backbone, 2 trains it",
             frozen_precision=(stage == 2 and "with stage 2, which trains the backbone; use bf16")
             or (precision == "fp32" and "with train.precision: fp32; use precision: bf16"),
+            liger_kernels=fused and "with frozen_precision: fp8, whose layers are compiled instead; remove it",
             config=self.init != "random" and "with init: pretrained, which keeps its own config; use init: random",
+            attention=flash and "to train with; models are asked on a CPU, where it does not run: use sdpa",
             revision=local and "beside a local directory, which has no revisions; remove it",
         )
         if self.trust_remote_code and self.revision is None and not local:
@@ -137,15 +135,11 @@ class HeadsSpec(Section):
         shared, stage = self.lm_head == "shared", recipe.stage
         if stage == 2 and self.init_from is None:
             yield "init_from", "missing; stage 2 starts from the heads of a stage-1 run: name its output directory"
-        if self.init_from == recipe.output:
-            text = "found the recipe's own output, which would overwrite it; name another run's output directory"
-            yield "init_from", text
-        if shared and self.layers == 0:
-            text = "found 0 with lm_head: shared, which leaves nothing to learn; use layers >= 1 or lm_head: own"
-            yield "layers", text
-        if self.kind == "hydra" and self.layers == 0:
-            yield "layers", "found 0 with kind: hydra, whose first layer is the step from token to token; use 1 or more"
+        steps, own = self.kind == "hydra" and self.layers == 0, self.init_from == recipe.output
         yield from self._misfits(
+            init_from=own and "as in output, which would overwrite it; name another run's output directory",
+            layers=(steps and "with kind: hydra, whose first layer is the step from token to token; use 1 or more")
+            or (shared and self.layers == 0 and "with lm_head: shared, which leaves nothing to learn; use 1 or more"),
             lm_head=stage == 2 and "with stage 2; there the LM head moves under the heads: use own",
             vocab=shared and "with lm_head: shared, which projects onto all tokens; use own, or vocab: full",
         )
@@ -268,8 +262,6 @@ class DataSpec(Section):
         positions = positions_of(config_at_hand(recipe.model.name, recipe.model.config))
         if positions is not None and self.max_length > positions:
             yield "max_length", f"found {self.max_length}; the model has {positions} positions: use at most that many"
-        if self.path == []:
-            yield "path", "found an empty list; name at least one source"
         several = isinstance(self.path, list)
         sources = self.path if isinstance(self.path, list) else [SourceSpec(path=self.path, split=self.split)]
         for i, source in enumerate(sources):
@@ -278,6 +270,7 @@ class DataSpec(Section):
                 yield f"path.{i}.split" if several else "split", text
         off, whole, nothing = self.hidden_cache == "off", isinstance(self.validation, str), self.validation == 0
         yield from self._misfits(
+            path=self.path == [] and "which is empty; name at least one source",
             split=several and "beside a list of sources; give each source its own split",
             validation_max=(whole and "beside a source of validation, which is taken whole; remove it")
             or (nothing and "with validation: 0, which holds nothing out; remove it or that"),
@@ -355,12 +348,11 @@ class TrainSpec(Section):
         if self.global_batch_size % self.micro_batch_size:
             text = f"found {self.global_batch_size}, not a multiple of train.micro_batch_size {self.micro_batch_size}"
             yield "global_batch_size", text
-        if self.steps is None and self.epochs > 1000:
-            yield "epochs", f"found {self.epochs}; at most 1000"
         stage1 = recipe.stage == 1
         recomputes = stage1 and self.activation_checkpointing is not False
         constant, nothing = self.schedule == "constant", recipe.data.validation == 0
         yield from self._misfits(
+            epochs=self.steps is None and self.epochs > 1000 and "without train.steps; allowed is at most 1000",
             activation_checkpointing=recomputes and "with stage 1, which has no backward pass there; remove it",
             lr_multiplier=stage1 and "with stage 1, where only heads learn; set train.lr",
             min_lr_ratio=constant and "with schedule: constant, whose rate does not fall; remove it, or use cosine",

@@ -236,6 +236,12 @@ def load_tokenizer(spec: ModelSpec, template: str | None = None) -> Any:
     return tokenizer
 
 
+def check_attention(spec: ModelSpec, on_gpu: bool) -> None:
+    """Refuse FlexAttention in training on a CPU: torch 2.14.1 compiles few batches there and no backward pass."""
+    if spec.attention == "flex_attention" and not on_gpu:
+        raise UserError("model.attention: found flex_attention, which trains on a GPU alone; use sdpa")
+
+
 def load_backbone(
     spec: ModelSpec,
     dtype: torch.dtype,
@@ -255,10 +261,10 @@ def load_backbone(
         liger: Liger's RMSNorm, RoPE and SwiGLU. None: as `spec.liger_kernels`, which when None too means on a GPU
             and for families of `FAMILIES`.
         packed: `hidden_states` will be asked for sequences of several documents: let it tell the layers where they
-            begin, in place of a mask, where their attention is PyTorch's, on a GPU and in bf16.
+            begin, in place of a mask, where their attention is PyTorch's, on a GPU and in bf16. See `check_attention`.
 
     Raises:
-        UserError: see `model_path`, `load_config` and `find_facts`; Liger without a GPU or for an unknown family;
+        UserError: see `model_path`, `load_config`, `find_facts`; Liger without a GPU or for an unknown family;
             weights are missing, which transformers would make up, or damaged.
     """
     config = load_config(spec)
@@ -266,6 +272,8 @@ def load_backbone(
         config.rescale_every = 0
     liger = spec.liger_kernels if liger is None else liger
     on_gpu = torch.cuda.is_available() and (device is None or torch.device(device).type == "cuda")
+    if packed:
+        check_attention(spec, on_gpu)
     if liger and not (on_gpu and config.model_type in FAMILIES):
         found = f"with the family {config.model_type}" if on_gpu else "without a GPU"
         raise UserError(f"model.liger_kernels: found true {found}; it needs a GPU and one of {', '.join(FAMILIES)}")

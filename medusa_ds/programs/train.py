@@ -65,7 +65,7 @@ def run(settings: RecipeSettings) -> None:
     import torch
 
     from medusa_ds.decoding.session import describe
-    from medusa_ds.model.backbone import settled
+    from medusa_ds.model.backbone import check_attention, settled
     from medusa_ds.model.loss import resolve_impl
     from medusa_ds.training.supervisor import Supervisor, end_with_others
 
@@ -73,7 +73,9 @@ def run(settings: RecipeSettings) -> None:
     watch = closing(Supervisor(ranks.rank, ranks.local_size, recipe.train.hang_timeout))
     storage = files.storage(output, "; checkpoints are whole")
     with watch as supervisor, ExitStack() as stack, end_with_others(ranks.rank), storage:
-        resolve_impl(recipe.loss.impl, "cuda" if torch.cuda.is_available() else "cpu")  # refuses it before a load
+        on_gpu = torch.cuda.is_available()
+        resolve_impl(recipe.loss.impl, "cuda" if on_gpu else "cpu")  # refuses it before a load
+        check_attention(recipe.model, on_gpu)
         recipe = settled(recipe)
         if ranks.rank == 0:
             print(*describe(recipe.model), sep="\n", flush=True)

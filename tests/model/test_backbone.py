@@ -174,9 +174,12 @@ def test_files_of_a_model_in_another_shape_are_a_line(tiny_model, tmp_path, name
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the message of machines without a GPU")
-def test_liger_layers_need_a_gpu():
+def test_liger_layers_and_training_with_flex_attention_need_a_gpu():
     with pytest.raises(UserError, match=r"model\.liger_kernels: found true without a GPU"):
         load_backbone(random(liger_kernels=True), torch.float32, device="cpu")
+    with pytest.raises(UserError, match=r"model\.attention: found flex_attention, which trains on a GPU alone"):
+        load_backbone(random(attention="flex_attention"), torch.float32, device="cpu", packed=True)
+    assert load_backbone(random(attention="flex_attention"), torch.float32, device="cpu")  # to decode with or export
 
 
 def hub_says(error):

@@ -83,10 +83,11 @@ def test_plain_yaml_runs_as_a_module_from_any_directory(tiny_recipe, tmp_path):
     assert losses_of(tmp_path / "stub") == losses_of(tmp_path / "plain")
 
 
-def test_a_loss_that_needs_a_gpu_is_refused_before_anything_loads(tiny_recipe, tmp_path):
+@pytest.mark.parametrize(("key", "value"), [("loss.impl", "liger"), ("model.attention", "flex_attention")])
+def test_what_a_gpu_alone_computes_is_refused_before_anything_loads(key, value, tiny_recipe, tmp_path):
     """Mutation: leave it to the model, and data has been read, and the output claimed, when it is said."""
-    text = train(tiny_recipe, "loss.impl=liger", log_dir=tmp_path, ends=(2,))
-    assert "error: loss.impl: found liger" in text and len(text.strip().splitlines()) == 1, text
+    text = train(tiny_recipe, f"{key}={value}", log_dir=tmp_path, ends=(2,))
+    assert f"error: {key}: found {value}" in text and len(text.strip().splitlines()) == 1, text
     assert not (tmp_path / "out").exists()
 
 
