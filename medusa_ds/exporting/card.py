@@ -36,6 +36,7 @@ def card(source: Source, targets: list[str], out: str = ".", base: str | None = 
     """
     meta = source.meta
     named = _without_directories(meta["base_model"])
+    title = f"{meta['kind'].capitalize()} heads for {named}"
     base = base or ("./backbone" if source.tuned else named)
     paths = source.recipe["data"].get("path") or []
     paths = [paths] if isinstance(paths, str) else [item if isinstance(item, str) else item["path"] for item in paths]
@@ -57,9 +58,9 @@ def card(source: Source, targets: list[str], out: str = ".", base: str | None = 
         license=license_of(meta["base_model"]),
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["medusa", "speculative-decoding"],
+        tags=[meta["kind"], "speculative-decoding"],
         datasets=[path for path in paths if is_hub_id(path)] or None,
-        model_name=f"Medusa heads for {named}",
+        model_name=title,
         eval_results=results or None,
     )
     size = len(source.heads.get("token_map", ()))
@@ -81,8 +82,8 @@ def card(source: Source, targets: list[str], out: str = ".", base: str | None = 
     on = f"On {source.measured_on}:\n\n" if source.measured_on and figures else ""
     recipe = yaml.safe_dump(_relative(source.recipe), sort_keys=False, allow_unicode=True)
     return ModelCard(
-        f"---\n{info.to_yaml()}\n---\n\n# Medusa heads for {named}\n\n{counted(meta['num'], 'head')} of "
-        f"{counted(meta['layers'], 'residual block')}, LM head {meta['lm_head']}{tokens}. Base model "
+        f"---\n{info.to_yaml()}\n---\n\n# {title}\n\n{counted(meta['num'], 'head')} of "
+        f"{counted(meta['layers'], 'layer')}, LM head {meta['lm_head']}{tokens}. Base model "
         f"of the heads: {base}. Data: {data}. Exported with {versions}.\n\n## Use\n\n"
         f"{here}{uses}{more}\n\n## Measured\n\n{on}{figures or 'Nothing.'}\n\n## Recipe\n\n"
         f"```yaml\n{recipe.strip()}\n```\n"
