@@ -17,6 +17,7 @@ import json
 import os
 import re
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -108,10 +109,7 @@ class Recipe(Section):
             wrong = {".".join(map(str, _key(item))) for item in error.errors()}
             recipe = cls._without(raw, wrong)
         if recipe is not None:
-            for name, part in recipe:
-                found = part._contradictions(recipe) if isinstance(part, Section) else ()
-                keys = ((f"{name}.{key}", text) for key, text in found)
-                problems += [at.say(key, text) for key, text in keys if key not in wrong]
+            problems += [at.say(key, text) for key, text in recipe.misfits() if key not in wrong]
         json_file = raw["deepspeed"]
         if isinstance(json_file, str) and os.path.exists(json_file):
             try:
@@ -139,6 +137,12 @@ class Recipe(Section):
             return cls.model_validate(parse_yaml(text, where)[0])
         except ValidationError as error:
             raise UserError(f"{where}: not a resolved recipe ({one_line(error)})") from None
+
+    def misfits(self) -> Iterator[tuple[str, str]]:
+        """Keys that do not fit the rest of the recipe, each with what is wrong."""
+        for name, part in self:
+            for key, text in part._contradictions(self) if isinstance(part, Section) else ():
+                yield f"{name}.{key}", text
 
     @classmethod
     def _without(cls, raw: dict[str, Any], wrong: set[str]) -> "Recipe | None":

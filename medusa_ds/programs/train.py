@@ -18,7 +18,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -172,7 +172,10 @@ def _claim(output: Path, recipe: Recipe, stack: ExitStack) -> None:
         return  # nothing is lost
     if kept.exists():
         before, now = _flat(parse_yaml(read_text(kept), str(kept))[0]), _flat(recipe.model_dump(mode="json"))
-        changed = [key for key in {*before, *now} if before.get(key) != now.get(key) and not _is_free(key)]
+        changed = {key for key in {*before, *now} if before.get(key) != now.get(key) and not _is_free(key)}
+        if changed:  # perhaps an older version's, which let keys stand that changed nothing
+            with suppress(UserError):
+                changed -= {key for key, _ in Recipe.kept(read_text(kept), str(kept)).misfits()}
         further = f"; to train these heads further, set heads.init_from={output} and another output" if finished else ""
         if changed:
             raise UserError(

@@ -225,6 +225,23 @@ def test_an_output_is_another_recipes_where_something_would_be_lost(there, tiny_
     assert ("to train these heads further, set heads.init_from=" in str(error.value)) == (there == "heads/heads.json")
 
 
+def test_keys_that_changed_nothing_are_left_out_where_an_older_version_kept_them(tiny_recipe, tmp_path):
+    """They are refused now, so that nobody could go on: with them the recipe, without them the output. Mutation:
+    compare them as all others."""
+    held_out = ["data.validation=sample"]
+    recipe, out = Recipe.load(tiny_recipe, held_out), tmp_path / "out"
+    (out / "checkpoints" / "step-000002").mkdir(parents=True)
+    data, loss = {"validation_max": 9}, {"coefficient_warmup_ratio": 0.5}
+    update = {"data": recipe.data.model_copy(update=data), "loss": recipe.loss.model_copy(update=loss)}
+    (out / "recipe.yaml").write_text(recipe.model_copy(update=update).to_yaml())
+    with ExitStack() as stack:
+        _claim(out, recipe, stack)
+    other = Recipe.load(tiny_recipe, [*held_out, "train.lr=0.5"])
+    with ExitStack() as stack, pytest.raises(UserError, match=r"train\.lr: this output was made with") as error:
+        _claim(out, other, stack)
+    assert "validation_max" not in str(error.value)
+
+
 def test_names_for_weights_and_biases_may_change_and_reach_deepspeed(tiny_recipe):
     recipe = Recipe.load(tiny_recipe, ["train.wandb={project: medusa, group: smol, name: first}"])
     config = recipe.ds_config(1, on_gpu=False)
