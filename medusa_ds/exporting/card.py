@@ -72,7 +72,8 @@ def card(source: Source, targets: list[str], out: str = ".", base: str | None = 
             f"Write the path of the base model in place of `{named}`, which is the directory that it was made in.\n\n"
         )
     uses = "\n\n".join(f"### {name}\n\n{TARGETS[name].code(source, out, base)}" for name in targets)
-    missing = ", ".join(name for name in TARGETS if name not in targets)
+    others = (name for name, program in TARGETS.items() if name not in targets and not program.refuses(source, False))
+    missing = ", ".join(others)
     more = (
         f"\n\nFiles for {missing}: `medusa-ds export {out} OTHER --for {missing.replace(', ', ',')}`."
         if missing

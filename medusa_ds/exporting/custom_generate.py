@@ -71,11 +71,9 @@ class Heads:
             config = json.load(file)
         weight, named = getattr(self.lm_head, "weight", None), (config["vocab_size"], config["hidden_size"])
         if not torch.is_tensor(weight) or not weight.is_floating_point():
-            raise ValueError("Medusa heads need an LM head that is not quantised")
+            raise ValueError("These heads need an LM head that is not quantised")
         if weight.shape[0] < named[0] or weight.shape[1] != named[1]:
-            raise ValueError(
-                f"Medusa heads in {source} are for an LM head of {named}; this model's is {(*weight.shape,)}"
-            )
+            raise ValueError(f"The heads in {source} are for an LM head of {named}; this model's is {(*weight.shape,)}")
         self.num, self.sees_tokens = config["num"], config.get("kind") == "hydra"
         self.blocks = config["layers"] - self.sees_tokens
         self.weights = load_file(paths[1])
@@ -292,19 +290,19 @@ def decode(
     known = {"attention_mask", "position_ids", "cache_position", "token_type_ids", "logits_to_keep"}
     asked += [name for name, value in inputs.items() if torch.is_tensor(value) and name not in known]
     if asked or (config.num_beams or 1) > 1:
-        raise ValueError(f"Medusa heads do not support {', '.join(asked) or 'beam search'}")
+        raise ValueError(f"These heads do not support {', '.join(asked) or 'beam search'}")
     if any(hasattr(layer, "recurrent_states") for layer in getattr(cache, "layers", [])):
-        raise ValueError("Medusa heads need layers that can go back to an earlier token; this model's cannot")
+        raise ValueError("These heads need layers that can go back to an earlier token; this model's cannot")
     if not config.use_cache or (cache is not None and cache.is_compileable):
-        raise ValueError("Medusa heads need use_cache=True and a dynamic cache (no cache_implementation)")
+        raise ValueError("These heads need use_cache=True and a dynamic cache (no cache_implementation)")
     if cache is None:
-        raise ValueError("Medusa heads need a cache that can go back to an earlier token; this model's code keeps none")
+        raise ValueError("These heads need a cache that can go back to an earlier token; this model's code keeps none")
     if (limit := turns_beyond(model.config)) is not None and config.max_length > limit:
         raise ValueError(
-            f"Medusa heads need at most {limit} tokens, prompt and new ones: then this model's positions turn"
+            f"These heads need at most {limit} tokens, prompt and new ones: then this model's positions turn"
         )
     if "prepare_inputs_for_generation" in vars(model):
-        raise ValueError("Medusa heads do not support inputs that another makes for the model, as PEFT's prompt tuning")
+        raise ValueError("These heads do not support inputs that another makes for the model, as PEFT's prompt tuning")
     keeps_past = hasattr(cache, "activate_past_recording")  # sliding windows keep what a crop may need
     if keeps_past:
         cache.activate_past_recording()

@@ -6,7 +6,7 @@ the rows under the launcher: deepspeed --module medusa_ds.cli distill RECIPE --o
 Example:
     medusa-ds distill smollm2_135m_stage1 --prompts questions.jsonl --out answers.jsonl
 
-Medusa heads guess what their own backbone will say, so its answers are the best text to train them on. Prompts come
+Heads guess what their own backbone will say, so its answers are the best text to train them on. Prompts come
 from a source, or the model makes them up: a chat model that is given its template's beginning of a user turn writes
 one (Magpie, arXiv 2406.08464). Every row has a number. It ends in the output file, among the removed rows, or has
 failed, and whatever ended the process, the same command goes on with the rest. Several ranks share the rows; what a row

@@ -146,7 +146,7 @@ def test_custom_generate_handles_batches_processors_streams_and_refusals(
         {"output_scores": True, "return_dict_in_generate": True},
         {"inputs_embeds": torch.zeros(1, 9, 32)},
     ):
-        with pytest.raises(ValueError, match="Medusa heads"):
+        with pytest.raises(ValueError, match="These heads"):
             decode_with(path, model, ids[:1], max_new_tokens=4, do_sample=False, **options)
 
 
@@ -404,7 +404,7 @@ def test_what_would_give_another_text_is_refused(tmp_path) -> None:
     heads, ids = custom_generate.Heads(model, str(tmp_path), {}), torch.tensor([[7, 20, 9]])
     settings = {"custom_generate": partial(custom_generate.decode, heads=heads), "do_sample": False}
     model.generate(ids, max_new_tokens=13, **settings)
-    with pytest.raises(ValueError, match="Medusa heads need at most 16 tokens"):
+    with pytest.raises(ValueError, match="These heads need at most 16 tokens"):
         model.generate(ids, max_new_tokens=14, **settings)
     state, _ = run_of(Asked(AutoConfig.for_model("qwen3_next")), tmp_path / "state")
     decoding = partial(custom_generate.decode, heads=custom_generate.Heads(state, str(tmp_path / "state"), {}))

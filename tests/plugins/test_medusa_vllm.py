@@ -176,7 +176,7 @@ def test_the_config_of_an_export_reads_as_a_draft_of_several_modules(plugin, mak
 @pytest.mark.parametrize(
     ("version", "text"),
     [
-        ("0.27.1", "found vLLM 0.27.1; Medusa heads run in 0.28 to 0.33"),
+        ("0.27.1", "found vLLM 0.27.1; heads run in 0.28 to 0.33"),
         ("0.34.0rc1", "found vLLM 0.34.0rc1"),
         ("0.33.2+cu130", None),
     ],

@@ -326,6 +326,7 @@ def test_shipped_heads_export_by_name_with_their_figures(tmp_path, monkeypatch):
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert "# Hydra heads for" in card.text and "hydra" in card.data.tags
+    assert "\nFiles for vllm: `medusa-ds export . OTHER --for vllm`." in card.text  # mutation: those that refuse too
     kinds = {result.metric_name: result.metric_type for result in card.data.eval_results}
     assert kinds["head1_acc"] == "accuracy" and kinds["mean_tokens_per_step"] == "mean_tokens_per_step"
 

@@ -15,7 +15,7 @@ def unknown_version() -> str | None:
     if OLDEST <= Version(vllm.__version__).release[:2] <= NEWEST:
         return None
     oldest, newest = (".".join(map(str, version)) for version in (OLDEST, NEWEST))
-    return f"medusa_vllm: found vLLM {vllm.__version__}; Medusa heads run in {oldest} to {newest}"
+    return f"medusa_vllm: found vLLM {vllm.__version__}; heads run in {oldest} to {newest}"
 
 
 class MedusaConfig(PretrainedConfig):
