@@ -167,6 +167,13 @@ def group_of_one() -> Iterator[None]:
 
 
 @pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
 def said(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Calls `medusa-ds`; returns what it has printed."""
     from medusa_ds.cli import main

@@ -14,17 +14,12 @@ from medusa_ds.config.deepspeed import Zero
 from medusa_ds.config.recipe import Recipe, shipped
 from medusa_ds.training import memory
 
+pytestmark = pytest.mark.usefixtures("place")
+
 TINY = (
     "model.config={model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, vocab_size: 300, "
     "num_attention_heads: 4, num_key_value_heads: 2, max_position_embeddings: 256}"
 )
-
-
-@pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 @pytest.mark.parametrize(

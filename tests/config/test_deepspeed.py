@@ -29,13 +29,6 @@ TRANSFORMERS_EXAMPLE = json.loads("""{
 }""")
 
 
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory for a DeepSpeed JSON."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def load(place: Path, settings: Any, *overrides: str) -> Recipe:
     (place / "ds.json").write_text(json.dumps(settings))
     return Recipe.load("smollm2_135m_stage1", ["deepspeed=ds.json", "train.global_batch_size=8", *overrides])

@@ -19,18 +19,17 @@ SHIPPED = sorted(shipped("recipes").glob("*.yaml"))
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(place: Path) -> Path:
     """A directory with a good recipe and the files that it names, as working directory."""
-    (tmp_path / "r.yaml").write_text(GOOD)
-    (tmp_path / "chat.jsonl").write_text("{}\n")
-    (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 2}}')
-    (tmp_path / "empty").mkdir()
-    heads = tmp_path / "old" / "heads"
+    (place / "r.yaml").write_text(GOOD)
+    (place / "chat.jsonl").write_text("{}\n")
+    (place / "zero.json").write_text('{"zero_optimization": {"stage": 2}}')
+    (place / "empty").mkdir()
+    heads = place / "old" / "heads"
     heads.mkdir(parents=True)
     saved = {"num": 5, "layers": 1, "lm_head": "own", "hidden_size": 32, "vocab_size": 99, "base_model": "owner/model"}
     (heads / "heads.json").write_text(json.dumps(saved))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+    return place
 
 
 @pytest.mark.parametrize("name", [*FILES, *OVERRIDES, *JSONS])

@@ -14,14 +14,13 @@ ASKED = ["--prompts", "q.jsonl", "--max-new-tokens", "8"]
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "dir").mkdir()
-    (tmp_path / "dir" / "kept").write_text("kept")
-    (tmp_path / "afile").write_text("a line without an end")
-    (tmp_path / "q.jsonl").write_text('{"turns": ["hi"]}\n')
-    (tmp_path / "empty.jsonl").touch()
-    return tmp_path
+def place(place):
+    (place / "dir").mkdir()
+    (place / "dir" / "kept").write_text("kept")
+    (place / "afile").write_text("a line without an end")
+    (place / "q.jsonl").write_text('{"turns": ["hi"]}\n')
+    (place / "empty.jsonl").touch()
+    return place
 
 
 @pytest.fixture

@@ -33,10 +33,9 @@ output: out
 
 
 @pytest.fixture(autouse=True)
-def place(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "tiny.yaml").write_text(TINY)
-    return tmp_path
+def place(place):
+    (place / "tiny.yaml").write_text(TINY)
+    return place
 
 
 SMALL = Case(

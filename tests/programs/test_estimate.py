@@ -12,8 +12,7 @@ from medusa_ds.training.memory import GIB, choose, count_parameters
 
 
 @pytest.fixture(autouse=True)
-def no_hub(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def no_hub(place, monkeypatch):
     monkeypatch.setattr("medusa_ds.model.backbone.model_path", lambda spec: pytest.fail(f"asked for {spec.name}"))
 
 

@@ -7,11 +7,7 @@ import pytest
 from medusa_ds.cli import main
 from medusa_ds.config.recipe import Recipe
 
-
-@pytest.fixture(autouse=True)
-def place(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("place")
 
 
 def test_a_recipe_for_a_model_and_data_of_ones_own(tiny_model, place, capsys):

@@ -19,8 +19,7 @@ HYBRID = f"{{model_type: lfm2, {SIZES}, layer_types: [conv, full_attention, conv
 
 
 @pytest.fixture
-def said(said, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def said(said, place):
     return lambda command, *overrides: said(command, "smollm2_135m_stage1", *overrides).splitlines()
 
 
