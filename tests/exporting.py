@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 from medusa_ds.cli import main
 
 MakeRun = Callable[..., Path]
-Refused = Callable[..., str]
 
 
 def export_(run: Path, out: str, *options: str) -> Path:

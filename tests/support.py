@@ -10,10 +10,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from http.server import ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,32 @@ output: {folder / "out"}
     return file
 
 
+class QuietHandler(BaseHTTPRequestHandler):
+    """Of requests that nobody is told of."""
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing."""
+
+
 class QuietServer(ThreadingHTTPServer):
-    """A server that says nothing of clients that hang up: its tracebacks would cut lines in two that a test reads."""
+    """A server that answers while its body runs.
+
+    It says nothing of clients that hang up: its tracebacks would cut lines in two that a test reads.
+    """
+
+    def __init__(self, handler: type[QuietHandler]) -> None:
+        super().__init__(("127.0.0.1", 0), handler)
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+        self._thread = threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True)
+
+    def __enter__(self) -> "QuietServer":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.shutdown()
+        self._thread.join()
+        self.server_close()
 
     def handle_error(self, *_: Any) -> None:
         """Nothing."""

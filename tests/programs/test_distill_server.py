@@ -7,11 +7,10 @@ import re
 import threading
 import time
 from collections import Counter
-from http.server import BaseHTTPRequestHandler
 
 import pytest
 from distill_runs import lines, run
-from support import QuietServer
+from support import QuietHandler, QuietServer
 
 from medusa_ds import cli
 from medusa_ds.distilling import server as server_module
@@ -21,7 +20,7 @@ from medusa_ds.distilling.server import Server
 from medusa_ds.errors import UserError
 
 
-class Faults(BaseHTTPRequestHandler):
+class Faults(QuietHandler):
     """An OpenAI-compatible server that answers a request only after some faults."""
 
     protocol_version = "HTTP/1.1"
@@ -29,9 +28,6 @@ class Faults(BaseHTTPRequestHandler):
     plan: dict
     always: tuple | None = None  # status, content type, body
     thoughts: dict
-
-    def log_message(self, *_):
-        pass
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -69,12 +65,8 @@ class Faults(BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     handler = type("Handler", (Faults,), {"asked": Counter(), "plan": {}, "thoughts": {}})
-    with QuietServer(("127.0.0.1", 0), handler) as running:
-        thread = threading.Thread(target=running.serve_forever, args=(0.05,), daemon=True)
-        thread.start()
-        yield handler, f"http://127.0.0.1:{running.server_port}/v1"
-        running.shutdown()
-        thread.join()
+    with QuietServer(handler) as running:
+        yield handler, running.url
     for asking in threading.enumerate():
         if asking.name.startswith("ThreadPoolExecutor"):
             asking.join(5)
@@ -222,18 +214,9 @@ def test_a_key_that_no_header_holds_is_told_and_not_shown(ask, monkeypatch):
 )
 def test_an_address_that_is_no_servers(tiny_recipe, tmp_path, capfd, url, said):
     """Mutation: repeat the URL that holds a key."""
+    more = ["--server", url, "--timeout", "2", "--retries", "1"]
     with pytest.raises(SystemExit, match="2"):
-        run(
-            tiny_recipe,
-            tmp_path / "out.jsonl",
-            numbered(tmp_path, 9),
-            "--server",
-            url,
-            "--timeout",
-            "2",
-            "--retries",
-            "1",
-        )
+        run(tiny_recipe, tmp_path / "out.jsonl", numbered(tmp_path, 9), *more)
     text = capfd.readouterr().err
     assert re.search(said.replace("(", r"\(").replace(")", r"\)"), text), text
     assert text.count("error: ") == 1 and KEY not in text and "Traceback" not in text

@@ -2,16 +2,12 @@
 
 import json
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from exporting import MakeRun
-from support import QuietServer
+from support import QuietHandler, QuietServer
 
 from medusa_ds.cli import main
 from medusa_ds.decoding.decoder import Decoder
@@ -35,7 +31,7 @@ class Fake(QuietServer):
     """
 
     def __init__(self, run: Path | None = None) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(Handler)
         if run is not None:
             self.run = load_run(run, torch.device("cpu"), torch.float32)
             self.decoder = Decoder(self.run.backbone, None, chain(0))
@@ -44,17 +40,14 @@ class Fake(QuietServer):
         self.keys: list[str | None] = []
         self.redirect = ""
         self.released = threading.Event()
-        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+
+    def shutdown(self) -> None:
+        self.released.set()
+        super().shutdown()
 
 
-Served = tuple[Fake, list[str]]
-Capsys = pytest.CaptureFixture[str]
-
-
-class Handler(BaseHTTPRequestHandler):
+class Handler(QuietHandler):
     server: Fake
-
-    def log_message(self, *_: Any) -> None: ...
 
     def reply(self, text: str, status: int = 200) -> None:
         self.send_response(status)
@@ -109,32 +102,21 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(answer_of(choice, len(row.tokens)))
 
 
-@contextmanager
-def serving(server: Fake) -> Iterator[Fake]:
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-    thread.start()
-    yield server
-    server.released.set()
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
 @pytest.fixture
-def served(make_run: MakeRun, tmp_path: Path) -> Iterator[Served]:
+def served(make_run, tmp_path):
     """A server, and the command that measures it on four prompts."""
     run = make_run()
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(f'{{"turns": ["from {word}", "and"]}}\n' for word in ("red", "sun")))
     command = ["evaluate", str(run), "--prompts", str(prompts), "--max-new-tokens", str(NEW), "--device", "cpu"]
-    with serving(Fake(run)) as server:
+    with Fake(run) as server:
         yield server, [*command, "--server", server.url, "--json", str(tmp_path / "report.json")]
 
 
 @pytest.fixture
-def bare() -> Iterator[Fake]:
+def bare():
     """A server of no model, which gives the answer that it was told."""
-    with serving(Fake()) as server:
+    with Fake() as server:
         server.behaviour = "answer"
         yield server
 
@@ -234,7 +216,7 @@ def test_a_key_goes_to_the_server_and_nowhere_else(bare, monkeypatch):
     HeadServer(bare.url, None, 9.0).measure([[1]], 4, 1)
     assert {*bare.keys} == {"Bearer abc"}
     bare.keys.clear()
-    with serving(Fake()) as other:
+    with Fake() as other:
         other.redirect = f"{bare.url}/models"
         HeadServer(other.url, None, 9.0)
         assert (other.keys, bare.keys) == (["Bearer abc"], [None])
