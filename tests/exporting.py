@@ -1,15 +1,12 @@
 """What the tests of exports share: runs to export, and what an export holds."""
 
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
 from medusa_ds.cli import main
-
-MakeRun = Callable[..., Path]
 
 
 def export_(run: Path, out: str, *options: str) -> Path:

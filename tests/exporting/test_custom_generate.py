@@ -15,7 +15,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from decoding_models import VOCAB, assert_samples, build, random_heads
-from exporting import MakeRun, export_
+from exporting import export_
 from support import heads_meta
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, StoppingCriteria
@@ -92,7 +92,7 @@ def distil(run: Path) -> None:
     save_heads(run / "heads", loaded.heads.state_dict(), {key: config[key] for key in META})
 
 
-def test_transformers_alone_decodes_greedily_with_fewer_passes(make_run: MakeRun, tmp_path: Path) -> None:
+def test_transformers_alone_decodes_greedily_with_fewer_passes(make_run, tmp_path) -> None:
     """Turns red when `decode` accepts one guess more than agrees, or leaves the cache uncropped."""
     run = make_run()
     distil(run)
@@ -112,9 +112,7 @@ def decode_with(path: Path, model: Any, ids: torch.Tensor, **options: Any) -> An
     return model.generate(ids, custom_generate=str(path), medusa_heads=str(path), **settings)
 
 
-def test_custom_generate_handles_batches_processors_streams_and_refusals(
-    make_run: MakeRun, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_custom_generate_handles_batches_processors_streams_and_refusals(make_run, tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     run = make_run()
     distil(run)

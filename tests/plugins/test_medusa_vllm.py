@@ -10,7 +10,7 @@ from typing import Any
 import fake_vllm
 import pytest
 import torch
-from exporting import MakeRun, export_
+from exporting import export_
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import silu
 from transformers import AutoConfig
@@ -46,7 +46,7 @@ def load(plugin: Any, path: Path, lm_head: torch.nn.Module | None = None, embedd
 
 
 @pytest.fixture
-def exported(make_run: MakeRun) -> Path:
+def exported(make_run) -> Path:
     """An export of Medusa heads with projections of their own."""
     return export_(make_run(), "out", "--for", "vllm")
 

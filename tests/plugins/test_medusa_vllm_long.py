@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from exporting import MakeRun, export_
+from exporting import export_
 from forks import free_port
 from safetensors.torch import load_file, save_file
 from support import SIZES, tiny_tokenizer
@@ -173,9 +173,7 @@ def greedy_groups(prompts: list[list[int]]) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def heads_of(
-    make_run: MakeRun, model: LlamaForCausalLM, lesson: list[tuple[Tensor, Tensor]]
-) -> Callable[[str], tuple[Path, Heads]]:
+def heads_of(make_run, model, lesson) -> Callable[[str], tuple[Path, Heads]]:
     """An export of learned heads by the variant's name, and heads that guess the same for our decoder."""
 
     def make(variant: str) -> tuple[Path, Heads]:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -83,22 +84,18 @@ def prompts(tmp_path):
     return file
 
 
-def _evaluate(settings):
-    return evaluate.run(evaluate.Settings(**settings))
+def _evaluate(run, prompts, program=evaluate, **more):
+    settings = {"max_new_tokens": 24, "device": "cpu", **more}
+    return program.run(program.Settings(run=str(run), prompts=str(prompts), **settings))
 
 
-def _search_tree(settings):
-    return tree.run(tree.Settings(**settings))
-
-
-def _settings(run, prompts, **more):
-    return {"run": str(run), "prompts": str(prompts), "max_new_tokens": 24, "device": "cpu", **more}
+_search_tree = partial(_evaluate, program=tree)
 
 
 def test_run_heads_folder_and_checkpoint_give_the_same_figures_which_agree_with_each_other(output, prompts, capsys):
     """Mutation: read an Adam moment in place of the master weights."""
     places = (output, output / "heads", output / "checkpoints" / "best")
-    reports = [_evaluate(_settings(run, prompts)) for run in places]
+    reports = [_evaluate(run, prompts) for run in places]
     for report in reports:
         report.pop("run")
         speed = report.pop("speed")
@@ -125,11 +122,11 @@ def test_run_heads_folder_and_checkpoint_give_the_same_figures_which_agree_with_
 
 def test_tree_is_written_into_the_run_and_used_from_then_on(output, prompts, tmp_path, capsys):
     files = {"json_file": str(tmp_path / "tree.json"), "picture": str(tmp_path / "tree.png")}
-    found = _search_tree(_settings(output, prompts, nodes=8, **files))
+    found = _search_tree(output, prompts, nodes=8, **files)
     kept = json.loads((output / "heads" / "heads.json").read_text())
     assert found["chosen"] == 8 == len(kept["tree"]) + 1
     assert json.loads((tmp_path / "tree.json").read_text())["chosen"] == 8
-    report = _evaluate(_settings(output, prompts, picture=str(tmp_path / "heads.svg")))
+    report = _evaluate(output, prompts, picture=str(tmp_path / "heads.svg"))
     assert report["tree"] == {"nodes": 8, "depth": 2, "measured": True}
     assert all((tmp_path / name).stat().st_size > 1000 for name in ("tree.png", "heads.svg"))
     assert sorted(file.name for file in (output / "heads").iterdir()) == ["heads.json", "heads.safetensors"]
@@ -142,9 +139,9 @@ def test_tree_is_written_into_the_run_and_used_from_then_on(output, prompts, tmp
 
 def test_tree_says_when_fewer_nodes_are_faster(output, prompts, capsys, monkeypatch):
     monkeypatch.setattr(tree, "step_ms", lambda decoder, context: float(decoder.tree.nodes) ** 2)
-    _search_tree(_settings(output, prompts, nodes=8))
+    _search_tree(output, prompts, nodes=8)
     assert "note: 1 nodes are " in capsys.readouterr().out
-    assert _search_tree(_settings(output, prompts))["chosen"] == 1
+    assert _search_tree(output, prompts)["chosen"] == 1
     assert "note: " not in capsys.readouterr().out
 
 
@@ -156,13 +153,12 @@ def test_a_tree_is_no_wider_than_the_heads_vocabulary(output, prompts):
     runs.save_tree(output / "heads" / "heads.json", [(0,), (4,), (0, 2), (0, 3), (4, 0)])
     run = load_run(output, torch.device("cpu"), torch.float32)
     assert run.tree.paths == [(0,), (0, 2)]
-    found = _search_tree(_settings(output, prompts, nodes=64))
+    found = _search_tree(output, prompts, nodes=64)
     assert max(row["nodes"] for row in found["sizes"]) == 1 + 3 + 9
 
 
 def test_answers_of_one_token_are_evaluated(output, prompts, capsys):
-    settings = _settings(output, prompts, json_file=str(output / "evaluation.json")) | {"max_new_tokens": 1}
-    report = _evaluate(settings)
+    report = _evaluate(output, prompts, json_file=str(output / "evaluation.json"), max_new_tokens=1)
     written = (output / "evaluation.json").read_text()
     assert "NaN" not in written and json.loads(written)["speed"]["speed_up_decoding"] is None
     assert report["accepted"]["steps"] == 0 and report["speed"]["medusa_step_ms"] > 0
@@ -173,7 +169,7 @@ def test_transformers_own_rate_is_that_of_greedy_decoding(output, prompts, monke
     """Whatever the model's generation_config.json asks for. Mutation: leave the beams to it."""
     (output.parent / "model" / "generation_config.json").write_text('{"num_beams": 4, "eos_token_id": 256}')
     monkeypatch.setattr("transformers.GenerationMixin._beam_search", lambda *_, **__: pytest.fail("beams"))
-    assert _evaluate(_settings(output, prompts) | {"max_new_tokens": 2})["speed"]["transformers_generate_tokens_per_s"]
+    assert _evaluate(output, prompts, max_new_tokens=2)["speed"]["transformers_generate_tokens_per_s"]
 
 
 def test_ends_that_are_no_tokens_are_a_users_mistake(output, refused):
@@ -184,7 +180,7 @@ def test_ends_that_are_no_tokens_are_a_users_mistake(output, refused):
 
 def test_tree_refuses_a_checkpoint(output, prompts):
     with pytest.raises(UserError, match="sealed"):
-        _search_tree(_settings(output / "checkpoints" / "best", prompts))
+        _search_tree(output / "checkpoints" / "best", prompts)
 
 
 @pytest.mark.parametrize("name", ["rank00000-00000.safetensors", "state.json", "manifest.json"])
@@ -295,7 +291,7 @@ def test_prompts_may_be_conversations_whose_answers_are_made_anew(output, tmp_pa
         (tmp_path / f"{name}.jsonl").write_text(long + json.dumps(row))
     plain, anew = (read_prompts("--prompts", str(tmp_path / f"{name}.jsonl")) for name in ("turns", "messages"))
     assert plain == anew
-    reports = [_evaluate(_settings(output, tmp_path / f"{name}.jsonl")) for name in ("turns", "system")]
+    reports = [_evaluate(output, tmp_path / f"{name}.jsonl") for name in ("turns", "system")]
     assert [tuple(report["prompts"].values())[1:] for report in reports] == [(2, 0), (2, 1)]
     assert reports[0]["heads"] != reports[1]["heads"]
 
@@ -365,7 +361,7 @@ def test_a_run_keeps_the_template_that_it_was_trained_with(output, prompts, plac
     (model / "chat_template.jinja").unlink()
     tokenizer.save_pretrained(model)
     with pytest.raises(UserError, match="its tokenizer has no chat template"):
-        _evaluate(_settings(output / place, prompts))
+        _evaluate(output / place, prompts)
     own = "{% for m in messages %}{{ m.role ~ '=' ~ m.content ~ '<p>' }}{% endfor %}"
     own += "{% if add_generation_prompt %}assistant={% endif %}"
     for name, args, text in (("model", {"chat_template": own}, "user=Hi<p>assistant="), ("vicuna", {}, None)):
