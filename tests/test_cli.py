@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ TINY = (
     "model.config={model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, vocab_size: 300, "
     "num_attention_heads: 4, num_key_value_heads: 2, max_position_embeddings: 256}"
 )
+
+PARTS = memory.Parameters(backbone=7_000_000, lm_head=500_000, blocks=50_000, projections=1_500_000, largest=500_000)
 
 
 @pytest.mark.parametrize(
@@ -206,29 +209,23 @@ def test_states_are_deepspeeds_own_estimate_where_all_is_trained():
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs as zero3
     from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs as zero2
 
-    parts = memory.Parameters(
-        backbone=7_000_000, lm_head=500_000, blocks=50_000, projections=1_500_000, largest=500_000
-    )
-    total = parts.trainable(stage=2)
-    assert parts.frozen(stage=2) == 0
+    total = PARTS.trainable(stage=2)
+    assert PARTS.frozen(stage=2) == 0
     for ranks in (1, 2, 8):
         for optimizer in (False, True):
             cpu, gpu = zero2(total, ranks, 1, cpu_offload=optimizer)
-            found = memory.states_bytes(parts, 2, Zero(2, optimizer), ranks, 2)
+            found = memory.states_bytes(PARTS, 2, Zero(2, optimizer), ranks, 2)
             assert found == pytest.approx((gpu, cpu if optimizer else 0), rel=1e-6)
             for parameters in (False, True) if optimizer else (False,):
-                cpu, gpu, _ = zero3(total, parts.largest, ranks, 1, optimizer, parameters)
-                found = memory.states_bytes(parts, 2, Zero(3, optimizer, parameters), ranks, 2)
+                cpu, gpu, _ = zero3(total, PARTS.largest, ranks, 1, optimizer, parameters)
+                found = memory.states_bytes(PARTS, 2, Zero(3, optimizer, parameters), ranks, 2)
                 assert found == pytest.approx((gpu, cpu if optimizer else 0), rel=1e-6)
 
 
 def test_frozen_backbone_costs_its_weights_alone():
-    parts = memory.Parameters(
-        backbone=7_000_000, lm_head=500_000, blocks=50_000, projections=1_500_000, largest=500_000
-    )
-    heads = memory.Parameters(backbone=0, lm_head=0, blocks=50_000, projections=1_500_000, largest=500_000)
+    heads = replace(PARTS, backbone=0, lm_head=0)
     for zero, share in ((0, 1), (1, 1), (2, 1), (3, 4)):
-        whole = memory.states_bytes(parts, 1, Zero(zero), 4, 2)[0]
+        whole = memory.states_bytes(PARTS, 1, Zero(zero), 4, 2)[0]
         alone = memory.states_bytes(heads, 1, Zero(zero), 4, 2)[0]
         assert whole - alone == 2 * 7_500_000 // share
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from conftest import run_ranks
+from test_memory import PARTS
 from worker import GLOBAL_BATCH, make_recipe
 
 from medusa_ds.config.deepspeed import load
@@ -12,7 +13,7 @@ from medusa_ds.config.loading import SHAPES
 from medusa_ds.config.recipe import Recipe, shipped
 from medusa_ds.model.backbone import load_config
 from medusa_ds.training.communication import OFF_BY, estimate_step, sent_bytes
-from medusa_ds.training.memory import Parameters, count_parameters, parts_in_memory
+from medusa_ds.training.memory import count_parameters, parts_in_memory
 
 RING = {"allreduce_": 2, "_allgather_base_": 1, "_reduce_scatter_base_": 1}
 """How often (n-1)/n of a tensor leaves each of n ranks, as nccl-tests counts it."""
@@ -83,22 +84,19 @@ def test_zero_3_fetches_weights_again_that_are_far_from_their_next_use(counted):
 
 def test_bytes_of_llama_3_8b_on_eight_gpus():
     """By hand. Mutation: forget that a share stays, or what `overlap_comm` means."""
-    parts = Parameters(
-        backbone=7_504_924_672, lm_head=525_336_576, blocks=50_343_936, projections=1_576_009_728, largest=0
-    )
     heads, everything = 2 * 1_626_353_664, 2 * 9_656_614_912
     for stage, weights in ((1, heads), (2, everything)):
-        assert sent_bytes(parts, stage, load(shipped("ds_configs") / "zero0.json"), 8, 2, 4) == (0, 7 / 4 * weights)
-        assert sent_bytes(parts, stage, load(shipped("ds_configs") / "zero2.json"), 8, 2, 1) == (0, 21 / 8 * weights)
-        assert sent_bytes(parts, stage, {"zero_optimization": {"stage": 2}}, 1, 2, 1) == (0, 0)
+        assert sent_bytes(PARTS, stage, load(shipped("ds_configs") / "zero0.json"), 8, 2, 4) == (0, 7 / 4 * weights)
+        assert sent_bytes(PARTS, stage, load(shipped("ds_configs") / "zero2.json"), 8, 2, 1) == (0, 21 / 8 * weights)
+        assert sent_bytes(PARTS, stage, {"zero_optimization": {"stage": 2}}, 1, 2, 1) == (0, 0)
     both = {"zero_optimization": {"stage": 2, "overlap_comm": True}}
-    assert sent_bytes(parts, 2, both, 8, 2, 3) == (3 * 7 / 4 * everything, 7 / 8 * everything)
-    assert sent_bytes(parts, 1, both, 8, 2, 1) == (0, 21 / 8 * heads)
+    assert sent_bytes(PARTS, 2, both, 8, 2, 3) == (3 * 7 / 4 * everything, 7 / 8 * everything)
+    assert sent_bytes(PARTS, 1, both, 8, 2, 1) == (0, 21 / 8 * heads)
     again = everything - 2 * 5e8
     zero3 = load(shipped("ds_configs") / "zero3.json")
-    assert sent_bytes(parts, 2, zero3, 8, 2, 2) == (2 * 7 / 8 * (2 * everything + again), 0)
+    assert sent_bytes(PARTS, 2, zero3, 8, 2, 2) == (2 * 7 / 8 * (2 * everything + again), 0)
     zero3["zero_optimization"]["overlap_comm"] = False
-    assert sent_bytes(parts, 2, zero3, 8, 2, 1) == (0, 7 / 8 * (2 * everything + again))
+    assert sent_bytes(PARTS, 2, zero3, 8, 2, 1) == (0, 7 / 8 * (2 * everything + again))
 
 
 def shape_of(recipe):

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from medusa_ds.training import build as builder
 from medusa_ds.training import engine as engines
 from medusa_ds.training import optimizer as optim
 from medusa_ds.training.engine import MedusaEngine
-from medusa_ds.training.step import NonFiniteError, StepLeftError
+from medusa_ds.training.step import StepLeftError
 
 VOCAB, LENGTH, GLOBAL_BATCH, STEPS = 97, 24, 4, 4
 POISON = 96  # a token that no batch holds unless a test puts it there
@@ -117,6 +118,15 @@ def dump(engine: MedusaEngine, file: Path) -> None:
 def end(engine: MedusaEngine) -> None:
     """Free an engine and leave the process group to the next one."""
     engine._engine.destroy()
+
+
+def refusal(call: Callable[..., Any], *arguments: Any) -> str:
+    """What a user reads of a mistake; nothing where it is none."""
+    try:
+        call(*arguments)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def make_engine(recipe: Recipe, tokens: list[int] | None = None) -> MedusaEngine:
@@ -217,11 +227,7 @@ def not_finite(out: Path, zero: str, where: str, precision: str = "fp32") -> dic
             batches[0].input_ids[0, 0] = POISON
     elif engine.rank == 1:
         engine.model.heads[1].blocks.register_forward_hook(lambda _, __, output: _NanGradient.apply(output))
-    try:
-        engine.train_batch(batches, 1)
-        message = "no error"
-    except NonFiniteError as error:
-        message = str(error)
+    message = refusal(engine.train_batch, batches, 1)
     if where == "loss":  # the poisoned row is no weight that the step has changed
         with torch.no_grad(), engine._gathered([embedding]):
             embedding[POISON] = 0.0
@@ -286,10 +292,7 @@ def launch_errors(out: Path, source: Path) -> dict[str, Any]:
 
     load_backbone, builder.load_backbone = builder.load_backbone, lambda *a, **k: found["loaded"].append(1)
     for name, sections in (("shapes", {"heads": heads | {"num": 2}}), ("batch", {"train": {"micro_batch_size": 3}})):
-        try:
-            MedusaEngine(make_recipe(out, **sections), STEPS)
-        except UserError as error:
-            found[name] = str(error)
+        found[name] = refusal(MedusaEngine, make_recipe(out, **sections), STEPS)
     out.mkdir(parents=True, exist_ok=True)
     nvme = {"device": "nvme", "nvme_path": str(out / "nvme")}
     compatible, AsyncIOBuilder.is_compatible = AsyncIOBuilder.is_compatible, lambda *_, **__: False
@@ -301,10 +304,7 @@ def launch_errors(out: Path, source: Path) -> dict[str, Any]:
     for name, settings in refused.items():
         file = out / f"{name}.json"
         file.write_text(json.dumps(settings))
-        try:
-            MedusaEngine(make_recipe(out).model_copy(update={"deepspeed": str(file)}), STEPS)
-        except UserError as error:
-            found[name] = str(error)
+        found[name] = refusal(MedusaEngine, make_recipe(out).model_copy(update={"deepspeed": str(file)}), STEPS)
         if name == "early":
             builder.load_backbone, AsyncIOBuilder.is_compatible = load_backbone, compatible
     engine = MedusaEngine(make_recipe(out, heads=heads), STEPS)
@@ -315,10 +315,7 @@ def launch_errors(out: Path, source: Path) -> dict[str, Any]:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     engine.model.heads[0].forward = forward
-    try:
-        train(engine, 0, 1)
-    except UserError as error:
-        found["memory"] = str(error)
+    found["memory"] = refusal(train, engine, 0, 1)
     end(engine)
     return found
 
@@ -328,20 +325,14 @@ def other_maps(out: Path, source: Path) -> dict[str, Any]:
     found = {}
     for name, tokens in (("full", None), ("fewer", list(range(10))), ("other", list(range(1, 41)))):
         engine = make_engine(make_recipe(source), tokens)
-        try:
-            engine.resume_newest("fingerprint")
-        except UserError as error:
-            found[name] = str(error)
+        found[name] = refusal(engine.resume_newest, "fingerprint")
         end(engine)
     engine = make_engine(make_recipe(source), list(range(40)))
     engine.resume_newest("fingerprint")
     engine.export(source)
     end(engine)
     recipe = make_recipe(out, heads={"init_from": str(source)})
-    try:
-        make_engine(recipe, list(range(40)))
-    except UserError as error:
-        found["start"] = str(error)
+    found["start"] = refusal(make_engine, recipe, list(range(40)))
     heads = recipe.heads.model_copy(update={"vocab": 40})
     engine = make_engine(recipe.model_copy(update={"heads": heads}), list(range(1, 41)))
     found["kept"] = engine.model.heads.token_map.tolist()
@@ -354,10 +345,7 @@ def refusals(out: Path) -> dict[str, Any]:
     found = {}
     for name, fingerprint, layers in (("data", "changed", 1), ("model", "fingerprint", 2)):
         engine = MedusaEngine(make_recipe(out, heads={"layers": layers}), STEPS)
-        try:
-            engine.resume_newest(fingerprint)
-        except UserError as error:
-            found[name] = str(error)
+        found[name] = refusal(engine.resume_newest, fingerprint)
         end(engine)
     return found
 
