@@ -171,7 +171,10 @@ def _claim(output: Path, recipe: Recipe, stack: ExitStack) -> None:
     if not finished and not list((output / "checkpoints").glob("step-*")):
         return  # nothing is lost
     if kept.exists():
-        before, now = _flat(parse_yaml(read_text(kept), str(kept))[0]), _flat(recipe.model_dump(mode="json"))
+        from transformers.utils.generic import flatten_dict
+
+        recipes = parse_yaml(read_text(kept), str(kept))[0], recipe.model_dump(mode="json")
+        before, now = (flatten_dict({"": each}) for each in recipes)  # an empty file is no dictionary
         changed = {key for key in {*before, *now} if before.get(key) != now.get(key) and not _is_free(key)}
         if changed:  # perhaps an older version's, which let keys stand that changed nothing
             with suppress(UserError):
@@ -247,13 +250,3 @@ def _shipped(recipe: Recipe) -> str:
 
 def _is_free(key: str) -> bool:
     return any(key == free or key.startswith(f"{free}.") for free in FREE_TO_CHANGE)
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict) or not value:
-        return {prefix: value}
-    return {
-        key: item
-        for name, child in value.items()
-        for key, item in _flat(child, f"{prefix}.{name}" if prefix else name).items()
-    }
