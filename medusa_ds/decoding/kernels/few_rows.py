@@ -83,27 +83,10 @@ def few_rows_product(rows_MK: Tensor, weight_NK: Tensor, ahead: Tensor, gated: b
     most = AHEAD_MIB << 20
     lines = ahead.nbytes // 128 if 128 <= ahead.nbytes <= most else 1
     each = triton.next_power_of_2(-(-lines // (grid[0] * parts)))
-    _multiply[grid](
-        left,
-        right,
-        weight_NK,
-        ahead,
-        out,
-        rows,
-        columns,
-        depth,
-        lines,
-        -(-depth // (parts * tile.depth)),
-        MOST_ROWS,
-        width,
-        tile.depth,
-        max(128, each),
-        weight_NK.nbytes > most,
-        gated,
-        out.is_cuda,
-        num_stages=tile.stages,
-        launch_pdl=True,
-    )
+    sizes = (rows, columns, depth, lines)
+    of_a_block = (-(-depth // (parts * tile.depth)), MOST_ROWS, width, tile.depth, max(128, each))
+    switches, options = (weight_NK.nbytes > most, gated, out.is_cuda), {"num_stages": tile.stages, "launch_pdl": True}
+    _multiply[grid](left, right, weight_NK, ahead, out, *sizes, *of_a_block, *switches, **options)
     return out
 
 

@@ -45,40 +45,14 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scal
     highest = query.new_empty(batch, nodes, heads, parts, dtype=torch.float32)
     total = torch.empty_like(highest)
     out = _empty(query, key, value, mask, scale)
+    strides = (*query.stride()[:3], *key.stride()[:3], mask.stride(0), mask.stride(2))
+    sizes = (scale, heads // key.shape[1], parts, size, part, block_nodes, block_slots)
     _attend_part[(-(-nodes // block_nodes), heads, batch * parts)](
-        query,
-        key,
-        value,
-        mask,
-        mean,
-        highest,
-        total,
-        nodes,
-        *query.stride()[:3],
-        *key.stride()[:3],
-        mask.stride(0),
-        mask.stride(2),
-        scale,
-        heads // key.shape[1],
-        parts,
-        size,
-        part,
-        block_nodes,
-        block_slots,
-        query.is_cuda,
-        launch_pdl=True,
+        query, key, value, mask, mean, highest, total, nodes, *strides, *sizes, query.is_cuda, launch_pdl=True
     )
+    at_once = triton.next_power_of_2(parts)
     _weigh_parts[(batch * nodes * heads,)](
-        mean,
-        highest,
-        total,
-        out,
-        parts,
-        triton.next_power_of_2(parts),
-        size,
-        query.is_cuda,
-        num_warps=1,
-        launch_pdl=True,
+        mean, highest, total, out, parts, at_once, size, query.is_cuda, num_warps=1, launch_pdl=True
     )
     return out
 
