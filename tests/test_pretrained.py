@@ -52,8 +52,7 @@ def test_a_tree_is_not_written_into_the_package(run, tmp_path):
         tree.run(tree.Settings(run=run[0], prompts=str(tmp_path / "prompts.jsonl")))
 
 
-def test_a_directory_of_that_name_comes_first(run, tmp_path, monkeypatch):
-    (tmp_path / run[0]).mkdir()
-    monkeypatch.chdir(tmp_path)
+def test_a_directory_of_that_name_comes_first(run, place):
+    (place / run[0]).mkdir()
     with pytest.raises(UserError, match="found no run"):
         runs.load_run(run[0], torch.device("cpu"), torch.float32)

@@ -261,7 +261,6 @@ def test_mistakes_are_named_in_a_line(make_run, capsys, refused, tmp_path):
     for argv, text in (
         (["export", tmp_path / "nothing", tmp_path / "out"], "found no run"),
         (["export", tmp_path / "out"], "--untrained RECIPE"),
-        (["import", tmp_path, tmp_path / "out"], "give --base-model"),
     ):
         assert text in refused(*argv)
     (tmp_path / "running" / "checkpoints" / "step-000004").mkdir(parents=True)
@@ -300,12 +299,11 @@ def test_card_says_how_every_program_uses_the_heads_and_what_was_measured(make_r
     assert "Files for vllm, tgi, tensorrt-llm, fasterdecoding: `medusa-ds export" in (alone / "README.md").read_text()
 
 
-def test_card_names_the_license_of_the_base_and_only_real_data_sets(tmp_path, monkeypatch):
-    (tmp_path / "base").mkdir()
-    (tmp_path / "base" / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Base\n")
-    assert license_of(str(tmp_path / "base")) == "apache-2.0"
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "data" / "own").mkdir(parents=True)
+def test_card_names_the_license_of_the_base_and_only_real_data_sets(place):
+    (place / "base").mkdir()
+    (place / "base" / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Base\n")
+    assert license_of(str(place / "base")) == "apache-2.0"
+    (place / "data" / "own").mkdir(parents=True)
     names = ["sample", "answers", "/home/me/a.jsonl", "data/own", "data/more.jsonl", "org/chat", "org/chat-v1.5"]
     assert [name for name in names if is_hub_id(name)] == ["org/chat", "org/chat-v1.5"]
 

@@ -41,15 +41,14 @@ def served(argv: list[str], capfd: pytest.CaptureFixture[str]) -> tuple[list[str
     return json.loads(capfd.readouterr().out.splitlines()[-1])
 
 
-def test_vllm_is_started_with_an_export_and_all_further_options(make_run, tmp_path, capfd, monkeypatch):
-    run, python = make_run(), environment(tmp_path, "vllm named medusa other")
-    monkeypatch.chdir(tmp_path)
+def test_vllm_is_started_with_an_export_and_all_further_options(make_run, place, capfd, monkeypatch):
+    run, python = make_run(), environment(place, "vllm named medusa other")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS"):  # which other commands set
         monkeypatch.delenv(name, raising=False)
     argv = [str(run), "--python", python, "--port", "8001", "--enforce-eager"]
     (arguments, runner) = served(argv, capfd)
-    export = tmp_path / "run-vllm"
+    export = place / "run-vllm"
     assert runner == "1" and arguments[:3] == ["-m", "vllm.entrypoints.cli.main", "serve"]
     assert arguments[3] == json.loads((export / "config.json").read_text())["base_model_name_or_path"]
     speculative = json.loads(arguments[arguments.index("--speculative-config") + 1])
@@ -60,7 +59,7 @@ def test_vllm_is_started_with_an_export_and_all_further_options(make_run, tmp_pa
     assert (export / "model.safetensors").stat().st_mtime_ns == made  # the same heads: nothing to export
     (arguments, _) = served([str(export), "--python", python, "--base-model", "here"], capfd)
     assert arguments[3] == "here" and str(export) in arguments[5]
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("PATH", str(place), prepend=os.pathsep)
     (arguments, _) = served([str(export), "--python", Path(python).name], capfd)
     assert arguments[2] == "serve"
 
@@ -75,18 +74,17 @@ def test_a_dry_run_prints_what_a_shell_takes(make_run, capsys):
     assert json.loads(arguments[arguments.index("--speculative-config") + 1])["model"] == str(export)
 
 
-def test_what_is_missing_is_said_in_a_line(make_run, tmp_path, refused, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_what_is_missing_is_said_in_a_line(make_run, place, refused):
     export = str(export_(make_run(), "out", "--for", "vllm"))
     other = str(make_run("other", "heads.layers=2"))
-    ready = ["--python", environment(tmp_path, "vllm named medusa")]
+    ready = ["--python", environment(place, "vllm named medusa")]
     for argv, text in (
-        ([export, "--python", str(tmp_path / "nothing")], "does not run"),
+        ([export, "--python", str(place / "nothing")], "does not run"),
         ([export, *ready, "--num-speculative-tokens", "4"], "found 4; allowed is at most 3, one a head"),
         ([other, *ready, "--out", export], "has other heads than"),
-        ([export, "--python", environment(tmp_path, "vllm named")], "vLLM has no Medusa plug-in"),
-        ([export, "--python", environment(tmp_path, "vllm medusa")], "asks for a distribution named vllm"),
-        ([export, "--python", environment(tmp_path, "")], "found no vLLM"),
+        ([export, "--python", environment(place, "vllm named")], "vLLM has no Medusa plug-in"),
+        ([export, "--python", environment(place, "vllm medusa")], "asks for a distribution named vllm"),
+        ([export, "--python", environment(place, "")], "found no vLLM"),
         (["--port", "8001", export, *ready], "--port: found before all else; options that are handed on come last"),
     ):
         assert text in refused("serve", *argv)
