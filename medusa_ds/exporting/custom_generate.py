@@ -29,7 +29,6 @@ from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import linear, pad, rms_norm, silu
-from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import generation
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 from transformers.masking_utils import create_masks_for_generate
@@ -220,9 +219,7 @@ class FixedPasses:
         if width not in self.passes:
             self.passes[width] = self._prepare(inputs)
         own, given, run = self.passes[width]
-        for place, value in zip(tree_leaves(own), tree_leaves(inputs), strict=True):  # masks may be a dictionary
-            if torch.is_tensor(value):
-                place.copy_(value)
+        _write(own, inputs)
         run()
         return given
 
@@ -236,8 +233,7 @@ class FixedPasses:
 
     def _prepare(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], list[Tensor], Any]:
         """Tensors that a pass reads and writes, which a graph does not keep alive, and what runs it."""
-        forward, cache = self.forward, self.cache
-        own = tree_map_only(Tensor, functools.partial(torch.clone, memory_format=torch.contiguous_format), inputs)
+        own, forward, cache = _own(inputs), self.forward, self.cache
         given: list[Tensor] = []
 
         def run() -> None:
@@ -249,6 +245,25 @@ class FixedPasses:
             self.waits = graph is None
             return own, given, run if graph is None else graph.replay
         return own, given, run
+
+
+def _own(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The same inputs in tensors of their own; masks may be a dictionary by types of layers."""
+    return {
+        name: value.clone(memory_format=torch.contiguous_format)
+        if torch.is_tensor(value)
+        else (_own(value) if isinstance(value, dict) else value)
+        for name, value in inputs.items()
+    }
+
+
+def _write(own: dict[str, Any], inputs: dict[str, Any]) -> None:
+    """Put other values in their place."""
+    for name, value in inputs.items():
+        if torch.is_tensor(value):
+            own[name].copy_(value)
+        elif isinstance(value, dict):
+            _write(own[name], value)
 
 
 def _captured(model: Any) -> bool:
