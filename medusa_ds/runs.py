@@ -276,7 +276,17 @@ def _open_checkpoint(folder: Path, base_model: str | None) -> Saved:
     if token_map := reader.state.get("engine", {}).get("token_map"):
         weights["token_map"] = torch.tensor(token_map, dtype=torch.int64)
     meta = {"base_model": model.name, "revision": model.revision, "recipe": text} | heads.sized(config)
-    return Saved(folder, output, meta, weights, None, model, stage, template_args, checkpoint=reader)
+    return Saved(
+        folder,
+        output=output,
+        meta=meta,
+        weights=weights,
+        dtype=None,
+        model=model,
+        stage=stage,
+        template_args=template_args,
+        checkpoint=reader,
+    )
 
 
 def load_run(run: str | Path | Saved, device: torch.device, dtype: torch.dtype, liger: bool | None = None) -> Run:

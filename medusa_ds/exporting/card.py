@@ -8,7 +8,6 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, model_info
 from huggingface_hub import errors as hub_errors
-from torch.utils._pytree import tree_map_only
 
 from medusa_ds.config.parsing import read_json
 from medusa_ds.errors import UserError, counted, one_line
@@ -82,8 +81,7 @@ def card(source: Source, targets: list[str], out: str = ".", base: str | None = 
     )
     figures = "\n".join(f"- {name} {value:.4g}: {_meaning(name)}" for name, value in source.figures.items())
     on = f"On {source.measured_on}:\n\n" if source.measured_on and figures else ""
-    shown = tree_map_only(str, _without_directories, source.recipe)
-    recipe = yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)
+    recipe = yaml.safe_dump(_relative(source.recipe), sort_keys=False, allow_unicode=True)
     return ModelCard(
         f"---\n{info.to_yaml()}\n---\n\n# {title}\n\n{counted(meta['num'], 'head')} of "
         f"{counted(meta['layers'], 'layer')}, LM head {meta['lm_head']}{tokens}. Base model "
@@ -146,3 +144,12 @@ def _meaning(name: str) -> str:
 def _without_directories(name: str) -> str:
     """A path on the maker's machine by its last part; all other names as they are."""
     return Path(name).name if Path(name).is_absolute() else name
+
+
+def _relative(value: Any) -> Any:
+    """The same data with `_without_directories` of every text."""
+    if isinstance(value, dict):
+        return {key: _relative(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_relative(part) for part in value]
+    return _without_directories(value) if isinstance(value, str) else value
