@@ -7,9 +7,8 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import SIZES, heads_meta
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from support import heads_meta, tiny_tokenizer
+from transformers import AutoModelForCausalLM
 
 from medusa_ds import runs
 from medusa_ds.cli import main
@@ -25,19 +24,8 @@ from medusa_ds.training.state import KEYS
 
 pytestmark = pytest.mark.usefixtures("steady_clock")
 
-NUM, VOCAB, HIDDEN = 2, 258, 32
+NUM, VOCAB, HIDDEN = 2, 300, 32
 RECIPE = "model: {model}\nheads: {heads}\nstage: {stage}\ndata: {{template_args: {{}}}}\n"
-TEMPLATE = (
-    "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
-)
-
-
-def _tokenizer():
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    inner = Tokenizer(models.BPE({**{letter: i for i, letter in enumerate(letters)}, "<e>": 256, "<p>": 257}, []))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<e>", pad_token="<p>", chat_template=TEMPLATE)
 
 
 def _save_checkpoint(output, named_tensors, step):
@@ -49,22 +37,10 @@ def _save_checkpoint(output, named_tensors, step):
 
 
 @pytest.fixture
-def output(tmp_path):
+def output(tiny_model, tmp_path):
     """A finished stage-1 run of a model that is sure of itself, with heads that are right now and then."""
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        "llama",
-        **SIZES | {"hidden_size": HIDDEN},
-        vocab_size=VOCAB,
-        max_position_embeddings=160,
-        initializer_range=0.25,
-        eos_token_id=256,
-        pad_token_id=257,
-        bos_token_id=None,
-    )
-    model = AutoModelForCausalLM.from_config(config)
-    model.save_pretrained(tmp_path / "model")
-    _tokenizer().save_pretrained(tmp_path / "model")
+    shutil.copytree(tiny_model, tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
     heads = MedusaHeads(NUM, 1, HIDDEN, VOCAB)
     heads.initialize(model.lm_head.weight)
     spec = {"num": NUM, "layers": 1, "lm_head": "own"}
@@ -167,7 +143,7 @@ def test_answers_of_one_token_are_evaluated(output, prompts, capsys):
 
 def test_transformers_own_rate_is_that_of_greedy_decoding(output, prompts, monkeypatch):
     """Whatever the model's generation_config.json asks for. Mutation: leave the beams to it."""
-    (output.parent / "model" / "generation_config.json").write_text('{"num_beams": 4, "eos_token_id": 256}')
+    (output.parent / "model" / "generation_config.json").write_text('{"num_beams": 4, "eos_token_id": 2}')
     monkeypatch.setattr("transformers.GenerationMixin._beam_search", lambda *_, **__: pytest.fail("beams"))
     assert _evaluate(output, prompts, max_new_tokens=2)["speed"]["transformers_generate_tokens_per_s"]
 
@@ -296,9 +272,10 @@ def test_prompts_may_be_conversations_whose_answers_are_made_anew(output, tmp_pa
     assert reports[0]["heads"] != reports[1]["heads"]
 
 
-def _greedy(output, text, max_new_tokens):
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(output.parent / "model"), _tokenizer()
-    ids = torch.tensor([tokenizer(text)["input_ids"]])
+def _greedy(output, turns, max_new_tokens):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(output.parent / "model"), tiny_tokenizer()
+    chat = [{"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), turns, strict=False)]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")["input_ids"]
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False)
     return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
 
@@ -306,7 +283,7 @@ def _greedy(output, text, max_new_tokens):
 def test_generate_streams_the_base_models_own_text(output, capsys):
     main(["generate", str(output), "--prompt", "Hi", "--max-new-tokens", "20", "--device", "cpu"])
     printed = capsys.readouterr()
-    assert printed.out == _greedy(output, "u:Hi;a:", 20) + "\n"
+    assert printed.out == _greedy(output, ["Hi"], 20) + "\n"
     assert "20 tokens, " in printed.err
     assert "tokens per step" in printed.err
 
@@ -337,13 +314,13 @@ def test_a_base_model_that_has_moved_is_found_where_the_user_says(output, said):
 
 def test_a_chat_goes_on_where_a_conversation_has_grown_over_the_limit(output, capsys, monkeypatch):
     """It is kept, without the turn that did not fit. Mutation: leave the chat, or keep that turn."""
-    lines = iter(["Hi", "", "x" * 200, "And?", "/exit"])
+    lines = iter(["Hi", "", "x" * 300, "And?", "/exit"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     main(["generate", str(output), "--max-new-tokens", "8", "--device", "cpu"])
-    first = _greedy(output, "u:Hi;a:", 8)
+    first = _greedy(output, ["Hi"], 8)
     said = capsys.readouterr()
-    assert said.out == first + "\n" + _greedy(output, f"u:Hi;a:{first};u:And?;a:", 8) + "\n"
-    assert said.err.count("; the model's limit is 160: shorten it, or begin anew with /clear\n") == 1
+    assert said.out == first + "\n" + _greedy(output, ["Hi", first, "And?"], 8) + "\n"
+    assert said.err.count("; the model's limit is 256: shorten it, or begin anew with /clear\n") == 1
 
 
 @pytest.mark.parametrize("rule", ["typical", "exact"])
@@ -356,15 +333,16 @@ def test_other_rules_evaluate_without_comparing_texts(output, prompts, said, rul
 def test_a_run_keeps_the_template_that_it_was_trained_with(output, prompts, place):
     """The recipe's own, and Vicuna's, whose tokenizer has none; its end ends answers. Mutation: the tokenizer's."""
     model = output.parent / "model"
-    tokenizer = _tokenizer()
+    tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
     (model / "chat_template.jinja").unlink()
     tokenizer.save_pretrained(model)
     with pytest.raises(UserError, match="its tokenizer has no chat template"):
         _evaluate(output / place, prompts)
-    own = "{% for m in messages %}{{ m.role ~ '=' ~ m.content ~ '<p>' }}{% endfor %}"
+    end = "<|endoftext|>"
+    own = f"{{% for m in messages %}}{{{{ m.role ~ '=' ~ m.content ~ '{end}' }}}}{{% endfor %}}"
     own += "{% if add_generation_prompt %}assistant={% endif %}"
-    for name, args, text in (("model", {"chat_template": own}, "user=Hi<p>assistant="), ("vicuna", {}, None)):
+    for name, args, text in (("model", {"chat_template": own}, f"user=Hi{end}assistant="), ("vicuna", {}, None)):
         recipe = {"model": {"name": str(output.parent / name)}, "stage": 1, "data": {"template_args": args}}
         recipe["heads"] = {"num": NUM, "layers": 1, "lm_head": "own"}
         if name == "vicuna":
@@ -376,5 +354,5 @@ def test_a_run_keeps_the_template_that_it_was_trained_with(output, prompts, plac
         run = load_run(output / place, torch.device("cpu"), torch.float32)
         said = run.tokenizer.decode(encode(run, [{"role": "user", "content": "Hi"}]))
         assert said == text if text else said.endswith("USER: Hi ASSISTANT:")
-        assert run.tokenizer.decode(encode(run, [{"role": "user", "content": "<p>"}])).count("<p>") == 1 + bool(text)
-        assert sorted(end_tokens(run.backbone)) == ([256, 257] if text else [256])
+        assert run.tokenizer.decode(encode(run, [{"role": "user", "content": end}])).count(end) == 1 + bool(text)
+        assert sorted(end_tokens(run.backbone)) == ([0, 2] if text else [2])
