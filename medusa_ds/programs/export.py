@@ -165,6 +165,6 @@ def _push(out: Path, repository: str, source: Source, targets: list[str]) -> Non
         api.upload_folder(repo_id=name, folder_path=out, ignore_patterns=["backbone/*", *replaced])
         for file, content in replaced.items():
             api.upload_file(path_or_fileobj=content.encode(), path_in_repo=file, repo_id=name)
-    except (hub_errors.HfHubHTTPError, hub_errors.HFValidationError, OSError) as error:
+    except (hub_errors.HTTPError, hub_errors.HFValidationError, OSError) as error:
         raise UserError(f"--push-to-hub {repository}: {one_line(error)}; {out} is complete: upload it later") from None
     print(f"uploaded to https://huggingface.co/{name}")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from exporting import assert_same, export_, tensors_of
 from huggingface_hub import ModelCard
+from huggingface_hub import errors as hub_errors
 from safetensors.torch import load_file
 from support import SIZES, files_of_at_most, tiny_tokenizer, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, MiniMaxConfig, MptConfig, PhiConfig, PretrainedConfig
@@ -358,6 +359,16 @@ def test_push_sends_the_backbone_to_a_repository_of_its_own(make_run, monkeypatc
     with pytest.raises(SystemExit):
         export_(run, "again", "--push-to-hub", "owner/heads")
     assert "is complete: upload it later" in capsys.readouterr().err and (path.parent / "again").is_dir()
+
+
+def test_an_export_is_complete_where_the_hub_cannot_be_reached(make_run, monkeypatch, capsys):
+    """Mutation: count on what the hub answers alone, and a stack trace ends the command."""
+    unreachable = Mock(side_effect=hub_errors.HTTPError("[Errno -2] Name or service not known"))
+    monkeypatch.setattr(export.HfApi, "create_repo", unreachable)
+    with pytest.raises(SystemExit):
+        export_(make_run(), "out", "--push-to-hub", "owner/heads")
+    err = capsys.readouterr().err
+    assert "error: --push-to-hub owner/heads: [Errno -2] Name" in err and "out is complete: upload it later" in err
 
 
 def untrained(tiny_recipe: Path, config: PretrainedConfig, heads: str = "") -> Path:
