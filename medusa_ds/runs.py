@@ -46,7 +46,7 @@ class Saved:
     """A run's files, checked; its base model is not loaded."""
 
     folder: Path  # the heads folder or the checkpoint
-    output: Path  # the directory that it lies in
+    output: Path  # the directory that it lies in, where figures of it may be
     meta: dict[str, Any]  # what heads say of themselves, see `save_heads`
     weights: dict[str, torch.Tensor]  # state dict of the heads, on the CPU; fp32 from a checkpoint
     dtype: torch.dtype | None  # that the run saved the heads in; None for a checkpoint
@@ -254,7 +254,7 @@ def open_run(name: str | Path, base_model: str | None = None) -> Saved:
         model = ModelSpec(name=str(tuned), attention=model.attention, liger_kernels=model.liger_kernels)
     return Saved(
         folder,
-        output=folder if shipped else folder.parent,
+        output=folder.parent if folder.absolute().name == "heads" else folder,  # as of shipped heads and copies
         meta={key: config[key] for key in META},
         weights=weights,
         dtype=getattr(torch, config["dtype"]),

@@ -1,6 +1,7 @@
 """Heads that the package ships."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from medusa_ds import runs
 from medusa_ds.config.loading import SHAPES
 from medusa_ds.decoding.decoder import Decoder
 from medusa_ds.errors import UserError
+from medusa_ds.exporting.card import read_figures
 from medusa_ds.programs import tree
 
 NAMES = sorted(folder.name for folder in runs.PRETRAINED.iterdir())
@@ -50,6 +52,17 @@ def test_a_tree_is_not_written_into_the_package(run, tmp_path):
     (tmp_path / "prompts.jsonl").write_text('{"turns": ["Hello"]}\n')
     with pytest.raises(UserError, match="sealed"):
         tree.run(tree.Settings(run=run[0], prompts=str(tmp_path / "prompts.jsonl")))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_copy_for_a_tree_of_ones_own_keeps_its_figures(name, tmp_path):
+    """Mutation: look beside the copy, as beside the `heads` of a run, where another's may be."""
+    copy = shutil.copytree(runs.PRETRAINED / name, tmp_path / "copy")
+    (tmp_path / "evaluation.json").write_text(json.dumps({"heads": {"full_acc_1": 0.0}, "speed": {}}))
+    saved = runs.open_run(copy)
+    assert saved.config_file == copy / "heads.json"
+    assert read_figures(saved.output, None) == read_figures(runs.PRETRAINED / name, None) != ({}, "")
+    assert runs.open_run(shutil.copytree(copy, tmp_path / "run" / "heads")).output == tmp_path / "run"
 
 
 def test_a_directory_of_that_name_comes_first(run, place):
