@@ -173,12 +173,13 @@ def _claim(output: Path, recipe: Recipe, stack: ExitStack) -> None:
     if kept.exists():
         from transformers.utils.generic import flatten_dict
 
-        recipes = parse_yaml(read_text(kept), str(kept))[0], recipe.model_dump(mode="json")
+        text = read_text(kept)
+        recipes = parse_yaml(text, str(kept))[0], recipe.model_dump(mode="json")
         before, now = (flatten_dict({"": each}) for each in recipes)  # an empty file is no dictionary
         changed = {key for key in {*before, *now} if before.get(key) != now.get(key) and not _is_free(key)}
         if changed:  # perhaps an older version's, which let keys stand that changed nothing
             with suppress(UserError):
-                changed -= {key for key, _ in Recipe.kept(read_text(kept), str(kept)).misfits()}
+                changed -= {key for key, _ in Recipe.kept(text, str(kept)).misfits()}
         further = f"; to train these heads further, set heads.init_from={output} and another output" if finished else ""
         if changed:
             raise UserError(
